@@ -1,0 +1,317 @@
+"""Paint Grad-CAM heatmaps: which places of an image a trained model's decision rests on.
+
+    python Visulization.py                                    some test images of each class, with the shipped model
+    python Visulization.py --classes Shirt Coat --only-errors
+    python Visulization.py --image shoe.jpg "my shirt.png"    your own pictures
+    python Visulization.py --checkpoint checkpoints/best.pt   the model that you trained
+
+Writes into HeapImg/ one picture per image, and a contact sheet with a row per class.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+try:
+    import cv2
+except ImportError as error:  # libGL.so.1, which opencv-python needs, is missing on most servers
+    raise SystemExit(
+        f"Visulization.py: error: OpenCV cannot be loaded ({error}); without a desktop use the headless build: "
+        f"pip uninstall -y opencv-python && pip install opencv-python-headless"
+    ) from None
+
+import dataset
+from gradcam import GradCAM
+from model import CheckpointError, HybridClassifier, load_checkpoint
+
+SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shipped" / "model.pt"
+TARGET_LAYER = "stem.stage2_0"
+COLOR_MAP = "inferno"
+SCALE = 12  # an image pixel becomes so many picture pixels, both ways
+MAX_IMAGE_PIXELS = 64_000_000  # of a person's own picture
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A person's own pictures
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read a picture of any size and colour and bring it to the form of the data set's images.
+
+    Follows the pipeline of the data set's paper (Xiao et al. 2017, section 2): grey, the background cut away on all
+    sides, the longest side scaled to 28 pixels, centred on a dark background. Whether the picture itself has a light or
+    a dark background is read off its border; transparent places count as background.
+
+    Returns:
+        uint8 array of shape (28, 28).
+
+    Raises:
+        ValueError: the file is missing, no picture, damaged, too large, or of one even colour.
+    """
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_IMAGE_PIXELS:
+                raise ValueError(f"{picture.width}x{picture.height} pixels are too many: scale it down first")
+            is_deep = picture.mode.startswith(("I", "F"))  # 16 bits or more, which convert() would clip
+            picture = ImageOps.exif_transpose(picture)
+            if not is_deep:
+                picture = picture.convert("RGBA")
+                picture.thumbnail((1024, 1024))  # far more than is left of it in the end
+            if is_deep:
+                gray = np.asarray(picture, dtype=np.float32)
+                alpha = np.ones_like(gray)
+                top = 65535 if gray.max() > 255 else 255
+            else:
+                gray, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
+                alpha, top = alpha / 255, 255
+    except UnidentifiedImageError:
+        raise ValueError("is no picture in a format known here") from None
+    except Image.DecompressionBombError:
+        raise ValueError("has too many pixels: scale it down first") from None
+    except (OSError, SyntaxError) as error:  # Pillow's word for a damaged PNG is SyntaxError
+        raise ValueError(getattr(error, "strerror", None) or f"is damaged ({error})") from None
+
+    gray = np.clip(gray / top, 0, 1)
+    border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
+    border_alpha = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
+    if np.median(border_alpha) > 0.5:
+        background = float(np.median(border[border_alpha > 0.5]))
+        foreground = gray * alpha + background * (1 - alpha)
+        if background > 0.5:
+            foreground, background = 1 - foreground, 1 - background
+        foreground = np.clip((foreground - background) / (1 - background), 0, 1)
+    else:  # cut out: the data set's own garments were photographed on white, so light is turned into dark
+        foreground = (1 - gray) * alpha
+    inside = foreground > 0.05 * foreground.max()
+    if not inside.any():
+        raise ValueError("is of one even colour: there is nothing to classify")
+    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+    garment = foreground[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+    size = dataset.IMAGE_SIZE
+    scale = size / max(garment.shape)
+    height, width = (max(1, round(side * scale)) for side in garment.shape)
+    garment = cv2.resize(garment, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    image = np.zeros((size, size), np.float32)
+    top, left = (size - height) // 2, (size - width) // 2
+    image[top : top + height, left : left + width] = garment
+    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Painting
+
+
+def paint(image: np.ndarray, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Enlarge an image and its heatmap, and lay one over the other.
+
+    Args:
+        image: uint8 array (28, 28).
+        heatmap: float array (28, 28), 0 to 1.
+
+    Returns:
+        Three uint8 RGB arrays (28 * SCALE, 28 * SCALE, 3): the image, with its pixels sharp; the heatmap in colours;
+        and the image under the heatmap, which is the more opaque the hotter it is.
+    """
+    size = tuple(side * SCALE for side in image.shape[::-1])
+    gray = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB)
+    heat = cv2.resize(heatmap.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    colored = (colormaps[COLOR_MAP](heat)[..., :3] * 255).astype(np.uint8)
+    opacity = 0.75 * heat[..., None]
+    overlay = (gray * (1 - opacity) + colored * opacity).astype(np.uint8)
+    return gray, colored, overlay
+
+
+def colorbar(figure: Figure, axes: object) -> None:
+    """Add the scale of the heatmaps to a figure."""
+    bar = figure.colorbar(ScalarMappable(cmap=COLOR_MAP), ax=axes, fraction=0.03, pad=0.01, aspect=30)
+    bar.set_label("evidence for the class, 1 = the image's strongest place")
+
+
+def save_overlay(panels: tuple[np.ndarray, ...], title: str, path: Path) -> None:
+    """Write the picture of one image: input, heatmap, overlay, a colour bar, and `title` above."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    all_axes = figure.subplots(1, 3)
+    for axes, panel, name in zip(all_axes, panels, ("input", "heatmap", "overlay"), strict=True):
+        axes.imshow(panel, interpolation="nearest")
+        axes.set_title(name, fontsize=10)
+        axes.axis("off")
+    colorbar(figure, all_axes)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+
+
+def save_contact_sheet(rows: dict[str, list[tuple[np.ndarray, str, bool]]], title: str, path: Path) -> None:
+    """Write all images on one sheet, a row per class.
+
+    Args:
+        rows: for each class name, its images as (panels side by side, caption, whether the model is right).
+        title: the line above the sheet.
+        path: the PNG file.
+    """
+    columns = max(len(row) for row in rows.values())
+    figure = Figure(figsize=(4.2 * columns + 1.5, 1.75 * len(rows) + 1), layout="constrained")
+    all_axes = figure.subplots(len(rows), columns, squeeze=False)
+    for (name, row), row_axes in zip(rows.items(), all_axes, strict=True):
+        for axes in row_axes:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        row_axes[0].set_ylabel(name, fontsize=13)
+        for axes, (panel, caption, is_right) in zip(row_axes, row, strict=False):
+            axes.imshow(panel, interpolation="nearest")
+            axes.set_title(caption, fontsize=11, color="black" if is_right else "crimson")
+    colorbar(figure, all_axes)
+    figure.suptitle(title, fontsize=14)
+    figure.savefig(path, dpi=80)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two things the script does
+
+
+def slug(name: str) -> str:
+    """A class name as part of a file name: "T-shirt/top" becomes "T-shirt-top"."""
+    return name.replace("/", "-").replace(" ", "-")
+
+
+def explain(
+    model: HybridClassifier, target_layer: str, images: torch.Tensor, target_class: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Heatmaps (N, 28, 28) and class probabilities (N, 10) of uint8 images (N, 1, 28, 28)."""
+    with GradCAM(model, target_layer) as cam:
+        maps = cam(dataset.normalize(images), target_class)
+        return maps.cpu().numpy(), cam.logits.softmax(dim=1).cpu().numpy()
+
+
+def explained_class(heatmap: np.ndarray, target_class: int | None) -> str:
+    """What a caption adds about the class that the heatmap is for; nothing where it is the predicted one."""
+    what = "" if target_class is None else f", heatmap for {dataset.CLASS_NAMES[target_class]}"
+    return what + ("" if heatmap.any() else ", no evidence for the class in this layer")
+
+
+def explain_test_images(args: argparse.Namespace, model: HybridClassifier) -> None:
+    """Paint test images: `args.num_images` of each of `args.classes`."""
+    images, labels = dataset.load(args.data_dir, train=False)
+    candidates = torch.arange(len(labels))
+    if args.only_errors:
+        with torch.no_grad():
+            predictions = torch.cat([model(dataset.normalize(chunk)).argmax(dim=1) for chunk in images.split(500)])
+        candidates = candidates[predictions != labels]
+    generator = torch.Generator().manual_seed(args.seed)
+    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
+    chosen = [candidates[labels[candidates] == label][: args.num_images].sort().values for label in args.classes]
+    index = torch.cat(chosen)
+    if not len(index):
+        raise ValueError("no test image fits: the model makes no error in these classes")
+    maps, probabilities = explain(model, args.target_layer, images[index], args.target_class)
+
+    rows: dict[str, list] = {dataset.CLASS_NAMES[label]: [] for label in args.classes}
+    for i, heatmap, p in zip(index.tolist(), maps, probabilities, strict=True):
+        true, predicted = dataset.CLASS_NAMES[labels[i]], dataset.CLASS_NAMES[p.argmax()]
+        panels = paint(images[i, 0].numpy(), heatmap)
+        extra = explained_class(heatmap, args.target_class)
+        name = f"{i:05d}_{slug(true)}_as_{slug(predicted)}.png"
+        title = f"test image {i}: true {true}, predicted {predicted} ({p.max():.1%}){extra}"
+        save_overlay(panels, title, args.output_dir / name)
+        gap = np.full((panels[0].shape[0], SCALE, 3), 255, np.uint8)
+        caption = f"true {true}, predicted {predicted} {p.max():.0%}{extra}"
+        rows[true].append((np.hstack([panels[0], gap, panels[1], gap, panels[2]]), caption, true == predicted))
+    sheet = args.output_dir / "contact_sheet.png"
+    title = f"Grad-CAM of {args.target_layer} on test images: input, heatmap, overlay"
+    save_contact_sheet({name: row for name, row in rows.items() if row}, title, sheet)
+    print(f"wrote {len(index)} overlays and {sheet.name} to {args.output_dir}")
+
+
+def explain_own_images(args: argparse.Namespace, model: HybridClassifier) -> int:
+    """Paint the pictures in `args.image`, print their three likeliest classes, and return how many failed."""
+    failures, written = 0, set()
+    for path in args.image:
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            print(f"{path}: {error}", file=sys.stderr)
+            failures += 1
+            continue
+        (heatmap,), (p,) = explain(model, args.target_layer, torch.from_numpy(image)[None, None], args.target_class)
+        top = p.argsort()[::-1][:3]
+        print(f"{path}: " + ", ".join(f"{dataset.CLASS_NAMES[c]} {p[c]:.1%}" for c in top))
+        stem = f"{Path(path).stem}_as_{slug(dataset.CLASS_NAMES[top[0]])}"
+        name = next(n for n in (f"{stem}.png", *(f"{stem}_{k}.png" for k in range(2, 10**6))) if n not in written)
+        written.add(name)
+        title = f"{Path(path).name}: {dataset.CLASS_NAMES[top[0]]} ({p[top[0]]:.1%})"
+        save_overlay(paint(image, heatmap), title + explained_class(heatmap, args.target_class), args.output_dir / name)
+    if written:
+        print(f"wrote {len(written)} overlays to {args.output_dir}")
+    return failures
+
+
+def class_index(text: str) -> int:
+    """A class from its name, in any case, or its number; for argparse."""
+    names = [name.lower() for name in dataset.CLASS_NAMES]
+    if text.lower() in names:
+        return names.index(text.lower())
+    if text.isdecimal() and int(text) < len(names):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(dataset.CLASS_NAMES)}, or 0 to {len(names) - 1}")
+
+
+def whole_number(low: int, high: int) -> object:
+    """A parser of a whole number within a range, for argparse."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low:,} to {high:,}")
+        return int(text)
+
+    return parse
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    classes = range(len(dataset.CLASS_NAMES))
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT, help="of train.py (default: the shipped one)")
+    add("--image", nargs="+", metavar="FILE", help="explain these pictures instead of test images")
+    add("--num-images", type=whole_number(1, 1000), default=3, metavar="N", help="images of each class (default: 3)")
+    add(
+        "--classes",
+        type=class_index,
+        nargs="+",
+        default=[*classes],
+        metavar="CLASS",
+        help="by name or number (default: all)",
+    )
+    add("--only-errors", action="store_true", help="only test images that the model gets wrong")
+    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="which test images (default: 0)")
+    add("--target-layer", default=TARGET_LAYER, metavar="NAME", help=f"layer to look at (default: {TARGET_LAYER})")
+    add("--target-class", type=class_index, metavar="CLASS", help="class to explain (default: the predicted one)")
+    add("--data-dir", default="data", metavar="PATH", help="folder of Fashion-MNIST (default: data)")
+    add("--output-dir", type=Path, default=Path("HeapImg"), metavar="PATH", help="for the pictures (default: HeapImg)")
+    args = parser.parse_args()
+    args.classes = list(dict.fromkeys(args.classes))
+    failures = 0
+    try:
+        model, _ = load_checkpoint(args.checkpoint)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        if args.image:
+            failures = explain_own_images(args, model)
+        else:
+            explain_test_images(args, model)
+    except KeyboardInterrupt:
+        print("Visulization.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (CheckpointError, dataset.DataError, ValueError, OSError) as error:
+        raise SystemExit(f"Visulization.py: error: {error}") from None
+    if failures:
+        raise SystemExit(f"Visulization.py: error: {failures} of {len(args.image)} pictures could not be read")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,330 @@
+"""A small CNN + Transformer hybrid for 28x28 grey images, and the checkpoint format it is saved in.
+
+A convolutional stem looks at pixels and strokes and turns the image into a 7x7 grid of tokens; a Transformer encoder
+relates the 49 tokens to each other; a pooled head turns them into 10 logits:
+
+    image (N, 1, 28, 28) -> stem (N, embed_dim, 7, 7) -> tokens (N, 49, embed_dim) -> blocks -> pool -> logits (N, 10)
+
+Read it from top to bottom: the configuration, the parts, the model, the checkpoints.
+"""
+
+import os
+import pickle
+import tempfile
+import warnings
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dataset import CLASS_NAMES, IMAGE_SIZE
+
+MAX_PARAMETERS = 600_000
+STEM_STRIDE = 4  # two stride-2 convolutions: 28 -> 14 -> 7
+GRID_SIZE = IMAGE_SIZE // STEM_STRIDE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model. Impossible values raise a `ValueError` that says what to change.
+
+    Attributes:
+        stem_dim: channels of the stem at 14x14.
+        stem_blocks: residual blocks of the stem at 14x14 and at 7x7.
+        embed_dim: channels of the stem at 7x7, which is the width of a token.
+        depth: number of Transformer blocks; 0 leaves a purely convolutional network.
+        num_heads: attention heads per block; divides `embed_dim`.
+        mlp_ratio: hidden width of a block's MLP, in units of `embed_dim`.
+        pool: "attention" (a learned weighted mean of the tokens) or "mean".
+        drop_path: stochastic depth of the last Transformer block, in [0, 1); earlier blocks get less, linearly.
+    """
+
+    stem_dim: int
+    stem_blocks: tuple[int, int]
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    pool: str
+    drop_path: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stem_blocks", tuple(self.stem_blocks))  # a list once it has been through a file
+        for name in ("stem_dim", "embed_dim", "num_heads", "depth"):
+            value, least = getattr(self, name), 0 if name == "depth" else 1
+            if type(value) is not int or not least <= value <= 1024:
+                raise ValueError(f"{name} is {value!r}: make it a whole number from {least} to 1024")
+        if len(self.stem_blocks) != 2 or any(type(n) is not int or not 0 <= n <= 64 for n in self.stem_blocks):
+            raise ValueError(f"stem_blocks is {self.stem_blocks!r}: give two whole numbers from 0 to 64, like (1, 1)")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} cannot be split into {self.num_heads} heads of the same width: "
+                f"make embed_dim a multiple of num_heads"
+            )
+        if not (isinstance(self.mlp_ratio, (int, float)) and 0 < self.mlp_ratio <= 16):  # NaN fails this too
+            raise ValueError(f"mlp_ratio is {self.mlp_ratio!r}: make it larger than 0 and at most 16")
+        if self.pool not in ("attention", "mean"):
+            raise ValueError(f"pool is {self.pool!r}: choose 'attention' or 'mean'")
+        if not (isinstance(self.drop_path, (int, float)) and 0 <= self.drop_path < 1):
+            raise ValueError(f"drop_path is {self.drop_path!r}: make it at least 0 and less than 1")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """A 3x3 convolution and its batch norm (Ioffe & Szegedy 2015): (N, C, H, W) -> (N, C', H / stride, W / stride)."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (He et al. 2015): (N, C, H, W) -> (N, C, H, W)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = conv_bn(channels, channels)
+        self.conv2 = conv_bn(channels, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017) over the tokens: (N, T, C) -> (N, T, C)."""
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        # PyTorch's fused CPU kernel is made for long sequences; for 49 tokens the plain products are twice as fast.
+        with sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else nullcontext():
+            x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, T, C / heads)
+        return self.proj(x.transpose(1, 2).reshape(n, t, c))
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm Transformer block (Xiong et al. 2020) with stochastic depth: (N, T, C) -> (N, T, C)."""
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        hidden_dim = max(1, int(embed_dim * mlp_ratio))
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.attention = Attention(embed_dim, num_heads)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim))
+        self.drop_path = drop_path
+
+    def skip(self, branch: torch.Tensor) -> torch.Tensor:
+        """Stochastic depth (Huang et al. 2016): in training, drop the whole branch for a random part of the images."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.skip(self.attention(self.norm1(x)))
+        return x + self.skip(self.mlp(self.norm2(x)))
+
+
+class Pool(nn.Module):
+    """One vector per image, a weighted mean of its tokens: (N, T, C) -> (N, C).
+
+    "attention" learns a score per token and takes the softmax of the scores as weights (the sequence pooling of
+    Hassani et al. 2021, arXiv 2104.05704); "mean" weighs all tokens alike.
+    """
+
+    def __init__(self, embed_dim: int, pool: str) -> None:
+        super().__init__()
+        self.score = nn.Linear(embed_dim, 1) if pool == "attention" else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.score is None:
+            return x.mean(dim=1)
+        weights = self.score(x).softmax(dim=1)  # (N, T, 1)
+        return (weights.to(x.dtype).transpose(1, 2) @ x).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class HybridClassifier(nn.Module):
+    """CNN stem + Transformer encoder + pooled head.
+
+    `forward` takes normalised images, a float tensor of shape (N, 1, 28, 28) as `dataset.normalize` makes it, and
+    returns logits of shape (N, 10); `softmax(dim=1)` turns them into probabilities.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = nn.Sequential()
+        self.stem.add_module("down1", nn.Sequential(conv_bn(1, config.stem_dim, stride=2), nn.ReLU()))
+        for i in range(config.stem_blocks[0]):
+            self.stem.add_module(f"stage1_{i}", ResidualBlock(config.stem_dim))  # 14x14
+        self.stem.add_module("down2", nn.Sequential(conv_bn(config.stem_dim, config.embed_dim, stride=2), nn.ReLU()))
+        for i in range(config.stem_blocks[1]):
+            self.stem.add_module(f"stage2_{i}", ResidualBlock(config.embed_dim))  # 7x7
+        self.pos_embed = nn.Parameter(torch.zeros(1, GRID_SIZE * GRID_SIZE, config.embed_dim))
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                config.embed_dim,
+                config.num_heads,
+                config.mlp_ratio,
+                drop_path=config.drop_path * (i + 1) / config.depth,
+            )
+            for i in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.embed_dim)
+        self.pool = Pool(config.embed_dim, config.pool)
+        self.head = nn.Linear(config.embed_dim, len(CLASS_NAMES))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights: He et al. 2015 for convolutions, N(0, 0.02) for linear layers and positions."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def num_parameters(self) -> int:
+        """The number of trainable values."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (N, C, 7, 7)
+        x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (N, 49, C)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.pool(self.norm(x)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: one dictionary of plain values and tensors, which `torch.load(weights_only=True)` reads without running
+# any code of the file's.
+
+CHECKPOINT_FORMAT = "fashion-mnist-hybrid"
+CHECKPOINT_VERSION = 1
+MAX_CHECKPOINT_BYTES = 256 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used; the message is one line that says why and what to do."""
+
+
+def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
+    """Write the model's configuration and weights, and whatever else is given, so that `load_checkpoint` reads them.
+
+    The file is written under a temporary name and renamed: at any moment `path` is the old file or the new one, whole.
+
+    Args:
+        path: the file; its folder must exist.
+        model: on any device; the weights are stored as CPU tensors.
+        contents: further entries of the dictionary: numbers, strings, lists, dictionaries, tensors.
+
+    Raises:
+        OSError: the file cannot be written; an older one is as it was.
+    """
+    path = Path(path)
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "version": CHECKPOINT_VERSION,
+        "model_config": asdict(model.config) | {"stem_blocks": list(model.config.stem_blocks)},
+        "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
+        **contents,
+    }
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except RuntimeError as error:  # how torch.save reports a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    finally:
+        Path(part).unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[HybridClassifier, dict[str, Any]]:
+    """Read a checkpoint of this project.
+
+    Args:
+        path: a file that `train.py` wrote.
+        device: where the model goes.
+
+    Returns:
+        The model in evaluation mode, and the checkpoint's whole dictionary with its tensors on the CPU.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, not of this project, or does not fit its own configuration.
+            Nothing in the file is ever executed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file: name a checkpoint that train.py wrote (checkpoints/…/*.pt)")
+    if path.stat().st_size > MAX_CHECKPOINT_BYTES:
+        raise CheckpointError(f"{path} is larger than any checkpoint of this project: name one that train.py wrote")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is damaged or holds objects that could run code, so it was not opened: "
+            f"name a checkpoint that train.py wrote"
+        ) from error
+    except Exception as error:  # a damaged archive ends in one of a dozen types, none of them more telling than this
+        raise CheckpointError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint"
+        ) from error
+
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this project: name one that train.py wrote")
+    version = checkpoint.get("version")
+    if type(version) is not int or not 1 <= version <= CHECKPOINT_VERSION:
+        raise CheckpointError(f"{path} has format version {version!r}, this code reads {CHECKPOINT_VERSION}: update it")
+    saved, weights = checkpoint.get("model_config"), checkpoint.get("model")
+    names = [field.name for field in fields(ModelConfig)]
+    if not isinstance(saved, dict) or set(saved) != set(names) or not isinstance(weights, dict):
+        raise CheckpointError(f"{path} lacks its model's configuration or weights: it is damaged, use another one")
+    try:
+        config = ModelConfig(**saved)
+        with torch.device("meta"):  # no memory is taken before the shapes are known to fit
+            expected = {name: tensor.shape for name, tensor in HybridClassifier(config).state_dict().items()}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} has an impossible model configuration: {error}") from error
+    found = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
+    if found != expected:
+        odd = next(name for name in [*expected, *found] if found.get(name) != expected.get(name))
+        raise CheckpointError(
+            f"{path} does not fit its own configuration, first at {odd!r}: it is damaged, use another one"
+        )
+    bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise CheckpointError(f"{path} holds values in {bad!r} that are not finite: train again or use another one")
+    model = HybridClassifier(config)
+    model.load_state_dict(weights)
+    return model.to(device).eval(), checkpoint

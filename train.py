@@ -1,0 +1,673 @@
+"""Train the CNN + Transformer hybrid on Fashion-MNIST.
+
+    python train.py                                     train with the defaults below, then test once
+    python train.py --epochs 5 --lr 1e-3                every default is also a flag; --help lists them
+    python train.py --resume                            go on with an interrupted run
+    python train.py --evaluate checkpoints/best.pt      only the last step: evaluate a checkpoint on the test split
+
+The best checkpoint by validation accuracy is kept as `checkpoints/best.pt`, the state of the run as
+`checkpoints/last.pt`. The test split is evaluated once, at the end, and chooses nothing.
+"""
+
+import argparse
+import copy
+import csv
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, classification_report
+from tqdm import tqdm
+
+import dataset
+from model import (
+    MAX_PARAMETERS,
+    CheckpointError,
+    HybridClassifier,
+    ModelConfig,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The defaults. Edit a value here, or override it on the command line: stem_dim is --stem-dim, and so on.
+
+DEFAULTS: dict[str, tuple[Any, str]] = dict(
+    # data
+    data_dir=("data", "folder with the four files of Fashion-MNIST; they are put there if it lacks them"),
+    val_size=(5000, "images held out of the 60,000 to choose the best epoch; 0 trains on all, keeps the last weights"),
+    train_size=(0, "train on only so many of the remaining images, for a quick try; 0 takes them all"),
+    # augmentation
+    flip=(True, "mirror half of the images"),
+    shift=(2, "move every image by up to so many pixels each way"),
+    erase=(0.25, "probability that a rectangle of an image is replaced by noise"),
+    # model
+    stem_dim=(48, "channels of the convolutional stem at 14x14"),
+    stem_blocks=((1, 1), "residual blocks of the stem at 14x14 and at 7x7"),
+    embed_dim=(96, "channels at 7x7, which is the width of a token"),
+    depth=(2, "number of Transformer blocks"),
+    num_heads=(3, "attention heads of a block; divides embed_dim"),
+    mlp_ratio=(2.0, "hidden width of a block's MLP, in units of embed_dim"),
+    pool=("attention", "how 49 tokens become one: attention or mean"),
+    drop_path=(0.0, "stochastic depth of the last Transformer block"),
+    # optimisation
+    epochs=(24, "passes over the training images"),
+    batch_size=(128, "images per step"),
+    optimizer=("muon", "muon (for matrices and filters, AdamW for the rest) or adamw"),
+    lr=(3e-3, "peak learning rate; after it a cosine down to 0"),
+    warmup_epochs=(1.0, "epochs of linear warm-up, at most a quarter of the run"),
+    weight_decay=(0.05, "decoupled weight decay of all matrices and filters"),
+    label_smoothing=(0.1, "part of the target spread over all classes"),
+    ema_decay=(0.999, "moving average of the weights, the ones evaluated and kept; 0 averages nothing"),
+    grad_clip=(1.0, "largest norm of the gradient; 0 clips nothing"),
+    # system
+    seed=(0, "of the split, the initial weights, the order and the augmentation"),
+    device=("auto", "auto, cpu, cuda or mps; auto takes an accelerator where there is one"),
+    precision=("auto", "auto, float32 or bfloat16; auto takes bfloat16 where the hardware computes in it"),
+    compile=(False, "use torch.compile: a minute of compilation first, so for long runs"),
+    output_dir=("checkpoints", "where checkpoints, history and pictures are written"),
+    report_test=(False, "report on the test split after every epoch too; it chooses nothing"),
+    quiet=(False, "one line an epoch: no bars, no reports"),
+)
+# ---------------------------------------------------------------------------------------------------------------------
+
+RANGES = dict(
+    val_size=(0, 59_000),
+    train_size=(0, 60_000),
+    shift=(0, dataset.IMAGE_SIZE - 1),
+    erase=(0, 1),
+    stem_dim=(1, 1024),
+    stem_blocks=(0, 64),
+    embed_dim=(1, 1024),
+    depth=(0, 1024),
+    num_heads=(1, 1024),
+    mlp_ratio=(0.01, 16),
+    drop_path=(0, 0.99),
+    epochs=(1, 100_000),
+    batch_size=(1, 60_000),
+    lr=(1e-9, 10),
+    warmup_epochs=(0, 100_000),
+    weight_decay=(0, 100),
+    label_smoothing=(0, 0.99),
+    ema_decay=(0, 0.999999),
+    grad_clip=(0, 1e6),
+    seed=(0, 2**32 - 1),
+)
+CHOICES = dict(
+    pool=("attention", "mean"),
+    optimizer=("muon", "adamw"),
+    device=("auto", "cpu", "cuda", "mps"),
+    precision=("auto", "float32", "bfloat16"),
+)
+NOT_OF_THE_RUN = ("data_dir", "device", "compile", "output_dir", "report_test", "quiet")  # may change on --resume
+
+
+class TrainingError(RuntimeError):
+    """A run cannot start or go on; the message is one line that says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pieces of a step
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn a flag into a device; "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        TrainingError: the named device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise TrainingError(f"--device {name}: PyTorch sees no such device on this machine; try --device auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """Turn a flag into the type that matrix products and convolutions compute in.
+
+    "auto" takes bfloat16 only where the hardware has instructions for it. On a CPU without them a bfloat16 matrix
+    product is some hundred times slower than a float32 one.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        elif device.type == "cpu":
+            cpu = torch.cpu.get_capabilities()
+            fast = bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        else:
+            fast = False
+        name = "bfloat16" if fast else "float32"
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> Any:
+    """The context in which the forward pass computes in `precision`; weights and optimiser stay float32."""
+    return nullcontext() if precision == torch.float32 else torch.autocast(device.type, dtype=precision)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Convolution filters count as matrices of shape (out, in * height * width). The update is scaled as Liu et al. 2025
+    (arXiv 2502.16982) propose, to the size of AdamW's, so that both take the same learning rate and weight decay.
+    `torch.optim.Muon` takes no filters and computes in bfloat16, which many CPUs only emulate; this one is float32.
+    """
+
+    def __init__(self, params: list[torch.Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
+                scale = 0.2 * max(update.shape) ** 0.5
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(orthogonalize(update).view_as(p), alpha=-group["lr"] * scale)
+
+
+def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Bring the singular values of a matrix close to 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024)."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon or AdamW (Loshchilov & Hutter 2019) for matrices and filters, AdamW without decay for the rest.
+
+    The head and the single-channel first filters stay with AdamW in either case. The learning rate is set per step.
+    """
+    names = dict(model.named_parameters())
+    matrices = {n for n, p in names.items() if p.ndim >= 2 and n != "pos_embed"}
+    hidden = {n for n in matrices if kind == "muon" and min(names[n].flatten(1).shape) > len(dataset.CLASS_NAMES)}
+    groups = [
+        dict(params=[names[n] for n in names if n in matrices - hidden], weight_decay=weight_decay),
+        dict(params=[names[n] for n in names if n not in matrices], weight_decay=0.0),
+    ]
+    fused = next(model.parameters()).device.type != "mps"
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=fused)]
+    if hidden:
+        optimizers.append(Muon([names[n] for n in names if n in hidden], lr=0.0, weight_decay=weight_decay))
+    return optimizers
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to 0 (Loshchilov & Hutter 2017); `step` counts from 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights, and batch norm's statistics, a little towards the current ones.
+
+    The first steps average over a shorter window, so that the random initial weights are soon forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    averaged, current = list(ema.state_dict().values()), list(model.state_dict().values())
+    is_float = [tensor.is_floating_point() for tensor in current]
+    torch._foreach_lerp_(
+        [a for a, f in zip(averaged, is_float, strict=True) if f],
+        [c for c, f in zip(current, is_float, strict=True) if f],
+        1 - decay,
+    )
+    for a, c, f in zip(averaged, current, is_float, strict=True):
+        if not f:
+            a.copy_(c)  # batch norm's counters
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 500) -> torch.Tensor:
+    """Logits of uint8 images (N, 1, 28, 28) as a float32 tensor (N, 10); always in float32 and evaluation mode."""
+    was_training = model.training
+    model.eval()
+    logits = [model(dataset.normalize(images[i : i + batch_size])) for i in range(0, len(images), batch_size)]
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+def report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
+    """scikit-learn's classification report with the class names."""
+    return classification_report(
+        labels.cpu(),
+        predictions.cpu(),
+        labels=range(len(dataset.CLASS_NAMES)),
+        target_names=dataset.CLASS_NAMES,
+        digits=4,
+        zero_division=0,
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+def train(config: SimpleNamespace, resume: bool = False) -> Path:
+    """Train a model and return the path of the best checkpoint.
+
+    Args:
+        config: every name of `DEFAULTS` with its value.
+        resume: go on from `config.output_dir`/last.pt, which the configuration was read from.
+
+    Raises:
+        TrainingError: the loss is no longer finite, or the device is not there.
+        dataset.DataError, ValueError, OSError: bad data, an impossible model, a folder that cannot be written.
+    """
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    output_dir = Path(config.output_dir)
+    best_path, last_path = output_dir / "best.pt", output_dir / "last.pt"
+
+    model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
+    torch.manual_seed(config.seed)
+    model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
+    generator = torch.Generator(device).manual_seed(config.seed)  # the order of the images and their augmentation
+
+    images, labels = (tensor.to(device) for tensor in dataset.load(config.data_dir, train=True))
+    train_index, val_index = (i.to(device) for i in dataset.split_indices(labels, config.val_size, config.seed))
+    if config.train_size and config.train_size < len(train_index):
+        subset = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
+        train_index = train_index[subset.to(device)]
+    val_images, val_labels = images[val_index], labels[val_index]
+    if config.report_test:
+        test_images, test_labels = (tensor.to(device) for tensor in dataset.load(config.data_dir, train=False))
+
+    steps_per_epoch = math.ceil(len(train_index) / config.batch_size)
+    total_steps = config.epochs * steps_per_epoch
+    warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps_per_epoch)
+
+    print("\n".join(f"{name:16} {getattr(config, name)}" for name in DEFAULTS))
+    print(
+        f"\n{model.num_parameters():,} parameters; device {device} ({torch.get_num_threads()} CPU threads), "
+        f"{str(precision).removeprefix('torch.')}; {len(train_index):,} training, {len(val_index):,} validation, "
+        f"10,000 test images; torch {torch.__version__}"
+    )
+    if model.num_parameters() > MAX_PARAMETERS:
+        print(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
+
+    epoch, step, order, loss_sum, predictions = 0, 0, None, torch.zeros((), device=device), []
+    history: list[dict[str, float]] = []
+    best_accuracy, seconds_before = -1.0, 0.0
+    if resume:
+        checkpoint = load_checkpoint(last_path)[1]
+        saved = checkpoint["training"]
+        model.load_state_dict(saved["model"])
+        ema_model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        generator.set_state(saved["generator"])
+        torch.set_rng_state(saved["rng"])
+        if device.type == "cuda" and saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"])
+        epoch, step, loss_sum = saved["epoch"], saved["step"], saved["loss_sum"].to(device)
+        if step:  # the run stopped within an epoch
+            order, predictions = saved["order"].to(device), [saved["predictions"].to(device)]
+        history, best_accuracy, seconds_before = checkpoint["history"], saved["best_accuracy"], saved["seconds"]
+        print(f"resuming at epoch {epoch + 1}, step {step} of {steps_per_epoch}")
+    else:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for path in (best_path, last_path):
+            if path.exists():  # hours of somebody's work, perhaps: the new run puts it aside
+                os.replace(path, path.with_name(f"previous-{path.name}"))
+                print(f"{path} of an earlier run is now {path.with_name(f'previous-{path.name}')}")
+    forward = torch.compile(model) if config.compile else model
+    started, first_epoch = time.perf_counter(), epoch
+
+    def elapsed() -> float:
+        return seconds_before + time.perf_counter() - started
+
+    def save(path: Path, **training: Any) -> None:
+        save_checkpoint(
+            path,
+            ema_model,
+            train_config=vars(config),
+            epoch=len(history),
+            val_accuracy=history[-1]["val_accuracy"] if history else None,
+            history=history,
+            environment=f"torch {torch.__version__}, {platform.machine()}, {device.type}, {precision}",
+            **training,
+        )
+
+    def save_position() -> None:
+        save(
+            last_path,
+            training=dict(
+                model=model.state_dict(),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                generator=generator.get_state(),
+                rng=torch.get_rng_state(),
+                cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                epoch=epoch,
+                step=step,
+                order=order if step else None,
+                predictions=torch.cat(predictions) if step else None,
+                loss_sum=loss_sum,
+                best_accuracy=best_accuracy,
+                seconds=elapsed(),
+            ),
+        )
+
+    stop = StopSignal()
+    while epoch < config.epochs:
+        # One epoch: a permutation of the training images, cut into batches.
+        title = f"epoch {epoch + 1}/{config.epochs}"
+        epoch_started, first_step = time.perf_counter(), step
+        model.train()
+        if step == 0:
+            order = train_index[torch.randperm(len(train_index), generator=generator, device=device)]
+            loss_sum, predictions = torch.zeros((), device=device), []
+        bar = tqdm(
+            total=len(order),
+            initial=step * config.batch_size,
+            desc=title,
+            unit=" images",
+            disable=config.quiet,
+            mininterval=0.5,
+            leave=False,
+        )
+        with bar:
+            while step < steps_per_epoch:
+                index = order[step * config.batch_size : (step + 1) * config.batch_size]
+                batch = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
+                lr = learning_rate(epoch * steps_per_epoch + step, total_steps, warmup_steps, config.lr)
+                for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+                    group["lr"] = lr
+
+                with autocast(device, precision):
+                    logits = forward(dataset.normalize(batch))
+                loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.label_smoothing)
+                model.zero_grad()
+                loss.backward()
+                if config.grad_clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+                for optimizer in optimizers:
+                    optimizer.step()
+                update_ema(ema_model, model, config.ema_decay, epoch * steps_per_epoch + step)
+
+                loss_sum += loss.detach() * len(index)
+                predictions.append(logits.detach().argmax(dim=1))
+                step += 1
+                bar.update(len(index))
+                if step % 20 == 0 or step == steps_per_epoch:  # seldom: on a GPU this waits for the device
+                    if not math.isfinite(loss_sum.item()):  # a sum, so that no bad step in between is missed
+                        raise TrainingError(
+                            f"the loss is no longer finite in epoch {epoch + 1} before step {step}: try a smaller "
+                            f"--lr (now {config.lr:g}) or --precision float32; checkpoints in {output_dir} are as they were"
+                        )
+                    bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
+                if stop.requested and step < steps_per_epoch:
+                    save_position()
+                    stop.leave(f"stopped in epoch {epoch + 1} after step {step}", output_dir)
+
+        # The end of the epoch: reports, history, checkpoints.
+        train_seconds = time.perf_counter() - epoch_started
+        predictions = torch.cat(predictions)
+        row = dict(
+            epoch=epoch + 1,
+            lr=lr,
+            train_loss=loss_sum.item() / len(order),
+            train_accuracy=accuracy_score(labels[order].cpu(), predictions.cpu()),
+            val_loss=math.nan,
+            val_accuracy=math.nan,
+            seconds=elapsed(),
+        )
+        if not config.quiet:
+            print(f"\n{title}, training images as augmented\n{report(labels[order], predictions)}")
+        if len(val_index):
+            logits = predict(ema_model, val_images)
+            row["val_loss"] = F.cross_entropy(logits, val_labels).item()
+            row["val_accuracy"] = accuracy_score(val_labels.cpu(), logits.argmax(dim=1).cpu())
+            if not config.quiet:
+                print(f"{title}, validation split\n{report(val_labels, logits.argmax(dim=1))}")
+        if config.report_test:
+            logits = predict(ema_model, test_images)
+            row["test_loss"] = F.cross_entropy(logits, test_labels).item()
+            row["test_accuracy"] = accuracy_score(test_labels.cpu(), logits.argmax(dim=1).cpu())
+            if not config.quiet:
+                print(f"{title}, test split\n{report(test_labels, logits.argmax(dim=1))}")
+            print(f"test accuracy {row['test_accuracy']:.4f}: for information, it chooses nothing")
+        history.append(row)
+        remaining = (time.perf_counter() - started) / (epoch + 1 - first_epoch) * (config.epochs - epoch - 1)
+        print(
+            f"{title}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
+            f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}  lr {lr:.3g}  "
+            f"{(len(order) - first_step * config.batch_size) / train_seconds:.0f} images/s  "
+            f"elapsed {clock(elapsed())}  remaining {clock(remaining)}",
+            flush=True,
+        )
+        epoch, step = epoch + 1, 0
+        is_best = not len(val_index) or row["val_accuracy"] > best_accuracy
+        if is_best:
+            best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
+            save(best_path)
+            why = f"best validation accuracy so far, {best_accuracy:.4f}" if len(val_index) else "no validation split"
+            print(f"saved {best_path}: {why}", flush=True)
+        write_history(history, output_dir)
+        save_position()
+        if stop.requested:
+            stop.leave(f"stopped after epoch {epoch}", output_dir)
+    stop.restore()
+
+    # The best checkpoint gets the whole history, so that --evaluate can draw it at any time.
+    ema_model, best = load_checkpoint(best_path)
+    contents = {k: v for k, v in best.items() if k not in ("format", "version", "model_config", "model", "history")}
+    save_checkpoint(best_path, ema_model, **contents, history=history)
+    return best_path
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a request that the loop honours between two steps; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self.before = {kind: signal.signal(kind, self.request) for kind in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(self, number: int, frame: Any) -> None:
+        self.requested = number
+        self.restore()
+
+    def restore(self) -> None:
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+    def leave(self, message: str, output_dir: Path) -> None:
+        where = "" if output_dir == Path(DEFAULTS["output_dir"][0]) else f" --output-dir {output_dir}"
+        print(f"\n{message}; go on with: python train.py --resume{where}", flush=True)
+        raise SystemExit(128 + self.requested)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run leaves beside its checkpoint
+
+
+def write_history(history: list[dict[str, float]], output_dir: Path) -> None:
+    """Write `history.csv`, a row an epoch; the old file is replaced whole."""
+    part = output_dir / f".history.csv.{os.getpid()}.part"
+    try:
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=history[-1])
+            writer.writeheader()
+            writer.writerows(history)
+        os.replace(part, output_dir / "history.csv")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def plot_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Draw loss, accuracy and learning rate over the epochs."""
+    from matplotlib.figure import Figure  # here, since training itself needs no matplotlib
+
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    loss, accuracy, lr = figure.subplots(1, 3)
+    for split, label in (("train", "training (augmented, smoothed)"), ("val", "validation"), ("test", "test")):
+        if any(not math.isnan(row.get(f"{split}_loss", math.nan)) for row in history):
+            loss.plot(epochs, [row.get(f"{split}_loss") for row in history], label=label)
+            accuracy.plot(epochs, [100 * row[f"{split}_accuracy"] for row in history], label=label)
+    lr.plot(epochs, [row["lr"] for row in history], color="tab:green")
+    for axes, title in ((loss, "loss"), (accuracy, "accuracy (%)"), (lr, "learning rate at the end of the epoch")):
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+    loss.legend()
+    accuracy.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, path: Path) -> None:
+    """Draw how many test images of each class (rows) were taken for each class (columns)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots()
+    ConfusionMatrixDisplay.from_predictions(
+        labels.cpu(),
+        predictions.cpu(),
+        display_labels=dataset.CLASS_NAMES,
+        cmap="Blues",
+        colorbar=False,
+        xticks_rotation=45,
+        ax=axes,
+    )
+    axes.set_title(f"test split: {accuracy_score(labels.cpu(), predictions.cpu()):.2%} right")
+    figure.savefig(path, dpi=120)
+
+
+def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
+    """Evaluate a checkpoint once on the test split; print the report, write history and pictures beside the checkpoint.
+
+    Returns:
+        The test accuracy, 0 to 1.
+
+    Raises:
+        CheckpointError, dataset.DataError, OSError: see there.
+    """
+    model, checkpoint = load_checkpoint(path, device)
+    images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=False))
+    logits = predict(model, images)
+    predictions = logits.argmax(dim=1)
+    accuracy = accuracy_score(labels.cpu(), predictions.cpu())
+    print(f"\n{path} (epoch {checkpoint.get('epoch')}) on the test split\n{report(labels, predictions)}")
+    print(
+        f"test accuracy {accuracy:.4f}, loss {F.cross_entropy(logits, labels).item():.4f}, "
+        f"{model.num_parameters():,} parameters, {len(labels):,} images, one forward pass each"
+    )
+    written = ["confusion_matrix.png"]
+    plot_confusion_matrix(labels, predictions, path.parent / written[0])
+    if checkpoint.get("history"):
+        write_history(checkpoint["history"], path.parent)
+        plot_curves(checkpoint["history"], path.parent / "curves.png")
+        written += ["history.csv", "curves.png"]
+    print(f"wrote {', '.join(written)} to {path.parent}")
+    return accuracy
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def number(name: str, kind: type) -> Callable[[str], float]:
+    """A parser of a number within its range, for argparse."""
+    low, high = RANGES[name]
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # NaN fails this too
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:,} to {high:,}")
+        return value
+
+    return parse
+
+
+def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Parse the command line; the result holds only the flags that were given."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output-dir")
+    parser.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate on the test split, train nothing")
+    for name, (value, text) in DEFAULTS.items():
+        options: dict[str, Any] = dict(dest=name, help=f"{text} (default: {value})")
+        if isinstance(value, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(value, tuple):
+            options |= dict(type=number(name, int), nargs=len(value), metavar="N")
+        elif name in RANGES:
+            options |= dict(type=number(name, type(value)), metavar="N" if isinstance(value, int) else "X")
+        elif name in CHOICES:
+            options["choices"] = CHOICES[name]
+        else:
+            options["metavar"] = "PATH"
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser, parser.parse_args(arguments)
+
+
+def main() -> None:
+    parser, args = parse_flags()
+    given = vars(args)
+    resume, checkpoint_to_evaluate = given.pop("resume", False), given.pop("evaluate", None)
+    settings = {name: value for name, (value, _) in DEFAULTS.items()} | given
+    try:
+        if resume:  # the run's own settings count, whatever the defaults have become since
+            path = Path(settings["output_dir"]) / "last.pt"
+            saved = load_checkpoint(path)[1]
+            if "training" not in saved or set(saved.get("train_config", ())) != set(DEFAULTS):
+                raise CheckpointError(f"{path} holds no run that this version can resume: start anew without --resume")
+            for name in DEFAULTS:
+                if name not in NOT_OF_THE_RUN:
+                    if name in given and given[name] != saved["train_config"][name]:
+                        parser.error(
+                            f"--{name.replace('_', '-')} {given[name]} differs from the run to resume, which has "
+                            f"{saved['train_config'][name]}: leave the flag out, or start anew without --resume"
+                        )
+                    settings[name] = saved["train_config"][name]
+        config = SimpleNamespace(**settings)
+        if 0 < config.val_size < len(dataset.CLASS_NAMES):
+            parser.error(f"--val-size {config.val_size}: give 0, or at least one image per class")
+        if checkpoint_to_evaluate is None:
+            checkpoint_to_evaluate = train(config, resume)
+            print(f"\nheatmaps of this model: python Visulization.py --checkpoint {checkpoint_to_evaluate}")
+        evaluate(Path(checkpoint_to_evaluate), config.data_dir, choose_device(config.device))
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (TrainingError, CheckpointError, dataset.DataError, ValueError, OSError) as error:
+        raise SystemExit(f"train.py: error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
