@@ -32,7 +32,7 @@ from gradcam import GradCAM
 from model import CheckpointError, HybridClassifier, load_checkpoint
 
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shipped" / "model.pt"
-TARGET_LAYER = "stem.stage2_0"
+TARGET_LAYER = "stem"
 COLOR_MAP = "inferno"
 SCALE = 12  # an image pixel becomes so many picture pixels, both ways
 MAX_IMAGE_PIXELS = 64_000_000  # of a person's own picture

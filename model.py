@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dataset import CLASS_NAMES, IMAGE_SIZE
 
 MAX_PARAMETERS = 600_000
-STEM_STRIDE = 4  # two stride-2 convolutions: 28 -> 14 -> 7
+STEM_STRIDE = 4  # a max-pooling and a stride-2 convolution: 28 -> 14 -> 7
 GRID_SIZE = IMAGE_SIZE // STEM_STRIDE
 
 
@@ -177,7 +177,10 @@ class HybridClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.stem = nn.Sequential()
-        self.stem.add_module("down1", nn.Sequential(conv_bn(1, config.stem_dim, stride=2), nn.ReLU()))
+        # The first filters see all 28x28 places; pooling before the norm leaves it a quarter of the work.
+        filters = nn.Conv2d(1, config.stem_dim, kernel_size=3, padding=1, bias=False)
+        norm = nn.BatchNorm2d(config.stem_dim)
+        self.stem.add_module("down1", nn.Sequential(filters, nn.MaxPool2d(2), norm, nn.ReLU()))
         for i in range(config.stem_blocks[0]):
             self.stem.add_module(f"stage1_{i}", ResidualBlock(config.stem_dim))  # 14x14
         self.stem.add_module("down2", nn.Sequential(conv_bn(config.stem_dim, config.embed_dim, stride=2), nn.ReLU()))

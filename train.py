@@ -55,7 +55,7 @@ DEFAULTS: dict[str, tuple[Any, str]] = dict(
     erase=(0.25, "probability that a rectangle of an image is replaced by noise"),
     # model
     stem_dim=(48, "channels of the convolutional stem at 14x14"),
-    stem_blocks=((1, 1), "residual blocks of the stem at 14x14 and at 7x7"),
+    stem_blocks=((1, 2), "residual blocks of the stem at 14x14 and at 7x7"),
     embed_dim=(96, "channels at 7x7, which is the width of a token"),
     depth=(2, "number of Transformer blocks"),
     num_heads=(3, "attention heads of a block; divides embed_dim"),
@@ -63,10 +63,10 @@ DEFAULTS: dict[str, tuple[Any, str]] = dict(
     pool=("attention", "how 49 tokens become one: attention or mean"),
     drop_path=(0.0, "stochastic depth of the last Transformer block"),
     # optimisation
-    epochs=(24, "passes over the training images"),
+    epochs=(16, "passes over the training images"),
     batch_size=(128, "images per step"),
     optimizer=("muon", "muon (for matrices and filters, AdamW for the rest) or adamw"),
-    lr=(3e-3, "peak learning rate; after it a cosine down to 0"),
+    lr=(6e-3, "peak learning rate; after it a cosine down to 0"),
     warmup_epochs=(1.0, "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, "decoupled weight decay of all matrices and filters"),
     label_smoothing=(0.1, "part of the target spread over all classes"),
@@ -419,11 +419,12 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 predictions.append(logits.detach().argmax(dim=1))
                 step += 1
                 bar.update(len(index))
-                if step % 20 == 0 or step == steps_per_epoch:  # seldom: on a GPU this waits for the device
+                # Looking at a value makes a GPU wait, so this is done seldom, and always before anything is saved.
+                if step % 20 == 0 or step == steps_per_epoch or stop.requested:
                     if not math.isfinite(loss_sum.item()):  # a sum, so that no bad step in between is missed
                         raise TrainingError(
-                            f"the loss is no longer finite in epoch {epoch + 1} before step {step}: try a smaller "
-                            f"--lr (now {config.lr:g}) or --precision float32; checkpoints in {output_dir} are as they were"
+                            f"the loss is no longer finite in epoch {epoch + 1} before step {step}: try a smaller --lr "
+                            f"than {config.lr:g}, or --precision float32; checkpoints in {output_dir} are as they were"
                         )
                     bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
                 if stop.requested and step < steps_per_epoch:

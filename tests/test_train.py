@@ -1,0 +1,232 @@
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import dataset
+import train
+from model import load_checkpoint
+from train import DEFAULTS, RANGES, TrainingError
+
+
+def state_of(run: Path) -> dict:
+    """Everything that decides how a run goes on, without the times."""
+    checkpoint = load_checkpoint(run / "last.pt")[1]
+    history = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint["history"]]
+    training = {k: v for k, v in checkpoint["training"].items() if k != "seconds"}
+    return dict(model=checkpoint["model"], history=history, training=training)
+
+
+def assert_identical(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture
+def stop_at_step(monkeypatch):
+    """Sends this process a signal after so many optimiser steps, as a person's Ctrl-C would arrive."""
+
+    def arm(step: int, number: int) -> None:
+        update_ema, calls = train.update_ema, []
+
+        def counting(*arguments):
+            update_ema(*arguments)
+            calls.append(1)
+            if len(calls) == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(train, "update_ema", counting)
+
+    return arm
+
+
+@pytest.mark.parametrize("step", [3, 10, 14])  # within the first epoch, at its very end, within the second
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    run_config, stop_at_step, tmp_path, monkeypatch, capsys, step, optimizer
+):
+    whole, parts = (run_config(output_dir=str(tmp_path / name), optimizer=optimizer) for name in ("whole", "parts"))
+    train.train(whole)
+    with monkeypatch.context():
+        stop_at_step(step, signal.SIGINT if step < 10 else signal.SIGTERM)
+        with pytest.raises(SystemExit) as stopped:
+            train.train(parts)
+        assert stopped.value.code == (130 if step < 10 else 143)
+        assert f"python train.py --resume --output-dir {parts.output_dir}" in capsys.readouterr().out
+        monkeypatch.undo()
+    torch.rand(5)  # the state of the global generator must come from the checkpoint
+    train.train(parts, resume=True)
+    assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert_identical(
+        load_checkpoint(tmp_path / "whole" / "best.pt")[1]["model"],
+        load_checkpoint(tmp_path / "parts" / "best.pt")[1]["model"],
+    )
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "parts")]
+    assert files[0] == files[1] == ["best.pt", "history.csv", "last.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoints(run_config, tmp_path, monkeypatch):
+    train.train(run_config(epochs=1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    normalize, calls = dataset.normalize, []
+
+    def poisoned(images):
+        calls.append(1)
+        return normalize(images) * (math.nan if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(dataset, "normalize", poisoned)
+    with pytest.raises(TrainingError, match="no longer finite in epoch 1"):
+        train.train(run_config(epochs=1))
+    after = {path.name.removeprefix("previous-"): path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert after == before
+
+
+def test_without_a_validation_split_the_last_weights_are_kept(run_config, tmp_path):
+    path = train.train(run_config(val_size=0))
+    best, last = load_checkpoint(path)[1], load_checkpoint(tmp_path / "run" / "last.pt")[1]
+    assert best["epoch"] == 2
+    assert_identical(best["model"], last["model"])
+
+
+def test_the_best_epoch_is_the_one_kept(run_config):
+    checkpoint = load_checkpoint(train.train(run_config(epochs=4)))[1]
+    accuracies = [row["val_accuracy"] for row in checkpoint["history"]]
+    assert len(accuracies) == 4
+    assert checkpoint["epoch"] - 1 == accuracies.index(max(accuracies))
+    assert checkpoint["val_accuracy"] == max(accuracies)
+
+
+def test_the_kept_weights_are_the_average_and_give_the_reported_accuracy(run_config, data_dir):
+    config = run_config()
+    model, checkpoint = load_checkpoint(train.train(config))
+    images, labels = dataset.load(data_dir, train=True)
+    val = dataset.split_indices(labels, config.val_size, config.seed)[1]
+    accuracy = (train.predict(model, images[val]).argmax(dim=1) == labels[val]).double().mean().item()
+    assert accuracy == pytest.approx(checkpoint["val_accuracy"])
+
+
+def test_warm_up_then_cosine_down_to_nothing():
+    lrs = [train.learning_rate(step, total_steps=100, warmup_steps=10, peak=0.5) for step in range(100)]
+    assert lrs[9] == max(lrs) == 0.5
+    assert lrs[:10] == sorted(lrs[:10]) and lrs[10:] == sorted(lrs[10:], reverse=True)
+    assert 0 < lrs[-1] < 0.001 and lrs[55] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (32, 32)])
+def test_muon_makes_updates_nearly_orthogonal(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    singular_values = torch.linalg.svdvals(train.orthogonalize(matrix))
+    assert singular_values.min() > 0.3 and singular_values.max() < 1.3
+
+
+def test_every_parameter_is_optimised_exactly_once(small_model):
+    for kind in train.CHOICES["optimizer"]:
+        optimizers = train.make_optimizers(small_model, kind, weight_decay=0.1)
+        optimised = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(map(id, optimised)) == sorted(map(id, small_model.parameters()))
+
+
+def test_automatic_precision_never_takes_bfloat16_where_the_cpu_emulates_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert train.choose_precision("auto", cpu) == torch.float32
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
+    assert train.choose_precision("auto", cpu) == torch.bfloat16
+    assert train.choose_precision("float32", cpu) == torch.float32
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("bad", ["low", "high", "nan", "text"])
+def test_numbers_out_of_range_name_the_flag_and_the_range(capsys, name, bad):
+    low, high = RANGES[name]
+    text = {"low": str(low - 1), "high": str(high + 1), "nan": "nan", "text": "many"}[bad]
+    flag = f"--{name.replace('_', '-')}"
+    values = [f"{flag}={text}"] if name != "stem_blocks" else [flag, "1", text]
+    if text.startswith("-") and name == "stem_blocks":
+        pytest.skip("argparse itself takes -1 for a flag here; the next test runs it")
+    with pytest.raises(SystemExit) as error:
+        train.parse_flags(values)
+    assert error.value.code == 2
+    assert f"argument {flag}: {text!r} is not" in capsys.readouterr().err
+
+
+def test_every_default_is_a_flag_that_help_explains(run_script):
+    text = " ".join(run_script("train.py", "--help").stdout.split())
+    for name, (_, explanation) in DEFAULTS.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert explanation in text
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--resume"], "last.pt is not a file"),
+        (["--evaluate", "nothing.pt"], "nothing.pt is not a file"),
+        (["--num-heads", "5"], "multiple of num_heads"),
+        (["--val-size", "3"], "--val-size 3"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["--stem-blocks", "1", "-1"], "--stem-blocks"),
+    ],
+)
+def test_errors_are_one_clear_line(run_script, flags, words):
+    result = run_script("train.py", *flags)
+    assert result.returncode != 0 and result.stdout == ""
+    assert words in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_the_script_trains_resumes_tests_and_draws(run_script, data_dir, tmp_path):
+    flags = ["--data-dir", data_dir, "--train-size", 500, "--val-size", 200, "--epochs", 1, "--device", "cpu"]
+    small = ["--stem-dim", 8, "--stem-blocks", 0, 0, "--embed-dim", 16, "--num-heads", 2, "--depth", 1]
+    result = run_script("train.py", *flags, *small, "--report-test")
+    assert result.returncode == 0, result.stderr
+    for words in ("training images as augmented", "validation split", "chooses nothing", "weighted avg", "Ankle boot"):
+        assert words in result.stdout
+    assert "500 training, 200 validation, 10,000 test images" in result.stdout
+    made = {"best.pt", "last.pt", "history.csv", "curves.png", "confusion_matrix.png"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == made
+    with (tmp_path / "checkpoints" / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
+
+    finished = run_script("train.py", "--resume", "--data-dir", data_dir)
+    assert finished.returncode == 0 and "test accuracy" in finished.stdout
+    different = run_script("train.py", "--resume", "--lr", 0.5)
+    assert different.returncode == 2 and "--lr 0.5 differs from the run to resume" in different.stderr
+
+
+def test_the_shipped_checkpoint_beats_the_original(run_script, data_dir, tmp_path):
+    copy = tmp_path / "model.pt"
+    copy.write_bytes((ROOT / "checkpoints" / "shipped" / "model.pt").read_bytes())
+    result = run_script("train.py", "--evaluate", copy, "--data-dir", data_dir)
+    assert result.returncode == 0, result.stderr
+    summary = next(line for line in result.stdout.splitlines() if line.startswith("test accuracy"))
+    assert float(summary.split()[2].rstrip(",")) > 0.9310
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model.pt",
+        "history.csv",
+        "curves.png",
+        "confusion_matrix.png",
+    }
+
+
+def test_training_does_not_need_opencv_or_matplotlib():
+    code = "import sys, train; assert 'cv2' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
