@@ -457,23 +457,25 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             row["test_accuracy"] = accuracy_score(test_labels.cpu(), logits.argmax(dim=1).cpu())
             if not config.quiet:
                 print(f"{title}, test split\n{report(test_labels, logits.argmax(dim=1))}")
-            print(f"test accuracy {row['test_accuracy']:.4f}: for information, it chooses nothing")
         history.append(row)
         remaining = (time.perf_counter() - started) / (epoch + 1 - first_epoch) * (config.epochs - epoch - 1)
-        print(
+        is_best = not len(val_index) or row["val_accuracy"] > best_accuracy
+        line = (
             f"{title}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
             f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}  lr {lr:.3g}  "
             f"{(len(order) - first_step * config.batch_size) / train_seconds:.0f} images/s  "
-            f"elapsed {clock(elapsed())}  remaining {clock(remaining)}",
-            flush=True,
+            f"elapsed {clock(elapsed())}  remaining {clock(remaining)}"
         )
+        separator = "  " if config.quiet else "\n"  # quiet is one line an epoch, whatever there is to say
+        if config.report_test:
+            line += f"{separator}test accuracy {row['test_accuracy']:.4f}, which chooses nothing"
         epoch, step = epoch + 1, 0
-        is_best = not len(val_index) or row["val_accuracy"] > best_accuracy
         if is_best:
-            best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
             save(best_path)
-            why = f"best validation accuracy so far, {best_accuracy:.4f}" if len(val_index) else "no validation split"
-            print(f"saved {best_path}: {why}", flush=True)
+            line += f"{separator}saved {best_path}: "
+            line += "best validation accuracy so far" if len(val_index) else "no validation split, the latest weights"
+            best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
+        print(line, flush=True)
         write_history(history, output_dir)
         save_position()
         if stop.requested:
@@ -517,7 +519,8 @@ def write_history(history: list[dict[str, float]], output_dir: Path) -> None:
     part = output_dir / f".history.csv.{os.getpid()}.part"
     try:
         with open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=history[-1])
+            names = dict.fromkeys(name for row in history for name in row)  # test columns may come and go on --resume
+            writer = csv.DictWriter(file, fieldnames=list(names), restval="")
             writer.writeheader()
             writer.writerows(history)
         os.replace(part, output_dir / "history.csv")
@@ -534,8 +537,8 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     loss, accuracy, lr = figure.subplots(1, 3)
     for split, label in (("train", "training (augmented, smoothed)"), ("val", "validation"), ("test", "test")):
         if any(not math.isnan(row.get(f"{split}_loss", math.nan)) for row in history):
-            loss.plot(epochs, [row.get(f"{split}_loss") for row in history], label=label)
-            accuracy.plot(epochs, [100 * row[f"{split}_accuracy"] for row in history], label=label)
+            loss.plot(epochs, [row.get(f"{split}_loss", math.nan) for row in history], label=label)
+            accuracy.plot(epochs, [100 * row.get(f"{split}_accuracy", math.nan) for row in history], label=label)
     lr.plot(epochs, [row["lr"] for row in history], color="tab:green")
     for axes, title in ((loss, "loss"), (accuracy, "accuracy (%)"), (lr, "learning rate at the end of the epoch")):
         axes.set(title=title, xlabel="epoch")
@@ -639,7 +642,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.ArgumentPa
 
 def main() -> None:
     parser, args = parse_flags()
-    given = vars(args)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     resume, checkpoint_to_evaluate = given.pop("resume", False), given.pop("evaluate", None)
     settings = {name: value for name, (value, _) in DEFAULTS.items()} | given
     try:

@@ -1,0 +1,153 @@
+"""Where the time of a training step goes: this model in several settings, side by side, as ratios to the default one.
+
+    python benchmarks/step_time.py
+
+Every setting runs in this one process, in turn, for several rounds; the medians are compared, so that a machine whose
+speed drifts does not favour one of them. The ceiling is what large matrix products reach in the same process.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dataset
+import model as model_module
+import train
+from model import HybridClassifier, ModelConfig
+
+DEFAULT = ModelConfig(**{field.name: train.DEFAULTS[field.name][0] for field in fields(ModelConfig)})
+
+
+def multiply_adds(config: ModelConfig) -> int:
+    """Multiply-adds of one image's forward pass in convolutions, linear layers and attention."""
+    total = 0
+
+    def count(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        nonlocal total
+        if isinstance(module, torch.nn.Conv2d):
+            total += output[0].numel() * module.weight[0].numel()
+        elif isinstance(module, torch.nn.Linear):
+            total += output[0].numel() * module.in_features
+        elif isinstance(module, model_module.Attention):
+            total += 2 * output.shape[1] ** 2 * output.shape[2]
+
+    model = HybridClassifier(config).eval()
+    for module in model.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE))
+    return total
+
+
+def matrix_rate(precision: torch.dtype) -> float:
+    """Operations per second, in units of 1e9, of products of 2048x2048 matrices; a multiply-add is two."""
+    a = torch.randn(2048, 2048).to(precision)
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(seconds) / 1e9
+
+
+def training_step(
+    config: ModelConfig = DEFAULT,
+    precision: torch.dtype | None = None,
+    batch_size: int = train.DEFAULTS["batch_size"][0],
+    optimizer: str = train.DEFAULTS["optimizer"][0],
+    channels_last: bool = True,
+    fused_attention: bool = False,
+    compiled: bool = False,
+) -> tuple[Callable[[], None], int]:
+    """One whole step as `train.train` does it, augmentation and average included, and its batch size."""
+    device = torch.device("cpu")
+    precision = precision or train.choose_precision("auto", device)
+    torch.manual_seed(0)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model = HybridClassifier(config).to(memory_format=memory_format)
+    ema_model = HybridClassifier(config).requires_grad_(False)
+    forward = torch.compile(model) if compiled else model
+    optimizers = train.make_optimizers(model, optimizer, weight_decay=0.05)
+    for group in [group for o in optimizers for group in o.param_groups]:
+        group["lr"] = 1e-3
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (batch_size, 1, 28, 28), dtype=torch.uint8)
+    labels = torch.randint(0, 10, (batch_size,))
+
+    def step() -> None:
+        with ExitStack() as stack:
+            if fused_attention:
+                stack.enter_context(patch.object(model_module, "sdpa_kernel", lambda backend: ExitStack()))
+            stack.enter_context(train.autocast(device, precision))
+            logits = forward(dataset.normalize(dataset.augment(images, generator)))
+        model.zero_grad()
+        F.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for o in optimizers:
+            o.step()
+        train.update_ema(ema_model, model, 0.999, 1000)
+
+    return step, batch_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, which first takes a minute")
+    args = parser.parse_args()
+    settings: dict[str, dict] = {
+        "the default": {},
+        "float32": dict(precision=torch.float32),
+        "PyTorch's fused attention kernel": dict(fused_attention=True),
+        "contiguous memory instead of channels-last": dict(channels_last=False),
+        "AdamW instead of Muon": dict(optimizer="adamw"),
+        "batch size 2": dict(batch_size=2),
+        "batch size 32": dict(batch_size=32),
+        "batch size 512": dict(batch_size=512),
+        "no Transformer blocks": dict(config=replace(DEFAULT, depth=0)),
+        "one Transformer block": dict(config=replace(DEFAULT, depth=1)),
+        "one residual block at 7x7": dict(config=replace(DEFAULT, stem_blocks=(1, 1))),
+    }
+    if args.compile:
+        settings["torch.compile"] = dict(compiled=True)
+    steps = {name: training_step(**options) for name, options in settings.items()}
+    for step, _ in steps.values():
+        step(), step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(args.rounds):
+        for name, (step, batch_size) in steps.items():
+            started = time.perf_counter()
+            for _ in range(repeats := max(1, 256 // batch_size)):
+                step()
+            seconds[name].append((time.perf_counter() - started) / (repeats * batch_size))
+
+    rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
+    base = rates["the default"]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
+    print("| setting | images/s | against the default | M multiply-adds |\n|---|---:|---:|---:|")
+    for name, rate in rates.items():
+        config = settings[name].get("config", DEFAULT)
+        print(f"| {name} | {rate:.0f} | {rate / base:.2f} | {multiply_adds(config) / 1e6:.1f} |")
+    precision = train.choose_precision("auto", torch.device("cpu"))
+    ceiling = matrix_rate(precision)
+    used = base * 3 * 2 * multiply_adds(DEFAULT) / 1e9  # the backward pass costs twice the forward pass
+    print(
+        f"\nthe default computes {used:.0f} GFLOP/s, {used / ceiling:.0%} of the {ceiling:.0f} GFLOP/s that large "
+        f"{str(precision).removeprefix('torch.')} matrix products reach; float32 ones reach "
+        f"{matrix_rate(torch.float32):.0f} GFLOP/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
