@@ -10,6 +10,8 @@ Writes into HeapImg/ one picture per image, and a contact sheet with a row per c
 
 import argparse
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +58,8 @@ def read_image(path: str | Path) -> np.ndarray:
         ValueError: the file is missing, no picture, damaged, too large, or of one even colour.
     """
     try:
-        with Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path) as picture:
+            warnings.simplefilter("ignore")  # Pillow's remarks on a file that it reads all the same
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{picture.width}x{picture.height} pixels are too many: scale it down first")
             is_deep = picture.mode.startswith(("I", "F"))  # 16 bits or more, which convert() would clip
@@ -67,7 +70,7 @@ def read_image(path: str | Path) -> np.ndarray:
             if is_deep:
                 gray = np.asarray(picture, dtype=np.float32)
                 alpha = np.ones_like(gray)
-                top = 65535 if gray.max() > 255 else 255
+                top = next(top for top in (1, 255, 65535, np.inf) if not gray.max() > top)
             else:
                 gray, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
                 alpha, top = alpha / 255, 255
@@ -78,20 +81,20 @@ def read_image(path: str | Path) -> np.ndarray:
     except (OSError, SyntaxError) as error:  # Pillow's word for a damaged PNG is SyntaxError
         raise ValueError(getattr(error, "strerror", None) or f"is damaged ({error})") from None
 
-    gray = np.clip(gray / top, 0, 1)
+    gray = np.clip(np.nan_to_num(gray) / top, 0, 1)
     border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
     border_alpha = np.concatenate([alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]])
     if np.median(border_alpha) > 0.5:
         background = float(np.median(border[border_alpha > 0.5]))
-        foreground = gray * alpha + background * (1 - alpha)
-        if background > 0.5:
-            foreground, background = 1 - foreground, 1 - background
-        foreground = np.clip((foreground - background) / (1 - background), 0, 1)
-    else:  # cut out: the data set's own garments were photographed on white, so light is turned into dark
-        foreground = (1 - gray) * alpha
-    inside = foreground > 0.05 * foreground.max()
-    if not inside.any():
+    else:  # cut out: as the data set's garments were, photographed on white, unless it would vanish there
+        background = 0.0 if gray[alpha > 0.5].mean() > 0.8 else 1.0
+    # The garment may be lighter or darker than its background: what it mostly is becomes light on dark.
+    contrast = (gray - background) * alpha
+    if np.abs(contrast).max() < 0.02:
         raise ValueError("is of one even colour: there is nothing to classify")
+    foreground = contrast / (1 - background) if contrast.sum() > 0 else -contrast / background
+    foreground = np.clip(foreground, 0, 1)
+    inside = foreground > 0.05 * foreground.max()
     rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
     garment = foreground[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
 
@@ -144,7 +147,7 @@ def save_overlay(panels: tuple[np.ndarray, ...], title: str, path: Path) -> None
         axes.set_title(name, fontsize=10)
         axes.axis("off")
     colorbar(figure, all_axes)
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)  # a file name may hold a $
     figure.savefig(path, dpi=100)
 
 
@@ -169,7 +172,7 @@ def save_contact_sheet(rows: dict[str, list[tuple[np.ndarray, str, bool]]], titl
             axes.set_title(caption, fontsize=11, color="black" if is_right else "crimson")
     colorbar(figure, all_axes)
     figure.suptitle(title, fontsize=14)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=160)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,7 +224,7 @@ def explain_test_images(args: argparse.Namespace, model: HybridClassifier) -> No
         title = f"test image {i}: true {true}, predicted {predicted} ({p.max():.1%}){extra}"
         save_overlay(panels, title, args.output_dir / name)
         gap = np.full((panels[0].shape[0], SCALE, 3), 255, np.uint8)
-        caption = f"true {true}, predicted {predicted} {p.max():.0%}{extra}"
+        caption = f"true {true}, predicted {predicted} {p.max():.0%}{extra.replace(', ', chr(10), 1)}"
         rows[true].append((np.hstack([panels[0], gap, panels[1], gap, panels[2]]), caption, true == predicted))
     sheet = args.output_dir / "contact_sheet.png"
     title = f"Grad-CAM of {args.target_layer} on test images: input, heatmap, overlay"
@@ -235,18 +238,19 @@ def explain_own_images(args: argparse.Namespace, model: HybridClassifier) -> int
     for path in args.image:
         try:
             image = read_image(path)
-        except ValueError as error:
+            (heatmap,), (p,) = explain(model, args.target_layer, torch.from_numpy(image)[None, None], args.target_class)
+            top = p.argsort()[::-1][:3]
+            predicted = dataset.CLASS_NAMES[top[0]]
+            stem = f"{Path(path).stem}_as_{slug(predicted)}"
+            name = next(n for n in (f"{stem}.png", *(f"{stem}_{k}.png" for k in range(2, 10_000))) if n not in written)
+            title = f"{Path(path).name}: {predicted} ({p[top[0]]:.1%}){explained_class(heatmap, args.target_class)}"
+            save_overlay(paint(image, heatmap), title, args.output_dir / name)
+        except (ValueError, OSError) as error:
             print(f"{path}: {error}", file=sys.stderr)
             failures += 1
             continue
-        (heatmap,), (p,) = explain(model, args.target_layer, torch.from_numpy(image)[None, None], args.target_class)
-        top = p.argsort()[::-1][:3]
-        print(f"{path}: " + ", ".join(f"{dataset.CLASS_NAMES[c]} {p[c]:.1%}" for c in top))
-        stem = f"{Path(path).stem}_as_{slug(dataset.CLASS_NAMES[top[0]])}"
-        name = next(n for n in (f"{stem}.png", *(f"{stem}_{k}.png" for k in range(2, 10**6))) if n not in written)
         written.add(name)
-        title = f"{Path(path).name}: {dataset.CLASS_NAMES[top[0]]} ({p[top[0]]:.1%})"
-        save_overlay(paint(image, heatmap), title + explained_class(heatmap, args.target_class), args.output_dir / name)
+        print(f"{path}: " + ", ".join(f"{dataset.CLASS_NAMES[c]} {p[c]:.1%}" for c in top))
     if written:
         print(f"wrote {len(written)} overlays to {args.output_dir}")
     return failures
@@ -262,7 +266,7 @@ def class_index(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(dataset.CLASS_NAMES)}, or 0 to {len(names) - 1}")
 
 
-def whole_number(low: int, high: int) -> object:
+def whole_number(low: int, high: int) -> Callable[[str], int]:
     """A parser of a whole number within a range, for argparse."""
 
     def parse(text: str) -> int:
@@ -279,7 +283,7 @@ def main() -> None:
     add = parser.add_argument
     add("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT, help="of train.py (default: the shipped one)")
     add("--image", nargs="+", metavar="FILE", help="explain these pictures instead of test images")
-    add("--num-images", type=whole_number(1, 1000), default=3, metavar="N", help="images of each class (default: 3)")
+    add("--num-images", type=whole_number(1, 50), default=3, metavar="N", help="images of each class (default: 3)")
     add(
         "--classes",
         type=class_index,
@@ -310,7 +314,7 @@ def main() -> None:
     except (CheckpointError, dataset.DataError, ValueError, OSError) as error:
         raise SystemExit(f"Visulization.py: error: {error}") from None
     if failures:
-        raise SystemExit(f"Visulization.py: error: {failures} of {len(args.image)} pictures could not be read")
+        raise SystemExit(f"Visulization.py: error: {failures} of {len(args.image)} pictures could not be explained")
 
 
 if __name__ == "__main__":

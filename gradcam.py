@@ -117,24 +117,25 @@ class GradCAM:
             of the logit.
 
         Raises:
-            ValueError: a class that does not exist, not one class per image, or a layer without places.
-            RuntimeError: the forward pass does not go through the target layer.
+            ValueError: a class that does not exist, not one class per image, a layer without places, or one that the
+                forward pass does not go through.
         """
         if self._hook is None:
             with self:
                 return self(images, target_class, normalize)
         self._activation = None
-        with torch.enable_grad():
-            logits = self.model(images)
+        with torch.inference_mode(False), torch.enable_grad():
+            # Autograd takes no tensor that was made in inference mode, but takes a copy of it.
+            logits = self.model(images.clone() if images.is_inference() else images)
             if self._activation is None:
-                raise RuntimeError("the model's forward pass did not go through the target layer")
+                raise ValueError("the model's forward pass does not go through the target layer: choose another layer")
             self.logits = logits.detach()
             target = self._targets(target_class)
             # An image's score depends on its own activations alone, so the gradient of the sum holds every image's.
             score = logits.gather(1, target[:, None]).sum()
             (gradient,) = torch.autograd.grad(score, self._activation, allow_unused=True)
         if gradient is None:
-            raise RuntimeError("the logits do not depend on the target layer's output: choose another layer")
+            raise ValueError("the logits do not depend on the target layer's output: choose another layer")
         activation, gradient = self.reshape(self._activation.detach()).float(), self.reshape(gradient).float()
         alpha = gradient.mean(dim=(2, 3), keepdim=True)
         maps = (alpha * activation).sum(dim=1, keepdim=True).relu()

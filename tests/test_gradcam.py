@@ -97,6 +97,8 @@ def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
 def test_it_works_where_gradients_are_switched_off(small_model, x):
     with torch.no_grad():
         maps = GradCAM(small_model, small_model.blocks[0])(x)
+    with torch.inference_mode():
+        assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x * 1))
     assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x))
 
 
@@ -118,3 +120,5 @@ def test_layers_without_places_are_refused(small_model, x):
         GradCAM(small_model, nn.Identity())
     with pytest.raises(ValueError, match="neither a map"):
         GradCAM(small_model, "head")(x)
+    with pytest.raises(ValueError, match="does not go through"):
+        GradCAM(small_model, "blocks")(x)

@@ -9,8 +9,12 @@ from PIL import Image
 
 import dataset
 import train
-import Visulization
 from model import load_checkpoint
+
+try:
+    import Visulization
+except SystemExit as missing:  # OpenCV without libGL.so.1: the message says what to install
+    pytest.skip(str(missing), allow_module_level=True)
 
 
 @pytest.fixture
@@ -54,6 +58,31 @@ def test_pictures_of_a_garment_come_out_like_the_data_set_has_it(garment, tmp_pa
     model = load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[0]
     logits = train.predict(model, torch.from_numpy(np.stack([garment, found]))[:, None])
     assert logits[0].argmax() == logits[1].argmax()
+
+
+@pytest.mark.parametrize(
+    "garment_gray, background, alpha",
+    [(255, 230, None), (20, 110, None), (200, 110, None), (0, 255, None), (255, 0, 0), (0, 0, 0), (128, 0, 0)],
+)
+def test_a_garment_may_be_lighter_or_darker_than_any_background(tmp_path, garment_gray, background, alpha):
+    pixels = np.full((60, 60), background, np.uint8)
+    pixels[10:50, 20:40] = garment_gray
+    picture = Image.fromarray(pixels)
+    if alpha is not None:
+        mask = np.full((60, 60), alpha, np.uint8)
+        mask[10:50, 20:40] = 255
+        picture.putalpha(Image.fromarray(mask))
+    picture.save(tmp_path / "a.png")
+    found = Visulization.read_image(tmp_path / "a.png")
+    assert (found[:, 7:21] > 70).all()  # twice as tall as wide, centred
+    assert not found[:, :7].any() and not found[:, 21:].any()
+
+
+def test_a_float_picture_is_scaled_by_its_range(tmp_path):
+    pixels = np.zeros((50, 50), np.float32)
+    pixels[5:45, 5:45] = 0.8
+    Image.fromarray(pixels).save(tmp_path / "a.tiff")
+    assert Visulization.read_image(tmp_path / "a.tiff").max() == 204
 
 
 def test_most_test_images_survive_the_way_through_a_file(test_split, tmp_path):
@@ -116,14 +145,15 @@ def test_own_pictures_one_bad_file_does_not_stop_the_others(run_script, garment,
     picture_of(garment, "light background").save(tmp_path / "my shoe ü.png")
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "my shoe ü.png").read_bytes()[:200])
-    files = ["text.png", "cut.jpg", "missing.png", "my shoe ü.png"]
+    (tmp_path / "my shoe ü.png").rename(tmp_path / "my $^$ shoe ü.png")  # matplotlib would read $^$ as a formula
+    files = ["text.png", "cut.jpg", "missing.png", "my $^$ shoe ü.png"]
     result = run_script("Visulization.py", "--image", *files)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     lines = result.stderr.splitlines()
     assert [line.split(":")[0] for line in lines[:3]] == files[:3]
     assert "3 of 4 pictures" in lines[3] and len(lines) == 4
-    assert result.stdout.startswith("my shoe ü.png: Ankle boot ") and result.stdout.count("%") == 3
-    assert [path.name for path in (tmp_path / "HeapImg").iterdir()] == ["my shoe ü_as_Ankle-boot.png"]
+    assert result.stdout.startswith("my $^$ shoe ü.png: Ankle boot ") and result.stdout.count("%") == 3
+    assert [path.name for path in (tmp_path / "HeapImg").iterdir()] == ["my $^$ shoe ü_as_Ankle-boot.png"]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +162,7 @@ def test_own_pictures_one_bad_file_does_not_stop_the_others(run_script, garment,
         (["--checkpoint", "nothing.pt"], "nothing.pt is not a file"),
         (["--target-layer", "blocks.77"], "no layer 'blocks.77'"),
         (["--target-layer", "head"], "neither a map"),
+        (["--target-layer", "blocks"], "does not go through the target layer"),
         (["--classes", "Hat"], "'Hat' is none of"),
         (["--num-images", "0"], "--num-images"),
     ],
