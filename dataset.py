@@ -22,6 +22,7 @@ import tempfile
 import uuid
 import zlib
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,12 @@ def _from_mirrors(names: list[str], scratch: Path) -> Path:
         for mirror in FashionMNIST.mirrors:
             try:
                 download_url(f"{mirror}{name}.gz", str(scratch))
-                break
-            except (OSError, RuntimeError) as error:
-                errors.append(str(error))
+                if hashlib.sha256(_read(scratch / f"{name}.gz")).hexdigest() == FILES[name]:
+                    break
+                errors.append(f"{mirror} sent something else")
+            except (OSError, RuntimeError, HTTPException) as error:
+                errors.append(f"{mirror}: {error}")
+            (scratch / f"{name}.gz").unlink(missing_ok=True)
         else:
             raise DataError("; ".join(errors))
     return scratch
@@ -105,16 +109,21 @@ def _has_content(path: Path, sha256: str) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == sha256
 
 
+def _read(source: Path) -> bytes:
+    """The content of a file, unpacked if it is compressed; empty if it cannot be read or unpacked."""
+    try:
+        with gzip.open(source) if source.suffix == ".gz" else open(source, "rb") as file:
+            return file.read(MAX_FILE_BYTES + 1)
+    except (OSError, EOFError, zlib.error):  # unreadable, truncated, not gzip at all
+        return b""
+
+
 def _take(folder: Path, name: str, target: Path) -> bool:
     """Put the file `name` from `folder`, compressed or not, at `target` if its content is right."""
     for source in (folder / name, folder / f"{name}.gz"):
         if not source.is_file():
             continue
-        try:
-            with gzip.open(source) if source.suffix == ".gz" else open(source, "rb") as file:
-                content = file.read(MAX_FILE_BYTES + 1)
-        except (OSError, EOFError, zlib.error):  # truncated, not gzip at all, unreadable
-            content = b""
+        content = _read(source)
         if hashlib.sha256(content).hexdigest() != FILES[name]:
             _say(f"{source} is damaged: its content is not that of the published data set")
             continue

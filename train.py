@@ -12,9 +12,11 @@ The best checkpoint by validation accuracy is kept as `checkpoints/best.pt`, the
 import argparse
 import copy
 import csv
+import itertools
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -33,6 +35,7 @@ from tqdm import tqdm
 
 import dataset
 from model import (
+    MAX_CHECKPOINT_BYTES,
     MAX_PARAMETERS,
     CheckpointError,
     HybridClassifier,
@@ -111,7 +114,7 @@ CHOICES = dict(
     device=("auto", "cpu", "cuda", "mps"),
     precision=("auto", "float32", "bfloat16"),
 )
-NOT_OF_THE_RUN = ("data_dir", "device", "compile", "output_dir", "report_test", "quiet")  # may change on --resume
+NOT_OF_THE_RUN = ("data_dir", "output_dir", "report_test", "quiet")  # may be given anew on --resume
 
 
 class TrainingError(RuntimeError):
@@ -284,10 +287,17 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     """
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
+    # A resumed run must compute as it began, so what "auto" meant is saved.
+    chosen = dict(device=device.type, precision=str(precision).removeprefix("torch."))
+    config = SimpleNamespace(**vars(config) | chosen)
     output_dir = Path(config.output_dir)
     best_path, last_path = output_dir / "best.pt", output_dir / "last.pt"
 
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
+    with torch.device("meta"):  # counts without taking the memory
+        num_parameters = HybridClassifier(model_config).num_parameters()
+    if 20 * num_parameters > MAX_CHECKPOINT_BYTES:  # weights, their average and the optimiser's state
+        raise TrainingError(f"{num_parameters:,} parameters make checkpoints too large to load: make the model smaller")
     torch.manual_seed(config.seed)
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -296,7 +306,9 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
     images, labels = (tensor.to(device) for tensor in dataset.load(config.data_dir, train=True))
     train_index, val_index = (i.to(device) for i in dataset.split_indices(labels, config.val_size, config.seed))
-    if config.train_size and config.train_size < len(train_index):
+    if config.train_size > len(train_index) - len(dataset.CLASS_NAMES):
+        raise TrainingError(f"--train-size {config.train_size}: {len(train_index):,} images are left; 0 takes them all")
+    if config.train_size:
         subset = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
         train_index = train_index[subset.to(device)]
     val_images, val_labels = images[val_index], labels[val_index]
@@ -309,11 +321,11 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
     print("\n".join(f"{name:16} {getattr(config, name)}" for name in DEFAULTS))
     print(
-        f"\n{model.num_parameters():,} parameters; device {device} ({torch.get_num_threads()} CPU threads), "
-        f"{str(precision).removeprefix('torch.')}; {len(train_index):,} training, {len(val_index):,} validation, "
+        f"\n{num_parameters:,} parameters; device {device} ({torch.get_num_threads()} CPU threads), "
+        f"{config.precision}; {len(train_index):,} training, {len(val_index):,} validation, "
         f"10,000 test images; torch {torch.__version__}"
     )
-    if model.num_parameters() > MAX_PARAMETERS:
+    if num_parameters > MAX_PARAMETERS:
         print(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
 
     epoch, step, order, loss_sum, predictions = 0, 0, None, torch.zeros((), device=device), []
@@ -337,17 +349,26 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         print(f"resuming at epoch {epoch + 1}, step {step} of {steps_per_epoch}")
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
-        for path in (best_path, last_path):
-            if path.exists():  # hours of somebody's work, perhaps: the new run puts it aside
-                os.replace(path, path.with_name(f"previous-{path.name}"))
-                print(f"{path} of an earlier run is now {path.with_name(f'previous-{path.name}')}")
     forward = torch.compile(model) if config.compile else model
-    started, first_epoch = time.perf_counter(), epoch
+    started, first_step, run_saved = time.perf_counter(), epoch * steps_per_epoch + step, resume
 
     def elapsed() -> float:
         return seconds_before + time.perf_counter() - started
 
+    def require_finite() -> None:
+        # Sums and averages, so that no bad step in between is missed.
+        averaged = [tensor for tensor in ema_model.state_dict().values() if tensor.is_floating_point()]
+        if not math.isfinite((loss_sum + nn.utils.get_total_norm(averaged)).item()):
+            raise TrainingError(
+                f"the loss or a weight is no longer finite in epoch {epoch + 1} before step {step}: try a smaller --lr "
+                f"than {config.lr:g}, or --precision float32; the checkpoints in {output_dir} are as they were"
+            )
+
     def save(path: Path, **training: Any) -> None:
+        nonlocal run_saved
+        if not run_saved:  # what lies here may be hours of somebody's work: it is put aside before the first save
+            put_aside(output_dir)
+            run_saved = True
         save_checkpoint(
             path,
             ema_model,
@@ -382,7 +403,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     while epoch < config.epochs:
         # One epoch: a permutation of the training images, cut into batches.
         title = f"epoch {epoch + 1}/{config.epochs}"
-        epoch_started, first_step = time.perf_counter(), step
+        epoch_started, epoch_first_step = time.perf_counter(), step
         model.train()
         if step == 0:
             order = train_index[torch.randperm(len(train_index), generator=generator, device=device)]
@@ -420,14 +441,11 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 step += 1
                 bar.update(len(index))
                 # Looking at a value makes a GPU wait, so this is done seldom, and always before anything is saved.
-                if step % 20 == 0 or step == steps_per_epoch or stop.requested:
-                    if not math.isfinite(loss_sum.item()):  # a sum, so that no bad step in between is missed
-                        raise TrainingError(
-                            f"the loss is no longer finite in epoch {epoch + 1} before step {step}: try a smaller --lr "
-                            f"than {config.lr:g}, or --precision float32; checkpoints in {output_dir} are as they were"
-                        )
+                stopping = stop.requested and step < steps_per_epoch
+                if step % 20 == 0 or step == steps_per_epoch or stopping:
+                    require_finite()
                     bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
-                if stop.requested and step < steps_per_epoch:
+                if stopping:
                     save_position()
                     stop.leave(f"stopped in epoch {epoch + 1} after step {step}", output_dir)
 
@@ -458,12 +476,13 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             if not config.quiet:
                 print(f"{title}, test split\n{report(test_labels, logits.argmax(dim=1))}")
         history.append(row)
-        remaining = (time.perf_counter() - started) / (epoch + 1 - first_epoch) * (config.epochs - epoch - 1)
+        steps_done = (epoch + 1) * steps_per_epoch
+        remaining = (time.perf_counter() - started) / (steps_done - first_step) * (total_steps - steps_done)
         is_best = not len(val_index) or row["val_accuracy"] > best_accuracy
         line = (
             f"{title}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
             f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}  lr {lr:.3g}  "
-            f"{(len(order) - first_step * config.batch_size) / train_seconds:.0f} images/s  "
+            f"{(len(order) - epoch_first_step * config.batch_size) / train_seconds:.0f} images/s  "
             f"elapsed {clock(elapsed())}  remaining {clock(remaining)}"
         )
         separator = "  " if config.quiet else "\n"  # quiet is one line an epoch, whatever there is to say
@@ -505,13 +524,23 @@ class StopSignal:
             signal.signal(kind, handler)
 
     def leave(self, message: str, output_dir: Path) -> None:
-        where = "" if output_dir == Path(DEFAULTS["output_dir"][0]) else f" --output-dir {output_dir}"
+        where = "" if output_dir == Path(DEFAULTS["output_dir"][0]) else f" --output-dir {shlex.quote(str(output_dir))}"
         print(f"\n{message}; go on with: python train.py --resume{where}", flush=True)
         raise SystemExit(128 + self.requested)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run leaves beside its checkpoint
+
+
+def put_aside(output_dir: Path) -> None:
+    """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
+    earlier = [path for name in ("best.pt", "last.pt", "history.csv") if (path := output_dir / name).exists()]
+    number = next(n for n in itertools.count(1) if not any(output_dir.glob(f"previous-{n}-*")))
+    for path in earlier:
+        os.replace(path, path.with_name(f"previous-{number}-{path.name}"))
+    if earlier:
+        print(f"an earlier run's {', '.join(path.name for path in earlier)} are now {output_dir}/previous-{number}-…")
 
 
 def write_history(history: list[dict[str, float]], output_dir: Path) -> None:
@@ -537,9 +566,9 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     loss, accuracy, lr = figure.subplots(1, 3)
     for split, label in (("train", "training (augmented, smoothed)"), ("val", "validation"), ("test", "test")):
         if any(not math.isnan(row.get(f"{split}_loss", math.nan)) for row in history):
-            loss.plot(epochs, [row.get(f"{split}_loss", math.nan) for row in history], label=label)
-            accuracy.plot(epochs, [100 * row.get(f"{split}_accuracy", math.nan) for row in history], label=label)
-    lr.plot(epochs, [row["lr"] for row in history], color="tab:green")
+            loss.plot(epochs, [row.get(f"{split}_loss", math.nan) for row in history], ".-", label=label)
+            accuracy.plot(epochs, [100 * row.get(f"{split}_accuracy", math.nan) for row in history], ".-", label=label)
+    lr.plot(epochs, [row["lr"] for row in history], ".-", color="tab:green")
     for axes, title in ((loss, "loss"), (accuracy, "accuracy (%)"), (lr, "learning rate at the end of the epoch")):
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
@@ -644,6 +673,8 @@ def main() -> None:
     parser, args = parse_flags()
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items()}
     resume, checkpoint_to_evaluate = given.pop("resume", False), given.pop("evaluate", None)
+    if resume and checkpoint_to_evaluate is not None:
+        parser.error("--resume trains and --evaluate does not: give one of them")
     settings = {name: value for name, (value, _) in DEFAULTS.items()} | given
     try:
         if resume:  # the run's own settings count, whatever the defaults have become since
@@ -652,16 +683,17 @@ def main() -> None:
             if "training" not in saved or set(saved.get("train_config", ())) != set(DEFAULTS):
                 raise CheckpointError(f"{path} holds no run that this version can resume: start anew without --resume")
             for name in DEFAULTS:
-                if name not in NOT_OF_THE_RUN:
-                    if name in given and given[name] != saved["train_config"][name]:
-                        parser.error(
-                            f"--{name.replace('_', '-')} {given[name]} differs from the run to resume, which has "
-                            f"{saved['train_config'][name]}: leave the flag out, or start anew without --resume"
-                        )
+                if name in given and name not in NOT_OF_THE_RUN and given[name] != saved["train_config"][name]:
+                    parser.error(
+                        f"--{name.replace('_', '-')} {given[name]} differs from the run to resume, which has "
+                        f"{saved['train_config'][name]}: leave the flag out, or start anew without --resume"
+                    )
+                if name not in given and name != "output_dir":
                     settings[name] = saved["train_config"][name]
         config = SimpleNamespace(**settings)
-        if 0 < config.val_size < len(dataset.CLASS_NAMES):
-            parser.error(f"--val-size {config.val_size}: give 0, or at least one image per class")
+        for name in ("val_size", "train_size"):
+            if 0 < getattr(config, name) < len(dataset.CLASS_NAMES):
+                parser.error(f"--{name.replace('_', '-')} {getattr(config, name)}: give 0, or at least one per class")
         if checkpoint_to_evaluate is None:
             checkpoint_to_evaluate = train(config, resume)
             print(f"\nheatmaps of this model: python Visulization.py --checkpoint {checkpoint_to_evaluate}")

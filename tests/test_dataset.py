@@ -1,7 +1,11 @@
 import gzip
+import os
 import shutil
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -75,6 +79,61 @@ def test_a_half_downloaded_archive_is_refused(copy, offline, capsys):
     for way in ("data folder", "Debian's package", "mirrors", "apt"):
         assert way in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_mirror_that_sends_something_else_is_passed_over(copy, tmp_path, monkeypatch):
+    raw, served = copy / "FashionMNIST" / "raw", tmp_path / "served"
+    served.mkdir()
+    for name in ("t10k-labels-idx1-ubyte", "train-labels-idx1-ubyte"):
+        (served / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+
+    class Handler(SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.startswith("/bad/"):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"<html>please log in</html>")
+            else:
+                super().do_GET()
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=served))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(dataset, "DEBIAN_FOLDER", tmp_path / "no-such-folder")
+    monkeypatch.setattr(dataset.FashionMNIST, "mirrors", [f"{address}/bad/", f"{address}/"])
+    monkeypatch.setattr(dataset, "_from_apt", lambda names, scratch: pytest.fail("the second mirror was enough"))
+    try:
+        assert len(dataset.load(copy, train=False)[0]) == 10_000
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_without_mirrors_the_package_is_fetched_with_private_lists_and_unpacked(copy, tmp_path, monkeypatch):
+    raw, package, commands = copy / "FashionMNIST" / "raw", tmp_path / "package", tmp_path / "bin"
+    monkeypatch.setattr(dataset, "DEBIAN_FOLDER", tmp_path / "not-installed")
+    folder = package / dataset.DEBIAN_FOLDER.relative_to("/")
+    for path in (folder, commands):
+        path.mkdir(parents=True)
+    for name in dataset.FILES:
+        (folder / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes(), compresslevel=1))
+        (raw / name).unlink()
+    # Stands in for apt on a machine whose own package lists are empty.
+    (commands / "apt-get").write_text(
+        'case "$*" in *Dir::State*update) touch lists/updated;; '
+        "*Dir::State*download*) test -e lists/updated && touch a.deb;; *) exit 100;; esac"
+    )
+    (commands / "dpkg-deb").write_text(f'cp -r "{package}/." "$3"')
+    for command in commands.iterdir():
+        command.write_text(f"#!/bin/sh\n{command.read_text()}\n")
+        command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setattr(dataset.FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    assert len(dataset.load(copy, train=False)[0]) == 10_000
 
 
 def test_two_processes_that_start_at_once_both_get_the_data(copy, tmp_path):

@@ -65,13 +65,12 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
 ):
     whole, parts = (run_config(output_dir=str(tmp_path / name), optimizer=optimizer) for name in ("whole", "parts"))
     train.train(whole)
-    with monkeypatch.context():
-        stop_at_step(step, signal.SIGINT if step < 10 else signal.SIGTERM)
-        with pytest.raises(SystemExit) as stopped:
-            train.train(parts)
-        assert stopped.value.code == (130 if step < 10 else 143)
-        assert f"python train.py --resume --output-dir {parts.output_dir}" in capsys.readouterr().out
-        monkeypatch.undo()
+    stop_at_step(step, signal.SIGINT if step < 10 else signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(parts)
+    assert stopped.value.code == (130 if step < 10 else 143)
+    assert f"python train.py --resume --output-dir {parts.output_dir}" in capsys.readouterr().out
+    monkeypatch.undo()
     torch.rand(5)  # the state of the global generator must come from the checkpoint
     train.train(parts, resume=True)
     assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
@@ -83,20 +82,65 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
     assert files[0] == files[1] == ["best.pt", "history.csv", "last.pt"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoints(run_config, tmp_path, monkeypatch):
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the batch of one call to `normalize` not a number."""
+
+    def arm(call: int) -> None:
+        normalize, calls = dataset.normalize, []
+
+        def poisoned(images):
+            calls.append(1)
+            return normalize(images) * (math.nan if len(calls) == call else 1)
+
+        monkeypatch.setattr(dataset, "normalize", poisoned)
+
+    return arm
+
+
+def test_a_loss_that_is_not_finite_leaves_an_earlier_run_alone(run_config, tmp_path, poison):
     train.train(run_config(epochs=1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    normalize, calls = dataset.normalize, []
-
-    def poisoned(images):
-        calls.append(1)
-        return normalize(images) * (math.nan if len(calls) == 5 else 1)
-
-    monkeypatch.setattr(dataset, "normalize", poisoned)
+    poison(call=5)
     with pytest.raises(TrainingError, match="no longer finite in epoch 1"):
         train.train(run_config(epochs=1))
-    after = {path.name.removeprefix("previous-"): path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    assert after == before
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoints(run_config, tmp_path, poison):
+    poison(call=10 + 1 + 3)  # ten steps and one validation batch, then the third step of the second epoch
+    with pytest.raises(TrainingError, match="no longer finite in epoch 2"):
+        train.train(run_config())
+    for name in ("best.pt", "last.pt"):
+        assert len(load_checkpoint(tmp_path / "run" / name)[1]["history"]) == 1
+
+
+@pytest.mark.parametrize("step", [4, 10])
+def test_weights_that_are_not_finite_are_never_saved(run_config, stop_at_step, tmp_path, monkeypatch, step):
+    # The loss of a step is looked at before its update: an update that breaks the weights shows only in these.
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def broken(parameters, limit):
+        calls.append(1)
+        parameters = list(parameters)
+        if len(calls) == step:
+            parameters[0].grad.fill_(math.inf)
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+    if step == 4:  # the interrupted run is saved within the epoch
+        stop_at_step(step, signal.SIGINT)
+    with pytest.raises(TrainingError, match="no longer finite"):
+        train.train(run_config(val_size=0))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_new_run_puts_earlier_ones_aside(run_config, tmp_path):
+    kept = []
+    for seed in range(3):
+        kept.append(train.train(run_config(epochs=1, seed=seed)).read_bytes())
+    names = ["previous-1-best.pt", "previous-2-best.pt", "best.pt"]
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == kept
 
 
 def test_without_a_validation_split_the_last_weights_are_kept(run_config, tmp_path):
@@ -182,6 +226,8 @@ def test_every_default_is_a_flag_that_help_explains(run_script):
         (["--evaluate", "nothing.pt"], "nothing.pt is not a file"),
         (["--num-heads", "5"], "multiple of num_heads"),
         (["--val-size", "3"], "--val-size 3"),
+        (["--train-size", "3"], "--train-size 3"),
+        (["--resume", "--evaluate", "a.pt"], "give one of them"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--stem-blocks", "1", "-1"], "--stem-blocks"),
     ],
@@ -206,8 +252,9 @@ def test_the_script_trains_resumes_tests_and_draws(run_script, data_dir, tmp_pat
     with (tmp_path / "checkpoints" / "history.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
 
-    finished = run_script("train.py", "--resume", "--data-dir", data_dir)
+    finished = run_script("train.py", "--resume")
     assert finished.returncode == 0 and "test accuracy" in finished.stdout
+    assert not (tmp_path / "data").exists()  # the run's own data folder is used
     different = run_script("train.py", "--resume", "--lr", 0.5)
     assert different.returncode == 2 and "--lr 0.5 differs from the run to resume" in different.stderr
 
@@ -227,6 +274,6 @@ def test_the_shipped_checkpoint_beats_the_original(run_script, data_dir, tmp_pat
     }
 
 
-def test_training_does_not_need_opencv_or_matplotlib():
+def test_training_imports_neither_opencv_nor_pyplot():
     code = "import sys, train; assert 'cv2' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
