@@ -61,6 +61,21 @@ def matrix_rate(precision: torch.dtype) -> float:
     return 2 * 2048**3 / min(seconds) / 1e9
 
 
+def convolution_rate(channels: int, size: int, groups: int, precision: torch.dtype) -> float:
+    """Operations per second, in units of 1e9, of a 3x3 convolution of 128 images, forward and backward."""
+    memory = torch.channels_last
+    x = torch.randn(128, channels, size, size).to(precision).to(memory_format=memory).requires_grad_()
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False).to(precision)
+    layer = layer.to(memory_format=memory)
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        y = layer(x)
+        y.backward(y.detach())
+        seconds.append(time.perf_counter() - started)
+    return 3 * 2 * 128 * layer.weight.numel() * size**2 / statistics.median(seconds) / 1e9
+
+
 def training_step(
     config: ModelConfig = DEFAULT,
     precision: torch.dtype | None = None,
@@ -147,6 +162,8 @@ def main() -> None:
         f"{str(precision).removeprefix('torch.')} matrix products reach; float32 ones reach "
         f"{matrix_rate(torch.float32):.0f} GFLOP/s"
     )
+    dense, depthwise = (convolution_rate(96, 14, groups, precision) for groups in (1, 96))
+    print(f"a 3x3 convolution of 96 channels at 14x14: dense {dense:.0f}, depthwise {depthwise:.0f} GFLOP/s")
 
 
 if __name__ == "__main__":
