@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dataset import CLASS_NAMES, IMAGE_SIZE
 
 MAX_PARAMETERS = 600_000
-STEM_STRIDE = 4  # a max-pooling and a stride-2 convolution: 28 -> 14 -> 7
+STEM_STRIDE = 4  # two stride-2 convolutions: 28 -> 14 -> 7
 GRID_SIZE = IMAGE_SIZE // STEM_STRIDE
 
 
@@ -38,8 +38,8 @@ class ModelConfig:
     """The shape of the model. Impossible values raise a `ValueError` that says what to change.
 
     Attributes:
-        stem_dim: channels of the stem at 14x14.
-        stem_blocks: residual blocks of the stem at 14x14 and at 7x7.
+        stem_dims: channels of the stem at 28x28 and at 14x14.
+        stem_blocks: residual blocks of the stem at 28x28, at 14x14 and at 7x7.
         embed_dim: channels of the stem at 7x7, which is the width of a token.
         depth: number of Transformer blocks; 0 leaves a purely convolutional network.
         num_heads: attention heads per block; divides `embed_dim`.
@@ -48,8 +48,8 @@ class ModelConfig:
         drop_path: stochastic depth of the last Transformer block, in [0, 1); earlier blocks get less, linearly.
     """
 
-    stem_dim: int
-    stem_blocks: tuple[int, int]
+    stem_dims: tuple[int, int]
+    stem_blocks: tuple[int, int, int]
     embed_dim: int
     depth: int
     num_heads: int
@@ -58,13 +58,15 @@ class ModelConfig:
     drop_path: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stem_blocks", tuple(self.stem_blocks))  # a list once it has been through a file
-        for name in ("stem_dim", "embed_dim", "num_heads", "depth"):
+        for name, length, low, high in (("stem_dims", 2, 1, 1024), ("stem_blocks", 3, 0, 64)):
+            values = tuple(getattr(self, name))  # a list once it has been through a file
+            object.__setattr__(self, name, values)
+            if len(values) != length or any(type(n) is not int or not low <= n <= high for n in values):
+                raise ValueError(f"{name} is {values!r}: give {length} whole numbers from {low} to {high}")
+        for name in ("embed_dim", "num_heads", "depth"):
             value, least = getattr(self, name), 0 if name == "depth" else 1
             if type(value) is not int or not least <= value <= 1024:
                 raise ValueError(f"{name} is {value!r}: make it a whole number from {least} to 1024")
-        if len(self.stem_blocks) != 2 or any(type(n) is not int or not 0 <= n <= 64 for n in self.stem_blocks):
-            raise ValueError(f"stem_blocks is {self.stem_blocks!r}: give two whole numbers from 0 to 64, like (1, 1)")
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim {self.embed_dim} cannot be split into {self.num_heads} heads of the same width: "
@@ -178,15 +180,14 @@ class HybridClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.stem = nn.Sequential()
-        # The first filters see all 28x28 places; pooling before the norm leaves it a quarter of the work.
-        filters = nn.Conv2d(1, config.stem_dim, kernel_size=3, padding=1, bias=False)
-        norm = nn.BatchNorm2d(config.stem_dim)
-        self.stem.add_module("down1", nn.Sequential(filters, nn.MaxPool2d(2), norm, nn.ReLU()))
-        for i in range(config.stem_blocks[0]):
-            self.stem.add_module(f"stage1_{i}", ResidualBlock(config.stem_dim))  # 14x14
-        self.stem.add_module("down2", nn.Sequential(conv_bn(config.stem_dim, config.embed_dim, stride=2), nn.ReLU()))
-        for i in range(config.stem_blocks[1]):
-            self.stem.add_module(f"stage2_{i}", ResidualBlock(config.embed_dim))  # 7x7
+        in_channels = 1
+        # A few thin blocks see all 28x28 places before anything is thrown away: few parameters, fine texture.
+        for stage, channels in enumerate((*config.stem_dims, config.embed_dim)):
+            down = nn.Sequential(conv_bn(in_channels, channels, stride=2 if stage else 1), nn.ReLU())
+            self.stem.add_module(f"down{stage}" if stage else "first", down)
+            for i in range(config.stem_blocks[stage]):
+                self.stem.add_module(f"stage{stage}_{i}", ResidualBlock(channels))
+            in_channels = channels
         self.pos_embed = nn.Parameter(torch.zeros(1, GRID_SIZE * GRID_SIZE, config.embed_dim))
         self.blocks = nn.ModuleList(
             EncoderBlock(
@@ -229,7 +230,7 @@ class HybridClassifier(nn.Module):
 # any code of the file's.
 
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2  # 1 had no blocks at 28x28
 MAX_CHECKPOINT_BYTES = 256 << 20
 
 
@@ -254,7 +255,7 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
-        "model_config": asdict(model.config) | {"stem_blocks": list(model.config.stem_blocks)},
+        "model_config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(model.config).items()},
         "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         **contents,
     }
@@ -308,8 +309,11 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this project: name one that train.py wrote")
     version = checkpoint.get("version")
-    if type(version) is not int or not 1 <= version <= CHECKPOINT_VERSION:
-        raise CheckpointError(f"{path} has format version {version!r}, this code reads {CHECKPOINT_VERSION}: update it")
+    if type(version) is not int or version != CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version!r}, this code reads {CHECKPOINT_VERSION}: "
+            f"train again, or use the code that wrote it"
+        )
     saved, weights = checkpoint.get("model_config"), checkpoint.get("model")
     names = [field.name for field in fields(ModelConfig)]
     if not isinstance(saved, dict) or set(saved) != set(names) or not isinstance(weights, dict):

@@ -129,10 +129,11 @@ def main() -> None:
         "AdamW instead of Muon": dict(optimizer="adamw"),
         "batch size 2": dict(batch_size=2),
         "batch size 32": dict(batch_size=32),
+        "batch size 128": dict(batch_size=128),
         "batch size 512": dict(batch_size=512),
         "no Transformer blocks": dict(config=replace(DEFAULT, depth=0)),
-        "one Transformer block": dict(config=replace(DEFAULT, depth=1)),
-        "one residual block at 7x7": dict(config=replace(DEFAULT, stem_blocks=(1, 1))),
+        "two Transformer blocks": dict(config=replace(DEFAULT, depth=2)),
+        "no residual blocks at 28x28": dict(config=replace(DEFAULT, stem_blocks=(0, 2, 2))),
     }
     if args.compile:
         settings["torch.compile"] = dict(compiled=True)

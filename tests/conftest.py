@@ -14,7 +14,14 @@ from model import HybridClassifier, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_MODEL = ModelConfig(
-    stem_dim=8, stem_blocks=(1, 1), embed_dim=16, depth=2, num_heads=2, mlp_ratio=2.0, pool="attention", drop_path=0.0
+    stem_dims=(4, 8),
+    stem_blocks=(0, 1, 1),
+    embed_dim=16,
+    depth=2,
+    num_heads=2,
+    mlp_ratio=2.0,
+    pool="attention",
+    drop_path=0.0,
 )
 
 
@@ -41,9 +48,10 @@ def run_config(data_dir: Path, tmp_path: Path):
     """Makes the configuration of a run of seconds: a small model, 640 real images, two epochs."""
 
     def make(**changes: object) -> SimpleNamespace:
-        settings = {name: value for name, (value, _) in train.DEFAULTS.items()}
-        settings |= vars(SMALL_MODEL) | dict(
-            data_dir=str(data_dir), device="cpu", output_dir=str(tmp_path / "run"), quiet=True
+        settings = (
+            train.choose_settings({})
+            | vars(SMALL_MODEL)
+            | dict(data_dir=str(data_dir), device="cpu", output_dir=str(tmp_path / "run"), quiet=True)
         )
         settings |= dict(train_size=640, val_size=500, epochs=2, batch_size=64, drop_path=0.2)
         return SimpleNamespace(**settings | changes)

@@ -25,7 +25,7 @@ class ToTokens(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layer", ["stem.down1", "stem.stage1_0", "stem.down2.0.0", "stem.stage2_0", "blocks.0", "blocks.1"]
+    "layer", ["stem.first", "stem.down1", "stem.stage1_0", "stem.down2.0.0", "stem.stage2_0", "blocks.0", "blocks.1"]
 )
 def test_maps_agree_with_captum(small_model, x, layer):
     target = torch.tensor([0, 9, 3, 3, 6, 1])

@@ -13,9 +13,10 @@ import train
 from model import MAX_PARAMETERS, CheckpointError, HybridClassifier, ModelConfig, load_checkpoint, save_checkpoint
 
 
-def test_the_default_model_keeps_the_parameter_budget():
-    names = ModelConfig.__dataclass_fields__
-    model = HybridClassifier(ModelConfig(**{name: train.DEFAULTS[name][0] for name in names}))
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_every_recipe_keeps_the_parameter_budget(recipe):
+    settings = train.choose_settings({"recipe": recipe})
+    model = HybridClassifier(ModelConfig(**{name: settings[name] for name in ModelConfig.__dataclass_fields__}))
     assert model.num_parameters() == sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS == 600_000
 
 
@@ -35,9 +36,9 @@ def test_logits_of_an_image_do_not_depend_on_its_batch(test_split, pool, depth):
         (dict(num_heads=3), "multiple of num_heads"),
         (dict(depth=-1), "depth"),
         (dict(embed_dim=0), "embed_dim"),
-        (dict(stem_dim=8.0), "stem_dim"),
-        (dict(stem_blocks=(1,)), "stem_blocks"),
-        (dict(stem_blocks=(1, -1)), "stem_blocks"),
+        (dict(stem_dims=(4, 8.0)), "stem_dims"),
+        (dict(stem_blocks=(1, 1)), "stem_blocks"),
+        (dict(stem_blocks=(1, 1, -1)), "stem_blocks"),
         (dict(mlp_ratio=float("nan")), "mlp_ratio"),
         (dict(pool="max"), "pool"),
         (dict(drop_path=1.0), "drop_path"),

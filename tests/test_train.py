@@ -203,8 +203,9 @@ def test_numbers_out_of_range_name_the_flag_and_the_range(capsys, name, bad):
     low, high = RANGES[name]
     text = {"low": str(low - 1), "high": str(high + 1), "nan": "nan", "text": "many"}[bad]
     flag = f"--{name.replace('_', '-')}"
-    values = [f"{flag}={text}"] if name != "stem_blocks" else [flag, "1", text]
-    if text.startswith("-") and name == "stem_blocks":
+    several = isinstance(DEFAULTS[name][0], tuple)
+    values = [flag, *["1"] * (len(DEFAULTS[name][0]) - 1), text] if several else [f"{flag}={text}"]
+    if text.startswith("-") and several:
         pytest.skip("argparse itself takes -1 for a flag here; the next test runs it")
     with pytest.raises(SystemExit) as error:
         train.parse_flags(values)
@@ -229,7 +230,7 @@ def test_every_default_is_a_flag_that_help_explains(run_script):
         (["--train-size", "3"], "--train-size 3"),
         (["--resume", "--evaluate", "a.pt"], "give one of them"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
-        (["--stem-blocks", "1", "-1"], "--stem-blocks"),
+        (["--stem-blocks", "1", "1", "-1"], "--stem-blocks"),
     ],
 )
 def test_errors_are_one_clear_line(run_script, flags, words):
@@ -241,7 +242,7 @@ def test_errors_are_one_clear_line(run_script, flags, words):
 
 def test_the_script_trains_resumes_tests_and_draws(run_script, data_dir, tmp_path):
     flags = ["--data-dir", data_dir, "--train-size", 500, "--val-size", 200, "--epochs", 1, "--device", "cpu"]
-    small = ["--stem-dim", 8, "--stem-blocks", 0, 0, "--embed-dim", 16, "--num-heads", 2, "--depth", 1]
+    small = ["--stem-dims", 4, 8, "--stem-blocks", 0, 0, 0, "--embed-dim", 16, "--num-heads", 2, "--depth", 1]
     result = run_script("train.py", *flags, *small, "--report-test")
     assert result.returncode == 0, result.stderr
     for words in ("training images as augmented", "validation split", "chooses nothing", "weighted avg", "Ankle boot"):

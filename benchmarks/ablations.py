@@ -1,0 +1,85 @@
+"""One experiment on the validation split, and the table of all that were made.
+
+    python benchmarks/ablations.py                                                     print ablations.csv as tables
+    python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --epochs 8 --pool mean
+
+The second form trains with the flags of `train.py` behind `--`, without a look at the test split, and appends a line to
+`ablations.csv`. Lines of one group share their images and their epochs or time, and are to be compared. The lines whose
+code is "first drafts" were measured before the code was kept and cannot be repeated.
+"""
+
+import argparse
+import csv
+import itertools
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from model import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "ablations.csv"
+
+
+def code_version() -> str:
+    """The commit the code is at, with a + where files have changed since."""
+    command = ["git", "describe", "--always", "--abbrev=7", "--dirty=+"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
+    """Train with the flags and return the experiment's line."""
+    given = vars(train.parse_flags(flags)[1])
+    with tempfile.TemporaryDirectory() as folder:
+        config = SimpleNamespace(**train.choose_settings(given | dict(output_dir=folder, quiet=True)))
+        if not config.val_size:
+            raise SystemExit("ablations.py: error: experiments are compared on a validation split: give --val-size")
+        train.train(config)
+        last = load_checkpoint(Path(folder) / "last.pt")[1]["history"][-1]
+    capability = torch.backends.cpu.get_cpu_capability()
+    hardware = f"{torch.get_num_threads()} threads of {platform.machine()}, {capability}"
+    return dict(
+        group=group,
+        what=what,
+        command=" ".join(["python train.py", *flags]),
+        seeds=config.seed,
+        val_accuracy=round(last["val_accuracy"], 4),
+        val_loss=round(last["val_loss"], 4),
+        minutes=round(last["seconds"] / 60, 1),
+        hardware=hardware,
+        code=code_version(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--group", help="the lines that this one is to be compared with")
+    parser.add_argument("--what", help="what the experiment changes")
+    parser.add_argument("flags", nargs="*", help="flags of train.py, behind --")
+    args = parser.parse_args()
+    with open(TABLE, newline="") as file:
+        rows: list[dict] = list(csv.DictReader(file))
+    if args.group and args.what:
+        row = run(args.group, args.what, args.flags)
+        with open(TABLE, "a", newline="") as file:
+            csv.DictWriter(file, fieldnames=list(rows[0])).writerow(row)
+        rows.append(row)
+    elif args.group or args.what or args.flags:
+        parser.error("an experiment needs --group, --what and, behind --, its flags")
+    for group, lines in itertools.groupby(rows, key=lambda row: row["group"]):
+        print(f"\n{group}\n\n| what | command | val accuracy | val loss | minutes |\n|---|---|---:|---:|---:|")
+        for row in lines:
+            accuracy = f"{float(row['val_accuracy']):.2%}"
+            print(f"| {row['what']} | `{row['command']}` | {accuracy} | {row['val_loss']} | {row['minutes']} |")
+
+
+if __name__ == "__main__":
+    main()
