@@ -1,6 +1,6 @@
 """Grad-CAM: which places of an image speak for a class, seen from one layer of the model.
 
-    with GradCAM(model, "blocks.1") as cam:
+    with GradCAM(model, "blocks.0") as cam:
         maps = cam(dataset.normalize(images))   # float32 (N, 28, 28), 0 to 1
 
 The layer's activations A_k (channel k, a small grid of places) are weighed by how much the class score y_c grows with
@@ -46,7 +46,7 @@ class GradCAM:
 
     Args:
         model: maps a float tensor (N, 1, H, W) to logits (N, classes).
-        target_layer: a module of `model`, or its name as `model.named_modules()` gives it, like "blocks.1".
+        target_layer: a module of `model`, or its name as `model.named_modules()` gives it, like "blocks.0".
         reshape: turns the layer's output into (N, C, H', W').
 
     Attributes:

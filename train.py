@@ -46,7 +46,7 @@ from model import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The defaults. Edit a value here, or override it on the command line: stem_dim is --stem-dim, and so on.
+# The defaults. Edit a value here, or override it on the command line: stem_dims is --stem-dims, and so on.
 
 DEFAULTS: dict[str, tuple[Any, str]] = dict(
     recipe=("default", "which of the recipes below replaces some of these values"),
