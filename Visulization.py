@@ -2,6 +2,7 @@
 
     python Visulization.py                                    some test images of each class, with the shipped model
     python Visulization.py --classes Shirt Coat --only-errors
+    python Visulization.py --worst 24                         the test images it is most confidently wrong about
     python Visulization.py --image shoe.jpg "my shirt.png"    your own pictures
     python Visulization.py --checkpoint checkpoints/best.pt   the model that you trained
 
@@ -132,6 +133,12 @@ def paint(image: np.ndarray, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return gray, colored, overlay
 
 
+def side_by_side(panels: tuple[np.ndarray, ...]) -> np.ndarray:
+    """Join uint8 RGB arrays of the same height to one, with a white gap between them."""
+    gap = np.full((panels[0].shape[0], SCALE, 3), 255, np.uint8)
+    return np.hstack([part for panel in panels for part in (gap, panel)][1:])
+
+
 def colorbar(figure: Figure, axes: object) -> None:
     """Add the scale of the heatmaps to a figure."""
     bar = figure.colorbar(ScalarMappable(cmap=COLOR_MAP), ax=axes, fraction=0.03, pad=0.01, aspect=30)
@@ -193,6 +200,12 @@ def explain(
         return maps.cpu().numpy(), cam.logits.softmax(dim=1).cpu().numpy()
 
 
+@torch.no_grad()
+def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
+    """Class probabilities (N, 10) of uint8 images (N, 1, 28, 28)."""
+    return torch.cat([model(dataset.normalize(chunk)).softmax(dim=1) for chunk in images.split(500)])
+
+
 def explained_class(heatmap: np.ndarray, target_class: int | None) -> str:
     """What a caption adds about the class that the heatmap is for; nothing where it is the predicted one."""
     what = "" if target_class is None else f", heatmap for {dataset.CLASS_NAMES[target_class]}"
@@ -204,9 +217,7 @@ def explain_test_images(args: argparse.Namespace, model: HybridClassifier) -> No
     images, labels = dataset.load(args.data_dir, train=False)
     candidates = torch.arange(len(labels))
     if args.only_errors:
-        with torch.no_grad():
-            predictions = torch.cat([model(dataset.normalize(chunk)).argmax(dim=1) for chunk in images.split(500)])
-        candidates = candidates[predictions != labels]
+        candidates = candidates[classify(model, images).argmax(dim=1) != labels]
     generator = torch.Generator().manual_seed(args.seed)
     candidates = candidates[torch.randperm(len(candidates), generator=generator)]
     chosen = [candidates[labels[candidates] == label][: args.num_images].sort().values for label in args.classes]
@@ -223,13 +234,34 @@ def explain_test_images(args: argparse.Namespace, model: HybridClassifier) -> No
         name = f"{i:05d}_{slug(true)}_as_{slug(predicted)}.png"
         title = f"test image {i}: true {true}, predicted {predicted} ({p.max():.1%}){extra}"
         save_overlay(panels, title, args.output_dir / name)
-        gap = np.full((panels[0].shape[0], SCALE, 3), 255, np.uint8)
         caption = f"true {true}, predicted {predicted} {p.max():.0%}{extra.replace(', ', chr(10), 1)}"
-        rows[true].append((np.hstack([panels[0], gap, panels[1], gap, panels[2]]), caption, true == predicted))
+        rows[true].append((side_by_side(panels), caption, true == predicted))
     sheet = args.output_dir / "contact_sheet.png"
     title = f"Grad-CAM of {args.target_layer} on test images: input, heatmap, overlay"
     save_contact_sheet({name: row for name, row in rows.items() if row}, title, sheet)
     print(f"wrote {len(index)} overlays and {sheet.name} to {args.output_dir}")
+
+
+def explain_worst(args: argparse.Namespace, model: HybridClassifier) -> None:
+    """Paint the `args.worst` test images that the model is most confidently wrong about on one sheet."""
+    images, labels = dataset.load(args.data_dir, train=False)
+    confidence, predictions = classify(model, images).max(dim=1)
+    wrong = torch.isin(labels, torch.tensor(args.classes)) & (predictions != labels)
+    index = torch.where(wrong, confidence, -1).argsort(descending=True, stable=True)[: min(args.worst, wrong.sum())]
+    if not len(index):
+        raise ValueError("no test image fits: the model makes no error in these classes")
+    maps, probabilities = explain(model, args.target_layer, images[index], args.target_class)
+    cells = []
+    for i, heatmap, p in zip(index.tolist(), maps, probabilities, strict=True):
+        true, predicted = dataset.CLASS_NAMES[labels[i]], dataset.CLASS_NAMES[p.argmax()]
+        caption = f"{i}: true {true} ({p[labels[i]]:.0%})\npredicted {predicted} ({p.max():.0%})"
+        cells.append((side_by_side(paint(images[i, 0].numpy(), heatmap)), caption, False))
+    columns = 4
+    rows = {f"{k + 1}-{k + len(cells[k : k + columns])}": cells[k : k + columns] for k in range(0, len(cells), columns)}
+    sheet = args.output_dir / "worst.png"
+    title = f"the {len(cells)} most confident of {int(wrong.sum())} errors on test images: input, heatmap, overlay"
+    save_contact_sheet(rows, title, sheet)
+    print(f"wrote {sheet.name} to {args.output_dir}: {len(cells)} of {int(wrong.sum())} errors")
 
 
 def explain_own_images(args: argparse.Namespace, model: HybridClassifier) -> int:
@@ -293,6 +325,7 @@ def main() -> None:
         help="by name or number (default: all)",
     )
     add("--only-errors", action="store_true", help="only test images that the model gets wrong")
+    add("--worst", type=whole_number(1, 200), metavar="N", help="one sheet of the N most confident errors")
     add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="which test images (default: 0)")
     add("--target-layer", default=TARGET_LAYER, metavar="NAME", help=f"layer to look at (default: {TARGET_LAYER})")
     add("--target-class", type=class_index, metavar="CLASS", help="class to explain (default: the predicted one)")
@@ -306,6 +339,8 @@ def main() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.image:
             failures = explain_own_images(args, model)
+        elif args.worst:
+            explain_worst(args, model)
         else:
             explain_test_images(args, model)
     except KeyboardInterrupt:

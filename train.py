@@ -77,6 +77,10 @@ DEFAULTS: dict[str, tuple[Any, str]] = dict(
     label_smoothing=(0.1, "part of the target spread over all classes"),
     ema_decay=(0.999, "moving average of the weights, the ones evaluated and kept; 0 averages nothing"),
     grad_clip=(1.0, "largest norm of the gradient; 0 clips nothing"),
+    # distillation
+    teacher=((), "checkpoints whose mean answer the model learns to give, besides the labels"),
+    teacher_weight=(0.7, "part of the loss that the teachers have, where there are any"),
+    temperature=(2.0, "softens the answers of teachers and model before they are compared"),
     # system
     seed=(0, "of the split, the initial weights, the order and the augmentation"),
     device=("auto", "auto, cpu, cuda or mps; auto takes an accelerator where there is one"),
@@ -115,6 +119,8 @@ RANGES = dict(
     label_smoothing=(0, 0.99),
     ema_decay=(0, 0.999999),
     grad_clip=(0, 1e6),
+    teacher_weight=(0, 1),
+    temperature=(0.1, 100),
     seed=(0, 2**32 - 1),
 )
 CHOICES = dict(
@@ -262,6 +268,27 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 500) -> to
     return torch.cat(logits)
 
 
+@torch.no_grad()
+def teacher_probabilities(teachers: list[nn.Module], x: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The mean of the teachers' softened probabilities (N, 10) for normalised images (N, 1, 28, 28)."""
+    return torch.stack([(teacher(x).float() / temperature).softmax(dim=1) for teacher in teachers]).mean(dim=0)
+
+
+def distillation_loss(logits: torch.Tensor, probabilities: torch.Tensor, temperature: float) -> torch.Tensor:
+    """How far the softened answer is from the teachers' (Hinton et al. 2015, arXiv 1503.02531, section 2).
+
+    Args:
+        logits: of the model that learns, (N, 10).
+        probabilities: of the teachers at the same temperature, (N, 10).
+        temperature: above 0.
+
+    Returns:
+        The Kullback-Leibler divergence, mean over the images, times temperature squared: so the gradient keeps its size.
+    """
+    log_probabilities = (logits / temperature).log_softmax(dim=1)
+    return F.kl_div(log_probabilities, probabilities, reduction="batchmean") * temperature**2
+
+
 def report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
     """scikit-learn's classification report with the class names."""
     return classification_report(
@@ -312,6 +339,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
+    teachers = [load_checkpoint(path, device)[0].requires_grad_(False) for path in config.teacher]
     generator = torch.Generator(device).manual_seed(config.seed)  # the order of the images and their augmentation
 
     images, labels = (tensor.to(device) for tensor in dataset.load(config.data_dir, train=True))
@@ -435,9 +463,15 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
                     group["lr"] = lr
 
+                x = dataset.normalize(batch)
                 with autocast(device, precision):
-                    logits = forward(dataset.normalize(batch))
+                    logits = forward(x)
                 loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.label_smoothing)
+                if teachers:  # they see the very same variants of the images (Beyer et al. 2022, arXiv 2106.05237)
+                    with autocast(device, precision):
+                        targets = teacher_probabilities(teachers, x, config.temperature)
+                    distance = distillation_loss(logits.float(), targets, config.temperature)
+                    loss = (1 - config.teacher_weight) * loss + config.teacher_weight * distance
                 model.zero_grad()
                 loss.backward()
                 if config.grad_clip:
@@ -625,6 +659,8 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
         f"test accuracy {accuracy:.4f}, loss {F.cross_entropy(logits, labels).item():.4f}, "
         f"{model.num_parameters():,} parameters, {len(labels):,} images, one forward pass each"
     )
+    mirrored = (logits.softmax(dim=1) + predict(model, images.flip(3)).softmax(dim=1)).argmax(dim=1)
+    print(f"averaged with the mirror image's answer: {accuracy_score(labels.cpu(), mirrored.cpu()):.4f}")
     written = ["confusion_matrix.png"]
     plot_confusion_matrix(labels, predictions, path.parent / written[0])
     if checkpoint.get("history"):
@@ -667,6 +703,8 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.ArgumentPa
         options: dict[str, Any] = dict(dest=name, help=f"{text} (default: {value})")
         if isinstance(value, bool):
             options["action"] = argparse.BooleanOptionalAction
+        elif name == "teacher":
+            options |= dict(nargs="+", metavar="CHECKPOINT")
         elif isinstance(value, tuple):
             options |= dict(type=number(name, int), nargs=len(value), metavar="N")
         elif name in RANGES:

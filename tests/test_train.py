@@ -197,6 +197,30 @@ def test_automatic_precision_never_takes_bfloat16_where_the_cpu_emulates_it(monk
     assert train.choose_precision("float32", cpu) == torch.float32
 
 
+def test_a_teacher_is_matched_where_the_answers_are_the_same(small_model, test_split):
+    x = dataset.normalize(test_split[0][:16])
+    logits = small_model(x)
+    for temperature in (1.0, 4.0):
+        targets = train.teacher_probabilities([small_model, small_model], x, temperature)
+        torch.testing.assert_close(targets.sum(dim=1), torch.ones(16))
+        assert train.distillation_loss(logits, targets, temperature).abs() < 1e-5
+        assert train.distillation_loss(logits.roll(1, dims=1) * 3, targets, temperature) > 1e-3
+
+
+def test_a_model_learns_from_teachers_alone_and_resumes(run_config, stop_at_step, tmp_path, monkeypatch):
+    teacher = str(ROOT / "checkpoints" / "shipped" / "model.pt")
+    options = dict(teacher=(teacher,), teacher_weight=1.0, epochs=6)
+    whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))
+    learned = load_checkpoint(train.train(whole))[1]
+    assert learned["val_accuracy"] > 0.25  # no label was seen; guessing gives 0.1
+    stop_at_step(7, signal.SIGINT)
+    with pytest.raises(SystemExit):
+        train.train(parts)
+    monkeypatch.undo()
+    train.train(parts, resume=True)
+    assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
 @pytest.mark.parametrize("name", RANGES)
 @pytest.mark.parametrize("bad", ["low", "high", "nan", "text"])
 def test_numbers_out_of_range_name_the_flag_and_the_range(capsys, name, bad):
@@ -229,6 +253,7 @@ def test_every_default_is_a_flag_that_help_explains(run_script):
         (["--val-size", "3"], "--val-size 3"),
         (["--train-size", "3"], "--train-size 3"),
         (["--resume", "--evaluate", "a.pt"], "give one of them"),
+        (["--teacher", "nothing.pt"], "nothing.pt is not a file"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--stem-blocks", "1", "1", "-1"], "--stem-blocks"),
     ],

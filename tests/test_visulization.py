@@ -141,6 +141,23 @@ def test_errors_of_one_class_can_be_picked(run_script, data_dir, tmp_path):
     assert all(true == "Shirt" and predicted != "Shirt" for _, true, _, predicted in names)
 
 
+def test_the_worst_errors_are_on_one_sheet(run_script, data_dir, tmp_path, test_split, monkeypatch):
+    flags = ["--worst", 5, "--classes", "Shirt", "--data-dir", data_dir]
+    result = run_script("Visulization.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "HeapImg").iterdir()] == ["worst.png"]
+    # The captions tell which images they are: they must be wrong, and none left out may be more confident.
+    rows: dict = {}
+    monkeypatch.setattr(Visulization, "save_contact_sheet", lambda cells, title, path: rows.update(cells))
+    monkeypatch.setattr("sys.argv", ["Visulization.py", *map(str, flags), "--output-dir", str(tmp_path)])
+    Visulization.main()
+    shown = [int(caption.split(":")[0]) for row in rows.values() for _, caption, _ in row]
+    images, labels = test_split
+    p = train.predict(load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[0], images).softmax(dim=1)
+    wrong = [i for i in (labels == 6).nonzero().flatten().tolist() if p[i].argmax() != 6]
+    assert shown == sorted(wrong, key=lambda i: -p[i].max().item())[:5]
+
+
 def test_own_pictures_one_bad_file_does_not_stop_the_others(run_script, garment, tmp_path):
     picture_of(garment, "light background").save(tmp_path / "my shoe ü.png")
     (tmp_path / "text.png").write_text("no picture")
