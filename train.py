@@ -283,7 +283,7 @@ def distillation_loss(logits: torch.Tensor, probabilities: torch.Tensor, tempera
         temperature: above 0.
 
     Returns:
-        The Kullback-Leibler divergence, mean over the images, times temperature squared: so the gradient keeps its size.
+        The mean Kullback-Leibler divergence times temperature squared, so that its gradient keeps its size.
     """
     log_probabilities = (logits / temperature).log_softmax(dim=1)
     return F.kl_div(log_probabilities, probabilities, reduction="batchmean") * temperature**2
