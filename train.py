@@ -289,6 +289,63 @@ def distillation_loss(logits: torch.Tensor, probabilities: torch.Tensor, tempera
     return F.kl_div(log_probabilities, probabilities, reduction="batchmean") * temperature**2
 
 
+def training_loss(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    teachers: list[nn.Module],
+    x: torch.Tensor,
+    labels: torch.Tensor,
+    precision: torch.dtype,
+    config: SimpleNamespace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy against the labels, smoothed (Szegedy et al. 2016), and the distance to the teachers' answer.
+
+    Args:
+        forward: the model, or what it was compiled to.
+        teachers: in evaluation mode; none of them leaves the cross-entropy alone.
+        x: normalised images (N, 1, 28, 28).
+        labels: int64 (N,).
+        precision: what the forward passes compute in.
+        config: `label_smoothing`, `teacher_weight` and `temperature` of `DEFAULTS`.
+
+    Returns:
+        The mean loss, and the model's logits (N, 10).
+    """
+    with autocast(x.device, precision):
+        logits = forward(x)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+    if teachers:  # they see the very same variants of the images (Beyer et al. 2022, arXiv 2106.05237)
+        with autocast(x.device, precision):
+            targets = teacher_probabilities(teachers, x, config.temperature)
+        distance = distillation_loss(logits.float(), targets, config.temperature)
+        loss = (1 - config.teacher_weight) * loss + config.teacher_weight * distance
+    return loss, logits
+
+
+def update(
+    model: nn.Module,
+    ema_model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    lr: float,
+    step: int,
+    config: SimpleNamespace,
+) -> None:
+    """Take one step along the gradients, which are used up, and let the average follow.
+
+    Args:
+        lr: of this step, for every parameter.
+        step: of the whole run, from 0.
+        config: `grad_clip` and `ema_decay` of `DEFAULTS`.
+    """
+    if config.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    model.zero_grad()
+    update_ema(ema_model, model, config.ema_decay, step)
+
+
 def report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
     """scikit-learn's classification report with the class names."""
     return classification_report(
@@ -458,27 +515,13 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         with bar:
             while step < steps_per_epoch:
                 index = order[step * config.batch_size : (step + 1) * config.batch_size]
-                batch = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
                 lr = learning_rate(epoch * steps_per_epoch + step, total_steps, warmup_steps, config.lr)
-                for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
-                    group["lr"] = lr
-
-                x = dataset.normalize(batch)
-                with autocast(device, precision):
-                    logits = forward(x)
-                loss = F.cross_entropy(logits.float(), labels[index], label_smoothing=config.label_smoothing)
-                if teachers:  # they see the very same variants of the images (Beyer et al. 2022, arXiv 2106.05237)
-                    with autocast(device, precision):
-                        targets = teacher_probabilities(teachers, x, config.temperature)
-                    distance = distillation_loss(logits.float(), targets, config.temperature)
-                    loss = (1 - config.teacher_weight) * loss + config.teacher_weight * distance
-                model.zero_grad()
+                x = dataset.normalize(
+                    dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
+                )
+                loss, logits = training_loss(forward, teachers, x, labels[index], precision, config)
                 loss.backward()
-                if config.grad_clip:
-                    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-                for optimizer in optimizers:
-                    optimizer.step()
-                update_ema(ema_model, model, config.ema_decay, epoch * steps_per_epoch + step)
+                update(model, ema_model, optimizers, lr, epoch * steps_per_epoch + step, config)
 
                 loss_sum += loss.detach() * len(index)
                 predictions.append(logits.detach().argmax(dim=1))

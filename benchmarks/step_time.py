@@ -7,6 +7,7 @@ speed drifts does not favour one of them. The ceiling is what large matrix produ
 """
 
 import argparse
+import copy
 import statistics
 import sys
 import time
@@ -14,10 +15,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -29,8 +30,8 @@ from model import HybridClassifier, ModelConfig
 DEFAULT = ModelConfig(**{field.name: train.DEFAULTS[field.name][0] for field in fields(ModelConfig)})
 
 
-def multiply_adds(config: ModelConfig) -> int:
-    """Multiply-adds of one image's forward pass in convolutions, linear layers and attention."""
+def multiply_adds(model: torch.nn.Module) -> int:
+    """Multiply-adds of one image's forward pass in convolutions, linear layers and `model.Attention`."""
     total = 0
 
     def count(module: torch.nn.Module, inputs: tuple, output: torch.Tensor) -> None:
@@ -42,11 +43,11 @@ def multiply_adds(config: ModelConfig) -> int:
         elif isinstance(module, model_module.Attention):
             total += 2 * output.shape[1] ** 2 * output.shape[2]
 
-    model = HybridClassifier(config).eval()
-    for module in model.modules():
-        module.register_forward_hook(count)
+    hooks = [module.register_forward_hook(count) for module in model.modules()]
     with torch.no_grad():
-        model(torch.zeros(1, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE))
+        train.predict(model, torch.zeros(1, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE, dtype=torch.uint8))
+    for hook in hooks:
+        hook.remove()
     return total
 
 
@@ -77,7 +78,7 @@ def convolution_rate(channels: int, size: int, groups: int, precision: torch.dty
 
 
 def training_step(
-    config: ModelConfig = DEFAULT,
+    model: torch.nn.Module,
     precision: torch.dtype | None = None,
     batch_size: int = train.DEFAULTS["batch_size"][0],
     optimizer: str = train.DEFAULTS["optimizer"][0],
@@ -88,32 +89,39 @@ def training_step(
     """One whole step as `train.train` does it, augmentation and average included, and its batch size."""
     device = torch.device("cpu")
     precision = precision or train.choose_precision("auto", device)
-    torch.manual_seed(0)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model = HybridClassifier(config).to(memory_format=memory_format)
-    ema_model = HybridClassifier(config).requires_grad_(False)
+    config = SimpleNamespace(**train.choose_settings({}))
+    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    ema_model = copy.deepcopy(model).requires_grad_(False)
     forward = torch.compile(model) if compiled else model
-    optimizers = train.make_optimizers(model, optimizer, weight_decay=0.05)
-    for group in [group for o in optimizers for group in o.param_groups]:
-        group["lr"] = 1e-3
+    optimizers = train.make_optimizers(model, optimizer, config.weight_decay)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch_size, 1, 28, 28), dtype=torch.uint8)
-    labels = torch.randint(0, 10, (batch_size,))
+    images = torch.randint(0, 256, (batch_size, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8)
+    labels = torch.randint(0, len(dataset.CLASS_NAMES), (batch_size,))
 
     def step() -> None:
         with ExitStack() as stack:
             if fused_attention:
                 stack.enter_context(patch.object(model_module, "sdpa_kernel", lambda backend: ExitStack()))
-            stack.enter_context(train.autocast(device, precision))
-            logits = forward(dataset.normalize(dataset.augment(images, generator)))
-        model.zero_grad()
-        F.cross_entropy(logits.float(), labels, label_smoothing=0.1).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for o in optimizers:
-            o.step()
-        train.update_ema(ema_model, model, 0.999, 1000)
+            x = dataset.normalize(dataset.augment(images, generator))
+            loss, _ = train.training_loss(forward, [], x, labels, precision, config)
+        loss.backward()
+        train.update(model, ema_model, optimizers, 1e-3, 1000, config)
 
     return step, batch_size
+
+
+def images_per_second(steps: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, float]:
+    """The median speed of each of the steps, which take turns."""
+    for step, _ in steps.values():
+        step(), step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (step, batch_size) in steps.items():
+            started = time.perf_counter()
+            for _ in range(repeats := max(1, 256 // batch_size)):
+                step()
+            seconds[name].append((time.perf_counter() - started) / (repeats * batch_size))
+    return {name: 1 / statistics.median(values) for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -137,27 +145,17 @@ def main() -> None:
     }
     if args.compile:
         settings["torch.compile"] = dict(compiled=True)
-    steps = {name: training_step(**options) for name, options in settings.items()}
-    for step, _ in steps.values():
-        step(), step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.rounds):
-        for name, (step, batch_size) in steps.items():
-            started = time.perf_counter()
-            for _ in range(repeats := max(1, 256 // batch_size)):
-                step()
-            seconds[name].append((time.perf_counter() - started) / (repeats * batch_size))
-
-    rates = {name: 1 / statistics.median(values) for name, values in seconds.items()}
+    models = {name: HybridClassifier(options.pop("config", DEFAULT)) for name, options in settings.items()}
+    steps = {name: training_step(models[name], **options) for name, options in settings.items()}
+    rates = images_per_second(steps, args.rounds)
     base = rates["the default"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
     print("| setting | images/s | against the default | M multiply-adds |\n|---|---:|---:|---:|")
     for name, rate in rates.items():
-        config = settings[name].get("config", DEFAULT)
-        print(f"| {name} | {rate:.0f} | {rate / base:.2f} | {multiply_adds(config) / 1e6:.1f} |")
+        print(f"| {name} | {rate:.0f} | {rate / base:.2f} | {multiply_adds(models[name]) / 1e6:.1f} |")
     precision = train.choose_precision("auto", torch.device("cpu"))
     ceiling = matrix_rate(precision)
-    used = base * 3 * 2 * multiply_adds(DEFAULT) / 1e9  # the backward pass costs twice the forward pass
+    used = base * 3 * 2 * multiply_adds(models["the default"]) / 1e9  # the backward pass costs twice the forward pass
     print(
         f"\nthe default computes {used:.0f} GFLOP/s, {used / ceiling:.0%} of the {ceiling:.0f} GFLOP/s that large "
         f"{str(precision).removeprefix('torch.')} matrix products reach; float32 ones reach "
