@@ -1,0 +1,178 @@
+"""This model against the field's usual small ones: the same images, augmentation, optimiser, schedule and epochs.
+
+    python benchmarks/peers.py                      print the table of peers.csv
+    python benchmarks/peers.py --train "ResNet-18"  train one of them, test its last averaged weights, save its line
+    python benchmarks/peers.py --time               measure seconds an epoch, all in turn, with nothing else running
+
+Training takes the default recipe of `train.py`, for `--epochs`, and its 5,000 validation images choose nothing here.
+"""
+
+import argparse
+import copy
+import csv
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+from torchvision.models.resnet import BasicBlock
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import robustness
+import step_time
+
+import dataset
+import train
+from model import EncoderBlock, HybridClassifier, ModelConfig, Pool
+
+TABLE = Path(__file__).resolve().parent / "peers.csv"
+
+
+def resnet() -> nn.Module:
+    """A ResNet-18 (He et al. 2015) for small images, of torchvision's blocks, with as many channels as 600k allow."""
+    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    in_channels = 16
+    for channels, stride in ((16, 1), (32, 2), (64, 2), (112, 2)):
+        shortcut = None
+        if stride > 1:
+            shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
+        layers += [BasicBlock(in_channels, channels, stride, shortcut), BasicBlock(channels, channels)]
+        in_channels = channels
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, 10))
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+class CompactConvolutionalTransformer(nn.Module):
+    """CCT-4/3x2 (Hassani et al. 2021, arXiv 2104.05704), of this project's encoder blocks and attention pooling."""
+
+    def __init__(self, embed_dim: int = 128, depth: int = 4, num_heads: int = 2, mlp_ratio: float = 1.0) -> None:
+        super().__init__()
+        self.tokenizer = nn.Sequential(
+            nn.Conv2d(1, 64, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            nn.Conv2d(64, embed_dim, 3, padding=1, bias=False),
+            nn.ReLU(),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.pos_embed = nn.Parameter(torch.zeros(1, 49, embed_dim))
+        # Stochastic depth up to 0.1, as its authors train it.
+        self.blocks = nn.Sequential(
+            *(EncoderBlock(embed_dim, num_heads, mlp_ratio, drop_path=0.1 * i / (depth - 1)) for i in range(depth))
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.pool = Pool(embed_dim, "attention")
+        self.head = nn.Linear(embed_dim, 10)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.tokenizer(x.contiguous(memory_format=torch.channels_last)).flatten(2).transpose(1, 2)
+        return self.head(self.pool(self.norm(self.blocks(tokens + self.pos_embed))))
+
+
+def hybrid(recipe: str) -> HybridClassifier:
+    """This project's model in the shape of a recipe."""
+    settings = train.choose_settings({"recipe": recipe})
+    return HybridClassifier(ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)}))
+
+
+PEERS: dict[str, Callable[[], nn.Module]] = {
+    "this model": lambda: hybrid("default"),
+    "ResNet-18": resnet,
+    "CCT-4/3x2": CompactConvolutionalTransformer,
+}
+
+
+def train_peer(name: str, epochs: int, seed: int, data_dir: str) -> dict[str, object]:
+    """Train one of `PEERS` and return its line of the table."""
+    config = SimpleNamespace(**train.choose_settings(dict(epochs=epochs, seed=seed)))
+    device = train.choose_device("auto")
+    precision = train.choose_precision("auto", device)
+    torch.manual_seed(seed)
+    model = PEERS[name]().to(device, memory_format=torch.channels_last)
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = train.make_optimizers(model, config.optimizer, config.weight_decay)
+    generator = torch.Generator(device).manual_seed(seed)
+    images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=True))
+    train_index, val_index = (i.to(device) for i in dataset.split_indices(labels, config.val_size, seed))
+    steps_per_epoch = math.ceil(len(train_index) / config.batch_size)
+    total_steps = epochs * steps_per_epoch
+    warmup_steps = round(min(config.warmup_epochs, epochs / 4) * steps_per_epoch)
+
+    model.train()
+    for step in tqdm(range(total_steps), desc=name, mininterval=5):
+        start = step % steps_per_epoch * config.batch_size
+        if start == 0:
+            order = train_index[torch.randperm(len(train_index), generator=generator, device=device)]
+        index = order[start : start + config.batch_size]
+        x = dataset.normalize(dataset.augment(images[index], generator, config.flip, config.shift, config.erase))
+        lr = train.learning_rate(step, total_steps, warmup_steps, config.lr)
+        loss, _ = train.training_loss(model, [], x, labels[index], precision, config)
+        loss.backward()
+        train.update(model, ema_model, optimizers, lr, step, config)
+
+    ema_model.cpu()
+    val_accuracy = (train.predict(ema_model, images[val_index].cpu()).argmax(dim=1) == labels[val_index].cpu()).double()
+    return dict(
+        name=name,
+        command=f'python benchmarks/peers.py --train "{name}" --epochs {epochs} --seed {seed}',
+        parameters=sum(p.numel() for p in model.parameters()),
+        multiply_adds=step_time.multiply_adds(ema_model),
+        seconds_an_epoch=math.nan,
+        val_accuracy=f"{val_accuracy.mean().item():.2%}",
+        **robustness.measure(ema_model, *dataset.load(data_dir, train=False), seed=0),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--train", choices=PEERS, help="train this one and save its line")
+    parser.add_argument("--time", action="store_true", help="measure the seconds of an epoch of 60,000 images")
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data-dir", default="data")
+    args = parser.parse_args()
+    row = train_peer(args.train, args.epochs, args.seed, args.data_dir) if args.train else None
+    rows: list[dict] = []
+    if TABLE.exists():  # read after the training, since another one may have ended meanwhile
+        with open(TABLE, newline="") as file:
+            rows = list(csv.DictReader(file))
+    if row:
+        rows = [*(other for other in rows if other["command"] != row["command"]), row]
+    if args.time:
+        steps = {name: step_time.training_step(build()) for name, build in PEERS.items()}
+        rates = step_time.images_per_second(steps, rounds=20)
+        for row in rows:
+            row["seconds_an_epoch"] = round(60_000 / rates[row["name"]], 1)
+    if args.train or args.time:
+        with open(TABLE, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    if not rows:
+        parser.error("no peer was trained yet: begin with --train")
+    rows.sort(key=lambda row: list(PEERS).index(row["name"]))
+    print("| | " + " | ".join(row["name"] for row in rows) + " |\n|---|" + "---:|" * len(rows))
+    for name in rows[0]:
+        if name != "name":
+            cells = [f"`{row[name]}`" if name == "command" else str(row[name]) for row in rows]
+            print(f"| {name.replace('_', ' ')} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
