@@ -254,6 +254,7 @@ def test_every_default_is_a_flag_that_help_explains(run_script):
         (["--train-size", "3"], "--train-size 3"),
         (["--resume", "--evaluate", "a.pt"], "give one of them"),
         (["--teacher", "nothing.pt"], "nothing.pt is not a file"),
+        (["--teacher", "checkpoints/best.pt"], "the teacher lies where this run saves"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--stem-blocks", "1", "1", "-1"], "--stem-blocks"),
     ],
