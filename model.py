@@ -335,4 +335,4 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise CheckpointError(f"{path} holds values in {bad!r} that are not finite: train again or use another one")
     model = HybridClassifier(config)
     model.load_state_dict(weights)
-    return model.to(device).eval(), checkpoint
+    return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
