@@ -30,9 +30,12 @@ TABLE = ROOT / "benchmarks" / "ablations.csv"
 
 
 def code_version() -> str:
-    """The commit the code is at, with a + where files have changed since."""
-    command = ["git", "describe", "--always", "--abbrev=7", "--dirty=+"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    """The commit the code is at, with a + where a script has changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    return git("rev-parse", "--short=7", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
 
 
 def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
@@ -70,7 +73,7 @@ def main() -> None:
     if args.group and args.what:
         row = run(args.group, args.what, args.flags)
         with open(TABLE, "a", newline="") as file:
-            csv.DictWriter(file, fieldnames=list(rows[0])).writerow(row)
+            csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n").writerow(row)
         rows.append(row)
     elif args.group or args.what or args.flags:
         parser.error("an experiment needs --group, --what and, behind --, its flags")

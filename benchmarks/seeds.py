@@ -3,7 +3,7 @@
     python benchmarks/seeds.py                              print the table of seeds.csv
     python benchmarks/seeds.py --add checkpoints/best.pt    evaluate a finished run on the test split, save its line
 
-A run is evaluated once, when it is over: a seed that has its line is not evaluated again.
+A run that has its line is not evaluated again.
 """
 
 import argparse
@@ -42,10 +42,12 @@ def command_of(config: dict) -> str:
     return " ".join(words)
 
 
-def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
-    """One line of the table."""
+def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor, known: set[tuple[str, str]]) -> dict[str, object]:
+    """One line of the table, for a run that is none of those whose command and seed are `known`."""
     model, checkpoint = load_checkpoint(path)
     config = checkpoint["train_config"]
+    if (command_of(config), str(config["seed"])) in known:
+        raise SystemExit(f"seeds.py: error: seed {config['seed']} of {command_of(config)!r} has its line already")
     if checkpoint["history"][-1]["epoch"] != config["epochs"]:
         raise SystemExit(f"seeds.py: error: {path} is of a run that is not over")
     logits = train.predict(model, images)
@@ -77,9 +79,8 @@ def main() -> None:
         with open(TABLE, newline="") as file:
             rows = list(csv.DictReader(file))
     if args.add:
-        row = evaluate(args.add, *dataset.load(args.data_dir, train=False))
-        if any((other["command"], other["seed"]) == (row["command"], str(row["seed"])) for other in rows):
-            raise SystemExit(f"seeds.py: error: seed {row['seed']} of {row['command']!r} has its line already")
+        known = {(row["command"], row["seed"]) for row in rows}
+        row = evaluate(args.add, *dataset.load(args.data_dir, train=False), known)
         rows = sorted([*rows, row], key=lambda row: (row["command"], int(row["seed"])))
         with open(TABLE, "w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")

@@ -105,7 +105,7 @@ def training_step(
             x = dataset.normalize(dataset.augment(images, generator))
             loss, _ = train.training_loss(forward, [], x, labels, precision, config)
         loss.backward()
-        train.update(model, ema_model, optimizers, 1e-3, 1000, config)
+        train.take_step(model, ema_model, optimizers, 1e-3, 1000, config)
 
     return step, batch_size
 

@@ -5,7 +5,7 @@
 Deletion blackens the image from its hottest places on, insertion shows them first on a black image, in 20 equal shares
 of the pixels; the figure is the mean probability of the predicted class over the shares (Petsiuk et al. 2018, "RISE",
 arXiv 1806.07421). A faithful heatmap has a low deletion and a high insertion figure. Images are from the validation
-split, since a default is chosen by them.
+split, since a default is chosen by them, so the model must be one that held them out: by default the record's teacher.
 """
 
 import argparse
@@ -38,14 +38,16 @@ def mean_probability(model: HybridClassifier, images: torch.Tensor, maps: torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default="checkpoints/shipped/model.pt")
+    parser.add_argument("--checkpoint", default="checkpoints/teacher/model.pt")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--num-images", type=int, default=1000)
     args = parser.parse_args()
     model, checkpoint = load_checkpoint(args.checkpoint)
     config = checkpoint["train_config"]
     images, labels = dataset.load(args.data_dir, train=True)
-    val = dataset.split_indices(labels, config["val_size"] or 5000, config["seed"])[1]
+    val = dataset.split_indices(labels, config["val_size"], config["seed"])[1]
+    if not len(val):
+        raise SystemExit(f"target_layer.py: error: {args.checkpoint} was trained on all images: name one that was not")
     images = images[val[:: max(1, len(val) // args.num_images)]]
     generator = torch.Generator().manual_seed(0)
     maps = {"random places": torch.rand(len(images), 28, 28, generator=generator), "brightness": images[:, 0].float()}

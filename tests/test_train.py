@@ -15,6 +15,8 @@ import train
 from model import load_checkpoint
 from train import DEFAULTS, RANGES, TrainingError
 
+TEACHER = str(ROOT / "checkpoints" / "teacher" / "model.pt")
+
 
 def state_of(run: Path) -> dict:
     """Everything that decides how a run goes on, without the times."""
@@ -208,8 +210,7 @@ def test_a_teacher_is_matched_where_the_answers_are_the_same(small_model, test_s
 
 
 def test_a_model_learns_from_teachers_alone_and_resumes(run_config, stop_at_step, tmp_path, monkeypatch):
-    teacher = str(ROOT / "checkpoints" / "shipped" / "model.pt")
-    options = dict(teacher=(teacher,), teacher_weight=1.0, epochs=6)
+    options = dict(teacher=(TEACHER,), val_size=5000, teacher_weight=1.0, epochs=6)
     whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))
     learned = load_checkpoint(train.train(whole))[1]
     assert learned["val_accuracy"] > 0.25  # no label was seen; guessing gives 0.1
@@ -219,6 +220,21 @@ def test_a_model_learns_from_teachers_alone_and_resumes(run_config, stop_at_step
     monkeypatch.undo()
     train.train(parts, resume=True)
     assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+
+
+def test_a_teacher_that_saw_the_validation_images_is_refused(run_config, tmp_path):
+    for changes in (dict(val_size=500, seed=1), dict(val_size=6000)):
+        with pytest.raises(
+            TrainingError, match="which would flatter it: give --val-size 0, or --val-size 5000 --seed 0"
+        ):
+            train.train(run_config(teacher=(TEACHER,), **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_can_be_asked_for_without_its_teacher():
+    given = vars(train.parse_flags(["--recipe", "record", "--teacher"])[1])
+    assert train.choose_settings(given)["teacher"] == ()
+    assert train.choose_settings({"recipe": "record"})["teacher"]
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -307,7 +323,7 @@ def test_training_imports_neither_opencv_nor_pyplot():
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
-def test_the_teachers_of_a_recipe_are_there_and_saw_no_more_than_the_training_split(recipe):
+def test_the_teachers_of_a_recipe_are_there_and_were_chosen_on_validation_images(recipe):
     for path in train.choose_settings({"recipe": recipe})["teacher"]:
         checkpoint = load_checkpoint(ROOT / path)[1]
-        assert checkpoint["train_config"]["val_size"] > 0  # its epoch was chosen on validation images
+        assert checkpoint["train_config"]["val_size"] > 0
