@@ -34,6 +34,8 @@ def command_of(config: dict) -> str:
         flag = f"--{name.replace('_', '-')}"
         if name == "recipe":
             words += [] if value == train.DEFAULTS["recipe"][0] else [flag, value]
+        elif name in ("teacher_weight", "temperature") and not config["teacher"]:
+            continue
         elif name not in NOT_IN_COMMAND and value != standard[name]:
             if isinstance(value, bool):
                 words.append(flag if value else f"--no-{flag[2:]}")

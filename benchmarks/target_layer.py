@@ -5,7 +5,7 @@
 Deletion blackens the image from its hottest places on, insertion shows them first on a black image, in 20 equal shares
 of the pixels; the figure is the mean probability of the predicted class over the shares (Petsiuk et al. 2018, "RISE",
 arXiv 1806.07421). A faithful heatmap has a low deletion and a high insertion figure. Images are from the validation
-split, since a default is chosen by them, so the model must be one that held them out: by default the record's teacher.
+split, since a default is chosen by them, so the model must be one that held them out, as the shipped one did.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def mean_probability(model: HybridClassifier, images: torch.Tensor, maps: torch.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", default="checkpoints/teacher/model.pt")
+    parser.add_argument("--checkpoint", default="checkpoints/shipped/model.pt")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--num-images", type=int, default=1000)
     args = parser.parse_args()

@@ -15,7 +15,7 @@ import train
 from model import load_checkpoint
 from train import DEFAULTS, RANGES, TrainingError
 
-TEACHER = str(ROOT / "checkpoints" / "teacher" / "model.pt")
+TEACHER = str(ROOT / "checkpoints" / "shipped" / "model.pt")
 
 
 def state_of(run: Path) -> dict:
@@ -308,7 +308,7 @@ def test_the_shipped_checkpoint_beats_the_original(run_script, data_dir, tmp_pat
     result = run_script("train.py", "--evaluate", copy, "--data-dir", data_dir)
     assert result.returncode == 0, result.stderr
     summary = next(line for line in result.stdout.splitlines() if line.startswith("test accuracy"))
-    assert float(summary.split()[2].rstrip(",")) > 0.945
+    assert float(summary.split()[2].rstrip(",")) > 0.95
     assert {path.name for path in tmp_path.iterdir()} == {
         "model.pt",
         "history.csv",
