@@ -142,7 +142,7 @@ def side_by_side(panels: tuple[np.ndarray, ...]) -> np.ndarray:
 def colorbar(figure: Figure, axes: object) -> None:
     """Add the scale of the heatmaps to a figure."""
     bar = figure.colorbar(ScalarMappable(cmap=COLOR_MAP), ax=axes, fraction=0.03, pad=0.01, aspect=30)
-    bar.set_label("evidence for the class, 1 = the image's strongest place")
+    bar.set_label("evidence for the class (1 = strongest place)")
 
 
 def save_overlay(panels: tuple[np.ndarray, ...], title: str, path: Path) -> None:
