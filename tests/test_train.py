@@ -232,9 +232,9 @@ def test_a_teacher_that_saw_the_validation_images_is_refused(run_config, tmp_pat
 
 
 def test_a_recipe_can_be_asked_for_without_its_teacher():
-    given = vars(train.parse_flags(["--recipe", "record", "--teacher"])[1])
+    given = vars(train.parse_flags(["--recipe", "taught", "--teacher"])[1])
     assert train.choose_settings(given)["teacher"] == ()
-    assert train.choose_settings({"recipe": "record"})["teacher"]
+    assert train.choose_settings({"recipe": "taught"})["teacher"]
 
 
 @pytest.mark.parametrize("name", RANGES)
