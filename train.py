@@ -2,7 +2,7 @@
 
     python train.py                                     train with the defaults below, then test once
     python train.py --recipe record                     the most accurate: two hours on two CPU cores
-    python train.py --recipe taught                     taught by the shipped model, in half an hour
+    python train.py --recipe taught                     taught by the shipped model, in less than an hour
     python train.py --epochs 5 --lr 1e-3                every default is also a flag; --help lists them
     python train.py --resume                            go on with an interrupted run
     python train.py --evaluate checkpoints/best.pt      only the last step: evaluate a checkpoint on the test split
