@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, classification_report
@@ -160,6 +161,31 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """Meet the other processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
+
+    Returns:
+        This process's rank and the number of processes; (0, 1) if torchrun did not start it.
+
+    Raises:
+        TrainingError: the device cannot take part.
+    """
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return 0, 1
+    if device.type == "mps":
+        raise TrainingError("several processes train on CPUs or on CUDA devices: give --device cpu")
+    if device.type == "cuda":
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if local_rank >= torch.cuda.device_count():
+            raise TrainingError(
+                f"process {local_rank + 1} has no GPU of its own, this machine has {torch.cuda.device_count()}: "
+                f"give torchrun a smaller --nproc-per-node"
+            )
+        torch.cuda.set_device(local_rank)  # "cuda" is this one from now on
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """Turn a flag into the type that matrix products and convolutions compute in.
 
@@ -197,25 +223,45 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
+            lr, momentum, same_shape = group["lr"], group["momentum"], {}
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                scale = 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonalize(update).view_as(p), alpha=-group["lr"] * scale)
+                state["momentum"].lerp_(p.grad, 1 - momentum)
+                same_shape.setdefault(p.flatten(1).shape, []).append(p)
+            for shape, params in same_shape.items():
+                updates = [p.grad.lerp(self.state[p]["momentum"], momentum).flatten(1) for p in params]
+                scale = 0.2 * max(shape) ** 0.5
+                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-lr * scale)
 
 
-def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Bring the singular values of a matrix close to 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024)."""
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / (x.norm() + 1e-7)
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Bring the singular values of each matrix close to 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
+
+    A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so they are multiplied
+    with each other first, in the smaller dimension, and with the matrix once.
+
+    Args:
+        matrices: float32 (K, M, N), K matrices of one shape.
+        steps: of the iteration; the singular values end between 0.7 and 1.2, those near 0 below.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    identity = torch.eye(len(gram[0]), device=x.device)
+    product = identity.expand_as(gram)
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
 
 
 def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
@@ -385,6 +431,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         dataset.DataError, ValueError, OSError: bad data, an impossible model, a folder that cannot be written.
     """
     device = choose_device(config.device)
+    rank, world_size = join_processes(device)  # process 0 reports and saves; all of them compute
+    say = print if rank == 0 else lambda *values, **options: None
     precision = choose_precision(config.precision, device)
     # A resumed run must compute as it began, so what "auto" meant is saved.
     chosen = dict(device=device.type, precision=str(precision).removeprefix("torch."))
@@ -393,6 +441,10 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     best_path, last_path = output_dir / "best.pt", output_dir / "last.pt"
     if {best_path.resolve(), last_path.resolve()} & {Path(path).resolve() for path in config.teacher}:
         raise TrainingError("the teacher lies where this run saves its own checkpoints: give another --output-dir")
+    if config.batch_size < world_size:
+        raise TrainingError(
+            f"--batch-size {config.batch_size}: give at least 1 image for each of {world_size} processes"
+        )
 
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     with torch.device("meta"):  # counts without taking the memory
@@ -428,20 +480,25 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     if config.report_test:
         test_images, test_labels = (tensor.to(device) for tensor in dataset.load(config.data_dir, train=False))
 
-    steps_per_epoch = math.ceil(len(train_index) / config.batch_size)
+    # The batch size is that of all processes together. A last batch with less than an image for each is left out.
+    left_out = len(train_index) % config.batch_size
+    epoch_images = len(train_index) - (left_out if left_out < world_size else 0)
+    steps_per_epoch = math.ceil(epoch_images / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps_per_epoch)
 
-    print("\n".join(f"{name:16} {getattr(config, name)}" for name in DEFAULTS))
-    print(
-        f"\n{num_parameters:,} parameters; device {device} ({torch.get_num_threads()} CPU threads), "
+    say("\n".join(f"{name:16} {getattr(config, name)}" for name in DEFAULTS))
+    processes = f"{world_size} processes with " if world_size > 1 else ""
+    say(
+        f"\n{num_parameters:,} parameters; device {device} ({processes}{torch.get_num_threads()} CPU threads), "
         f"{config.precision}; {len(train_index):,} training, {len(val_index):,} validation, "
         f"10,000 test images; torch {torch.__version__}"
     )
     if num_parameters > MAX_PARAMETERS:
-        print(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
+        say(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
 
-    epoch, step, order, loss_sum, predictions = 0, 0, None, torch.zeros((), device=device), []
+    epoch, step, order = 0, 0, None
+    loss_sum, predictions = torch.zeros((), device=device), torch.zeros_like(train_index)
     history: list[dict[str, float]] = []
     best_accuracy, seconds_before = -1.0, 0.0
     if resume:
@@ -455,14 +512,18 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
-        epoch, step, loss_sum = saved["epoch"], saved["step"], saved["loss_sum"].to(device)
+        epoch, step = saved["epoch"], saved["step"]
         if step:  # the run stopped within an epoch
-            order, predictions = saved["order"].to(device), [saved["predictions"].to(device)]
+            order = saved["order"].to(device)
+            if rank == 0:  # which saved what all of them had
+                loss_sum = saved["loss_sum"].to(device)
+                predictions[: len(saved["predictions"])] = saved["predictions"].to(device)
         history, best_accuracy, seconds_before = checkpoint["history"], saved["best_accuracy"], saved["seconds"]
-        print(f"resuming at epoch {epoch + 1}, step {step} of {steps_per_epoch}")
+        say(f"resuming at epoch {epoch + 1}, step {step} of {steps_per_epoch}")
     else:
         output_dir.mkdir(parents=True, exist_ok=True)
-    forward = torch.compile(model) if config.compile else model
+    forward = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)  # averages the gradients
+    forward = torch.compile(forward) if config.compile else forward
     started, first_step, run_saved = time.perf_counter(), epoch * steps_per_epoch + step, resume
 
     def elapsed() -> float:
@@ -506,12 +567,26 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 epoch=epoch,
                 step=step,
                 order=order if step else None,
-                predictions=torch.cat(predictions) if step else None,
+                predictions=predictions[: step * config.batch_size].clone() if step else None,
                 loss_sum=loss_sum,
                 best_accuracy=best_accuracy,
                 seconds=elapsed(),
             ),
         )
+
+    def gather() -> None:
+        """Bring the epoch's losses and predictions of all processes together in each of them."""
+        if world_size > 1:
+            dist.all_reduce(loss_sum)
+            dist.all_reduce(predictions, dist.ReduceOp.MAX)  # a process has 0 where others predict
+
+    def stop_requested() -> bool:
+        """Whether any process was told to stop, the same answer in all of them."""
+        if world_size > 1:
+            requested = torch.tensor(stop.requested, device=device)
+            dist.all_reduce(requested, dist.ReduceOp.MAX)
+            stop.requested = int(requested)
+        return bool(stop.requested)
 
     stop = StopSignal()
     while epoch < config.epochs:
@@ -520,14 +595,15 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         epoch_started, epoch_first_step = time.perf_counter(), step
         model.train()
         if step == 0:
-            order = train_index[torch.randperm(len(train_index), generator=generator, device=device)]
-            loss_sum, predictions = torch.zeros((), device=device), []
+            # Every process draws the same order and the same augmentation, and takes its share of the result.
+            order = train_index[torch.randperm(len(train_index), generator=generator, device=device)][:epoch_images]
+            loss_sum, predictions = torch.zeros((), device=device), torch.zeros_like(order)
         bar = tqdm(
             total=len(order),
             initial=step * config.batch_size,
             desc=title,
             unit=" images",
-            disable=config.quiet,
+            disable=config.quiet or rank > 0,
             mininterval=0.5,
             leave=False,
         )
@@ -538,79 +614,91 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 x = dataset.normalize(
                     dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
                 )
-                loss, logits = training_loss(forward, teachers, x, labels[index], precision, config)
+                share = slice(rank, None, world_size)
+                loss, logits = training_loss(forward, teachers, x[share], labels[index][share], precision, config)
+                loss = loss * (
+                    len(logits) * world_size / len(index)
+                )  # so that the processes' mean is that of the batch
                 loss.backward()
                 take_step(model, ema_model, optimizers, lr, epoch * steps_per_epoch + step, config)
 
-                loss_sum += loss.detach() * len(index)
-                predictions.append(logits.detach().argmax(dim=1))
+                loss_sum += loss.detach() * (len(index) / world_size)
+                predictions[step * config.batch_size :][: len(index)][share] = logits.detach().argmax(dim=1)
                 step += 1
                 bar.update(len(index))
-                # Looking at a value makes a GPU wait, so this is done seldom, and always before anything is saved.
-                stopping = stop.requested and step < steps_per_epoch
-                if step % 20 == 0 or step == steps_per_epoch or stopping:
+                # Looking at a value makes a GPU wait, and processes wait for each other, so this is done seldom, and
+                # always before anything is saved.
+                if step % 20 == 0 or step == steps_per_epoch or (stop.requested and world_size == 1):
                     require_finite()
                     bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
-                if stopping:
-                    save_position()
-                    stop.leave(f"stopped in epoch {epoch + 1} after step {step}", output_dir)
+                    if stop_requested() and step < steps_per_epoch:
+                        gather()
+                        if rank == 0:
+                            save_position()
+                        stop.leave(f"stopped in epoch {epoch + 1} after step {step}", output_dir, rank)
 
         # The end of the epoch: reports, history, checkpoints.
         train_seconds = time.perf_counter() - epoch_started
-        predictions = torch.cat(predictions)
-        row = dict(
-            epoch=epoch + 1,
-            lr=lr,
-            train_loss=loss_sum.item() / len(order),
-            train_accuracy=accuracy_score(labels[order].cpu(), predictions.cpu()),
-            val_loss=math.nan,
-            val_accuracy=math.nan,
-            seconds=elapsed(),
-        )
-        if not config.quiet:
-            print(f"\n{title}, training images as augmented\n{report(labels[order], predictions)}")
-        if len(val_index):
-            logits = predict(ema_model, val_images)
-            row["val_loss"] = F.cross_entropy(logits, val_labels).item()
-            row["val_accuracy"] = accuracy_score(val_labels.cpu(), logits.argmax(dim=1).cpu())
-            if not config.quiet:
-                print(f"{title}, validation split\n{report(val_labels, logits.argmax(dim=1))}")
-        if config.report_test:
-            logits = predict(ema_model, test_images)
-            row["test_loss"] = F.cross_entropy(logits, test_labels).item()
-            row["test_accuracy"] = accuracy_score(test_labels.cpu(), logits.argmax(dim=1).cpu())
-            if not config.quiet:
-                print(f"{title}, test split\n{report(test_labels, logits.argmax(dim=1))}")
-        history.append(row)
-        steps_done = (epoch + 1) * steps_per_epoch
-        remaining = (time.perf_counter() - started) / (steps_done - first_step) * (total_steps - steps_done)
-        is_best = not len(val_index) or row["val_accuracy"] > best_accuracy
-        line = (
-            f"{title}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
-            f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}  lr {lr:.3g}  "
-            f"{(len(order) - epoch_first_step * config.batch_size) / train_seconds:.0f} images/s  "
-            f"elapsed {clock(elapsed())}  remaining {clock(remaining)}"
-        )
-        separator = "  " if config.quiet else "\n"  # quiet is one line an epoch, whatever there is to say
-        if config.report_test:
-            line += f"{separator}test accuracy {row['test_accuracy']:.4f}, which chooses nothing"
+        gather()
         epoch, step = epoch + 1, 0
-        if is_best:
-            save(best_path)
-            line += f"{separator}saved {best_path}: "
-            line += "best validation accuracy so far" if len(val_index) else "no validation split, the latest weights"
-            best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
-        print(line, flush=True)
-        write_history(history, output_dir)
-        save_position()
-        if stop.requested:
-            stop.leave(f"stopped after epoch {epoch}", output_dir)
+        if rank == 0:
+            row = dict(
+                epoch=epoch,
+                lr=lr,
+                train_loss=loss_sum.item() / len(order),
+                train_accuracy=accuracy_score(labels[order].cpu(), predictions.cpu()),
+                val_loss=math.nan,
+                val_accuracy=math.nan,
+                seconds=elapsed(),
+            )
+            if not config.quiet:
+                print(f"\n{title}, training images as augmented\n{report(labels[order], predictions)}")
+            if len(val_index):
+                logits = predict(ema_model, val_images)
+                row["val_loss"] = F.cross_entropy(logits, val_labels).item()
+                row["val_accuracy"] = accuracy_score(val_labels.cpu(), logits.argmax(dim=1).cpu())
+                if not config.quiet:
+                    print(f"{title}, validation split\n{report(val_labels, logits.argmax(dim=1))}")
+            if config.report_test:
+                logits = predict(ema_model, test_images)
+                row["test_loss"] = F.cross_entropy(logits, test_labels).item()
+                row["test_accuracy"] = accuracy_score(test_labels.cpu(), logits.argmax(dim=1).cpu())
+                if not config.quiet:
+                    print(f"{title}, test split\n{report(test_labels, logits.argmax(dim=1))}")
+            history.append(row)
+            steps_done = epoch * steps_per_epoch
+            remaining = (time.perf_counter() - started) / (steps_done - first_step) * (total_steps - steps_done)
+            is_best = not len(val_index) or row["val_accuracy"] > best_accuracy
+            line = (
+                f"{title}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
+                f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}  lr {lr:.3g}  "
+                f"{(len(order) - epoch_first_step * config.batch_size) / train_seconds:.0f} images/s  "
+                f"elapsed {clock(elapsed())}  remaining {clock(remaining)}"
+            )
+            separator = "  " if config.quiet else "\n"  # quiet is one line an epoch, whatever there is to say
+            if config.report_test:
+                line += f"{separator}test accuracy {row['test_accuracy']:.4f}, which chooses nothing"
+            if is_best:
+                save(best_path)
+                line += f"{separator}saved {best_path}: "
+                line += (
+                    "best validation accuracy so far" if len(val_index) else "no validation split, the latest weights"
+                )
+                best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
+            print(line, flush=True)
+            write_history(history, output_dir)
+            save_position()
+        if stop_requested():
+            stop.leave(f"stopped after epoch {epoch}", output_dir, rank)
     stop.restore()
+    if world_size > 1:
+        del forward  # the last to let go of gloo must not be DistributedDataParallel, which then waits for ever
+        dist.destroy_process_group()
 
-    # The best checkpoint gets the whole history, so that --evaluate can draw it at any time.
-    ema_model, best = load_checkpoint(best_path)
-    contents = {k: v for k, v in best.items() if k not in ("format", "version", "model_config", "model", "history")}
-    save_checkpoint(best_path, ema_model, **contents, history=history)
+    if rank == 0:  # the best checkpoint gets the whole history, so that --evaluate can draw it at any time
+        ema_model, best = load_checkpoint(best_path)
+        contents = {k: v for k, v in best.items() if k not in ("format", "version", "model_config", "model", "history")}
+        save_checkpoint(best_path, ema_model, **contents, history=history)
     return best_path
 
 
@@ -629,9 +717,11 @@ class StopSignal:
         for kind, handler in self.before.items():
             signal.signal(kind, handler)
 
-    def leave(self, message: str, output_dir: Path) -> None:
+    def leave(self, message: str, output_dir: Path, rank: int) -> None:
         where = "" if output_dir == Path(DEFAULTS["output_dir"][0]) else f" --output-dir {shlex.quote(str(output_dir))}"
-        print(f"\n{message}; go on with: python train.py --resume{where}", flush=True)
+        if rank == 0:
+            command = "torchrun … train.py" if dist.is_torchelastic_launched() else "python train.py"
+            print(f"\n{message}; go on with: {command} --resume{where}", flush=True)
         raise SystemExit(128 + self.requested)
 
 
@@ -813,8 +903,11 @@ def main() -> None:
         for name in ("val_size", "train_size"):
             if 0 < getattr(config, name) < len(dataset.CLASS_NAMES):
                 parser.error(f"--{name.replace('_', '-')} {getattr(config, name)}: give 0, or at least one per class")
+        is_first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
         if checkpoint_to_evaluate is None:
             checkpoint_to_evaluate = train(config, resume)
+            if not is_first:
+                return
             print(f"\nheatmaps of this model: python Visulization.py --checkpoint {checkpoint_to_evaluate}")
         evaluate(Path(checkpoint_to_evaluate), config.data_dir, choose_device(config.device))
     except KeyboardInterrupt:
@@ -822,6 +915,11 @@ def main() -> None:
         raise SystemExit(130) from None
     except (TrainingError, CheckpointError, dataset.DataError, ValueError, OSError) as error:
         raise SystemExit(f"train.py: error: {error}") from None
+    except RuntimeError as error:
+        if not dist.is_initialized():
+            raise
+        reason = str(error).splitlines()[0]
+        raise SystemExit(f"train.py: error: process {dist.get_rank()} lost another one: {reason}") from None
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def main() -> None:
         parser.error("no peer was trained yet: begin with --train")
     rows.sort(key=lambda row: list(PEERS).index(row["name"]))
     if args.time:
-        steps = {name: step_time.training_step(build()) for name, build in PEERS.items()}
+        batch_size = train.DEFAULTS["batch_size"][0]
+        steps = {name: (step_time.training_step(build(), batch_size), batch_size) for name, build in PEERS.items()}
         rates = step_time.images_per_second(steps, rounds=20)
         for row in rows:
             row["seconds_for_60000_images"] = round(60_000 / rates[row["name"]], 1)

@@ -79,41 +79,53 @@ def convolution_rate(channels: int, size: int, groups: int, precision: torch.dty
 
 def training_step(
     model: torch.nn.Module,
-    precision: torch.dtype | None = None,
     batch_size: int = train.DEFAULTS["batch_size"][0],
-    optimizer: str = train.DEFAULTS["optimizer"][0],
+    precision: torch.dtype | None = None,
+    settings: dict | None = None,
     channels_last: bool = True,
     fused_attention: bool = False,
     compiled: bool = False,
-) -> tuple[Callable[[], None], int]:
-    """One whole step as `train.train` does it, augmentation and average included, and its batch size."""
+    batches: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
+) -> Callable[[], None]:
+    """One whole step as `train.train` does it, augmentation and average included.
+
+    Args:
+        settings: those of `train.choose_settings`; without, the default recipe's.
+        batches: returns normalised images and labels, instead of a batch taken from 4,096 images and augmented.
+    """
     device = torch.device("cpu")
     precision = precision or train.choose_precision("auto", device)
-    config = SimpleNamespace(**train.choose_settings({}))
+    config = SimpleNamespace(**(settings or train.choose_settings({})))
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     ema_model = copy.deepcopy(model).requires_grad_(False)
     forward = torch.compile(model) if compiled else model
-    optimizers = train.make_optimizers(model, optimizer, config.weight_decay)
+    optimizers = train.make_optimizers(model, config.optimizer, config.weight_decay)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch_size, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8)
-    labels = torch.randint(0, len(dataset.CLASS_NAMES), (batch_size,))
+    images = torch.randint(0, 256, (4096, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8)
+    labels = torch.randint(0, len(dataset.CLASS_NAMES), (4096,))
 
     def step() -> None:
         with ExitStack() as stack:
             if fused_attention:
-                stack.enter_context(patch.object(model_module, "sdpa_kernel", lambda backend: ExitStack()))
-            x = dataset.normalize(dataset.augment(images, generator))
-            loss, _ = train.training_loss(forward, [], x, labels, precision, config)
+                stack.enter_context(patch.object(model_module, "FUSED_ATTENTION", True))
+            if batches:
+                x, target = batches()
+            else:
+                index = torch.randint(0, len(images), (batch_size,), generator=generator)
+                augmented = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
+                x, target = dataset.normalize(augmented), labels[index]
+            loss, _ = train.training_loss(forward, [], x, target, precision, config)
         loss.backward()
         train.take_step(model, ema_model, optimizers, 1e-3, 1000, config)
 
-    return step, batch_size
+    return step
 
 
 def images_per_second(steps: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, float]:
     """The median speed of each of the steps, which take turns."""
     for step, _ in steps.values():
-        step(), step()
+        step()
+        step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, (step, batch_size) in steps.items():
@@ -134,7 +146,7 @@ def main() -> None:
         "float32": dict(precision=torch.float32),
         "PyTorch's fused attention kernel": dict(fused_attention=True),
         "contiguous memory instead of channels-last": dict(channels_last=False),
-        "AdamW instead of Muon": dict(optimizer="adamw"),
+        "AdamW instead of Muon": dict(settings=train.choose_settings(dict(optimizer="adamw"))),
         "batch size 2": dict(batch_size=2),
         "batch size 32": dict(batch_size=32),
         "batch size 128": dict(batch_size=128),
@@ -146,7 +158,11 @@ def main() -> None:
     if args.compile:
         settings["torch.compile"] = dict(compiled=True)
     models = {name: HybridClassifier(options.pop("config", DEFAULT)) for name, options in settings.items()}
-    steps = {name: training_step(models[name], **options) for name, options in settings.items()}
+    default_size = train.DEFAULTS["batch_size"][0]
+    steps = {
+        name: (training_step(models[name], **options), options.get("batch_size", default_size))
+        for name, options in settings.items()
+    }
     rates = images_per_second(steps, args.rounds)
     base = rates["the default"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
