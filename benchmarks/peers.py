@@ -13,7 +13,6 @@ import csv
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +28,7 @@ import step_time
 
 import dataset
 import train
-from model import EncoderBlock, HybridClassifier, ModelConfig, Pool
+from model import EncoderBlock, HybridClassifier, Pool
 
 TABLE = Path(__file__).resolve().parent / "peers.csv"
 
@@ -86,8 +85,7 @@ class CompactConvolutionalTransformer(nn.Module):
 
 def hybrid() -> HybridClassifier:
     """This project's model in the shape of the default recipe."""
-    settings = train.choose_settings({})
-    return HybridClassifier(ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)}))
+    return HybridClassifier(step_time.shape_of(train.choose_settings({})))
 
 
 PEERS: dict[str, Callable[[], nn.Module]] = {

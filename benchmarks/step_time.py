@@ -1,6 +1,8 @@
-"""Where the time of a training step goes: this model in several settings, side by side, as ratios to the default one.
+"""Where the time of a training step goes: this model in several settings, side by side, as ratios to the recipe's own.
 
-    python benchmarks/step_time.py
+    python benchmarks/step_time.py                      the fast recipe
+    python benchmarks/step_time.py --recipe default     another one
+    python benchmarks/step_time.py --profile            the parts of its step, PyTorch's operations, and the start-up
 
 Every setting runs in this one process, in turn, for several rounds; the medians are compared, so that a machine whose
 speed drifts does not favour one of them. The ceiling is what large matrix products reach in the same process.
@@ -9,6 +11,7 @@ speed drifts does not favour one of them. The ceiling is what large matrix produ
 import argparse
 import copy
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,7 +30,10 @@ import model as model_module
 import train
 from model import HybridClassifier, ModelConfig
 
-DEFAULT = ModelConfig(**{field.name: train.DEFAULTS[field.name][0] for field in fields(ModelConfig)})
+
+def shape_of(settings: dict) -> ModelConfig:
+    """The model's configuration among the settings of `train.choose_settings`."""
+    return ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)})
 
 
 def multiply_adds(model: torch.nn.Module) -> int:
@@ -136,44 +142,109 @@ def images_per_second(steps: dict[str, tuple[Callable[[], None], int]], rounds: 
     return {name: 1 / statistics.median(values) for name, values in seconds.items()}
 
 
+def profile(recipe: dict, precision: torch.dtype, steps: int = 20) -> None:
+    """Print the parts of a step, PyTorch's operations by the time spent in themselves, and what the start-up takes."""
+    step = training_step(HybridClassifier(shape_of(recipe)), recipe["batch_size"], precision, recipe)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, function: Callable) -> Callable:
+        def call(*arguments: object, **options: object) -> object:
+            started = time.perf_counter()
+            result = function(*arguments, **options)
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return call
+
+    parts = [
+        ("augmentation", dataset, "augment"),
+        ("normalisation", dataset, "normalize"),
+        ("forward pass and loss", train, "training_loss"),
+        ("backward pass", torch.Tensor, "backward"),
+        ("clipping of the gradient", torch.nn.utils, "clip_grad_norm_"),
+        ("Muon", train.Muon, "step"),
+        ("AdamW", torch.optim.AdamW, "step"),
+        ("average of the weights", train, "update_ema"),
+    ]
+    for _ in range(3):
+        step()
+    with ExitStack() as stack:
+        for name, owner, attribute in parts:
+            stack.enter_context(patch.object(owner, attribute, timed(name, getattr(owner, attribute))))
+        started = time.perf_counter()
+        for _ in range(steps):
+            step()
+        total = time.perf_counter() - started
+    seconds["the rest: indexing, Python"] = total - sum(seconds.values())
+    print(f"\n| part of a step of {1000 * total / steps:.0f} ms | share |\n|---|---:|")
+    for name, value in seconds.items():
+        print(f"| {name} | {value / total:.1%} |")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(steps):
+            step()
+    operations = sorted(profiler.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    total = sum(row.self_cpu_time_total for row in operations)
+    print("\n| operation | share |\n|---|---:|")
+    for row in operations[:16]:
+        print(f"| {row.key} | {row.self_cpu_time_total / total:.1%} |")
+    code = "import time; t = time.perf_counter(); import train; print(time.perf_counter() - t)"
+    root = Path(__file__).resolve().parent.parent
+    imports = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    started = time.perf_counter()
+    _, labels = dataset.load(root / "data", train=True)
+    print(
+        f"\nimports {float(imports):.1f} s, checking and reading 60,000 images {time.perf_counter() - started:.2f} s",
+        end="",
+    )
+    started = time.perf_counter()
+    train.report(labels, labels)
+    print(f", a classification report of them {time.perf_counter() - started:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--recipe", default="fast", choices=train.RECIPES)
+    parser.add_argument("--precision", default="auto", choices=train.CHOICES["precision"])
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which first takes a minute")
+    parser.add_argument("--profile", action="store_true", help="the parts of a step instead of other settings")
     args = parser.parse_args()
+    precision = train.choose_precision(args.precision, torch.device("cpu"))
+    recipe = train.choose_settings(dict(recipe=args.recipe))
+    shape = shape_of(recipe)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if args.profile:
+        return profile(recipe, precision)
+    own = f"--recipe {args.recipe}, batch size {recipe['batch_size']}"
     settings: dict[str, dict] = {
-        "the default": {},
+        own: {},
         "float32": dict(precision=torch.float32),
         "PyTorch's fused attention kernel": dict(fused_attention=True),
         "contiguous memory instead of channels-last": dict(channels_last=False),
-        "AdamW instead of Muon": dict(settings=train.choose_settings(dict(optimizer="adamw"))),
+        "AdamW instead of Muon": dict(settings=recipe | dict(optimizer="adamw")),
         "batch size 2": dict(batch_size=2),
         "batch size 32": dict(batch_size=32),
         "batch size 128": dict(batch_size=128),
         "batch size 512": dict(batch_size=512),
-        "no Transformer blocks": dict(config=replace(DEFAULT, depth=0)),
-        "two Transformer blocks": dict(config=replace(DEFAULT, depth=2)),
-        "no residual blocks at 28x28": dict(config=replace(DEFAULT, stem_blocks=(0, 2, 2))),
+        "no Transformer blocks": dict(config=replace(shape, depth=0)),
+        "two Transformer blocks": dict(config=replace(shape, depth=2)),
+        "the default recipe's model": dict(config=shape_of(train.choose_settings({}))),
     }
     if args.compile:
         settings["torch.compile"] = dict(compiled=True)
-    models = {name: HybridClassifier(options.pop("config", DEFAULT)) for name, options in settings.items()}
-    default_size = train.DEFAULTS["batch_size"][0]
-    steps = {
-        name: (training_step(models[name], **options), options.get("batch_size", default_size))
-        for name, options in settings.items()
-    }
+    models, steps = {}, {}
+    for name, options in settings.items():
+        models[name] = HybridClassifier(options.pop("config", shape))
+        options = dict(batch_size=recipe["batch_size"], precision=precision, settings=recipe) | options
+        steps[name] = (training_step(models[name], **options), options["batch_size"])
     rates = images_per_second(steps, args.rounds)
-    base = rates["the default"]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}\n")
-    print("| setting | images/s | against the default | M multiply-adds |\n|---|---:|---:|---:|")
+    print("\n| setting | images/s | ratio | M multiply-adds |\n|---|---:|---:|---:|")
     for name, rate in rates.items():
-        print(f"| {name} | {rate:.0f} | {rate / base:.2f} | {multiply_adds(models[name]) / 1e6:.1f} |")
-    precision = train.choose_precision("auto", torch.device("cpu"))
+        print(f"| {name} | {rate:.0f} | {rate / rates[own]:.2f} | {multiply_adds(models[name]) / 1e6:.1f} |")
     ceiling = matrix_rate(precision)
-    used = base * 3 * 2 * multiply_adds(models["the default"]) / 1e9  # the backward pass costs twice the forward pass
+    used = rates[own] * 3 * 2 * multiply_adds(models[own]) / 1e9  # the backward pass costs twice the forward pass
     print(
-        f"\nthe default computes {used:.0f} GFLOP/s, {used / ceiling:.0%} of the {ceiling:.0f} GFLOP/s that large "
+        f"\n{own} computes {used:.0f} GFLOP/s, {used / ceiling:.0%} of the {ceiling:.0f} GFLOP/s that large "
         f"{str(precision).removeprefix('torch.')} matrix products reach; float32 ones reach "
         f"{matrix_rate(torch.float32):.0f} GFLOP/s"
     )

@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -31,7 +30,7 @@ import step_time
 
 import dataset
 import train
-from model import HybridClassifier, ModelConfig
+from model import HybridClassifier
 
 STEPS = 4  # per round
 
@@ -70,7 +69,7 @@ def main() -> None:
     images = torch.randint(0, 256, (batch_size, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8)
 
     def this_model() -> HybridClassifier:
-        return HybridClassifier(ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)}))
+        return HybridClassifier(step_time.shape_of(settings))
 
     builders = {"this model": this_model} | {name: peers.PEERS[name] for name in ("ResNet-18", "CCT-4/3x2")}
     models: dict[str, nn.Module] = {name: build() for name, build in builders.items()}

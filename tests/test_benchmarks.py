@@ -43,7 +43,7 @@ def test_the_shipped_checkpoint_is_the_first_seed_of_the_record_at_its_best_vali
     assert (checkpoint["epoch"], checkpoint["val_accuracy"]) == (best["epoch"], best["val_accuracy"])
 
 
-@pytest.mark.parametrize("script", ["ablations.py", "peers.py"])
+@pytest.mark.parametrize("script", ["ablations.py", "peers.py", "time_to_accuracy.py"])
 def test_saved_results_are_printed_as_tables(run_benchmark, script):
     lines = [line for line in run_benchmark(script).splitlines() if line.startswith("|")]
     assert len(lines) > 6
