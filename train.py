@@ -1,11 +1,12 @@
 """Train the CNN + Transformer hybrid on Fashion-MNIST.
 
     python train.py                                     train with the defaults below, then test once
-    python train.py --recipe fast                       five minutes on two CPU cores
+    python train.py --recipe fast                       minutes on two CPU cores
     python train.py --recipe record                     the most accurate: two hours on two CPU cores
     python train.py --recipe taught                     taught by the shipped model, in less than an hour
     python train.py --epochs 5 --lr 1e-3                every default is also a flag; --help lists them
     python train.py --resume                            go on with an interrupted run
+    torchrun --nproc-per-node=2 train.py                in two processes, on two GPUs or two CPU cores
     python train.py --evaluate checkpoints/best.pt      only the last step: evaluate a checkpoint on the test split
 
 The best checkpoint by validation accuracy is kept as `checkpoints/best.pt`, the state of the run as
@@ -164,6 +165,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
 def join_processes(device: torch.device) -> tuple[int, int]:
     """Meet the other processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
 
@@ -173,7 +179,7 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     Raises:
         TrainingError: the device cannot take part.
     """
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
+    if not is_one_of_several():
         return 0, 1
     if device.type == "mps":
         raise TrainingError("several processes train on CPUs or on CUDA devices: give --device cpu")
@@ -459,6 +465,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
     teachers = []
+    if rank:
+        torch.manual_seed(config.seed + rank)  # stochastic depth is to drop other images in each process
     generator = torch.Generator(device).manual_seed(config.seed)  # the order of the images and their augmentation
 
     images, labels = (tensor.to(device) for tensor in dataset.load(config.data_dir, train=True))
@@ -486,6 +494,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     # The batch size is that of all processes together. A last batch with less than an image for each is left out.
     left_out = len(train_index) % config.batch_size
     epoch_images = len(train_index) - (left_out if left_out < world_size else 0)
+    if not epoch_images:
+        raise TrainingError(f"{len(train_index)} images cannot be shared by {world_size} processes: train on more")
     steps_per_epoch = math.ceil(epoch_images / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps_per_epoch)
@@ -501,25 +511,33 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         say(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
 
     epoch, step, order = 0, 0, None
-    loss_sum, predictions = torch.zeros((), device=device), torch.zeros_like(train_index)
+    # The losses are summed apart for each process, so that bringing them together rounds nothing.
+    loss_sum, predictions = torch.zeros(world_size, device=device), torch.zeros_like(train_index)
     history: list[dict[str, float]] = []
     best_accuracy, seconds_before = -1.0, 0.0
     if resume:
         checkpoint = load_checkpoint(last_path)[1]
         saved = checkpoint["training"]
+        if saved.get("processes", 1) != world_size:  # batch norm and the last batch would not be what they were
+            raise TrainingError(
+                f"the run to resume has {saved.get('processes', 1)} processes, not {world_size}: give torchrun that "
+                f"--nproc-per-node, or python for 1"
+            )
         model.load_state_dict(saved["model"])
         ema_model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         generator.set_state(saved["generator"])
-        torch.set_rng_state(saved["rng"])
+        if rank == 0:
+            torch.set_rng_state(saved["rng"])
         if device.type == "cuda" and saved["cuda_rng"] is not None:
             torch.cuda.set_rng_state(saved["cuda_rng"])
         epoch, step = saved["epoch"], saved["step"]
         if step:  # the run stopped within an epoch
             order = saved["order"].to(device)
+            predictions = torch.zeros_like(order)
+            loss_sum[rank] = saved["loss_sum"].reshape(-1)[rank]
             if rank == 0:  # which saved what all of them had
-                loss_sum = saved["loss_sum"].to(device)
                 predictions[: len(saved["predictions"])] = saved["predictions"].to(device)
         history, best_accuracy, seconds_before = checkpoint["history"], saved["best_accuracy"], saved["seconds"]
         say(f"resuming at epoch {epoch + 1}, step {step} of {steps_per_epoch}")
@@ -535,7 +553,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     def require_finite() -> None:
         # Sums and averages, so that no bad step in between is missed.
         averaged = [tensor for tensor in ema_model.state_dict().values() if tensor.is_floating_point()]
-        if not math.isfinite((loss_sum + nn.utils.get_total_norm(averaged)).item()):
+        if not math.isfinite((loss_sum.sum() + nn.utils.get_total_norm(averaged)).item()):
             raise TrainingError(
                 f"the loss or a weight is no longer finite in epoch {epoch + 1} before step {step}: try a smaller --lr "
                 f"than {config.lr:g}, or --precision float32; the checkpoints in {output_dir} are as they were"
@@ -567,6 +585,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 generator=generator.get_state(),
                 rng=torch.get_rng_state(),
                 cuda_rng=torch.cuda.get_rng_state() if device.type == "cuda" else None,
+                processes=world_size,
                 epoch=epoch,
                 step=step,
                 order=order if step else None,
@@ -588,8 +607,15 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         if world_size > 1:
             requested = torch.tensor(stop.requested, device=device)
             dist.all_reduce(requested, dist.ReduceOp.MAX)
-            stop.requested = int(requested)
+            agreed = int(requested)
+            stop.requested = stop.requested or agreed  # a signal that arrived meanwhile counts the next time
+            return bool(agreed)
         return bool(stop.requested)
+
+    def leave(message: str) -> None:
+        if world_size > 1:
+            dist.barrier()  # torchrun ends all processes as soon as one has left: the first must have saved
+        stop.leave(message, output_dir, world_size if rank == 0 else 0)
 
     stop = StopSignal()
     while epoch < config.epochs:
@@ -600,7 +626,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         if step == 0:
             # Every process draws the same order and the same augmentation, and takes its share of the result.
             order = train_index[torch.randperm(len(train_index), generator=generator, device=device)][:epoch_images]
-            loss_sum, predictions = torch.zeros((), device=device), torch.zeros_like(order)
+            loss_sum, predictions = torch.zeros(world_size, device=device), torch.zeros_like(order)
         bar = tqdm(
             total=len(order),
             initial=step * config.batch_size,
@@ -625,7 +651,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 loss.backward()
                 take_step(model, ema_model, optimizers, lr, epoch * steps_per_epoch + step, config)
 
-                loss_sum += loss.detach() * (len(index) / world_size)
+                loss_sum[rank] += loss.detach() * (len(index) / world_size)
                 predictions[step * config.batch_size :][: len(index)][share] = logits.detach().argmax(dim=1)
                 step += 1
                 bar.update(len(index))
@@ -638,7 +664,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                         gather()
                         if rank == 0:
                             save_position()
-                        stop.leave(f"stopped in epoch {epoch + 1} after step {step}", output_dir, rank)
+                        leave(f"stopped in epoch {epoch + 1} after step {step}")
 
         # The end of the epoch: reports, history, checkpoints.
         train_seconds = time.perf_counter() - epoch_started
@@ -648,7 +674,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             row = dict(
                 epoch=epoch,
                 lr=lr,
-                train_loss=loss_sum.item() / len(order),
+                train_loss=loss_sum.sum().item() / len(order),
                 train_accuracy=accuracy_score(labels[order].cpu(), predictions.cpu()),
                 val_loss=math.nan,
                 val_accuracy=math.nan,
@@ -692,9 +718,9 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             write_history(history, output_dir)
             save_position()
         if stop_requested():
-            stop.leave(f"stopped after epoch {epoch}", output_dir, rank)
+            leave(f"stopped after epoch {epoch}")
     stop.restore()
-    if world_size > 1:
+    if is_one_of_several():
         del forward  # the last to let go of gloo must not be DistributedDataParallel, which then waits for ever
         dist.destroy_process_group()
 
@@ -714,17 +740,19 @@ class StopSignal:
 
     def request(self, number: int, frame: Any) -> None:
         self.requested = number
-        self.restore()
+        if not is_one_of_several():  # torchrun passes signals on, so that one may arrive twice
+            self.restore()
 
     def restore(self) -> None:
         for kind, handler in self.before.items():
             signal.signal(kind, handler)
 
-    def leave(self, message: str, output_dir: Path, rank: int) -> None:
+    def leave(self, message: str, output_dir: Path, processes: int) -> None:
+        """End this process; tell how to go on with so many of them, unless that is another one's to tell (0)."""
         where = "" if output_dir == Path(DEFAULTS["output_dir"][0]) else f" --output-dir {shlex.quote(str(output_dir))}"
-        if rank == 0:
-            command = "torchrun … train.py" if dist.is_torchelastic_launched() else "python train.py"
-            print(f"\n{message}; go on with: {command} --resume{where}", flush=True)
+        if processes:
+            launcher = f"torchrun --nproc-per-node={processes}" if processes > 1 else "python"
+            print(f"\n{message}; go on with: {launcher} train.py --resume{where}", flush=True)
         raise SystemExit(128 + self.requested)
 
 
@@ -906,23 +934,23 @@ def main() -> None:
         for name in ("val_size", "train_size"):
             if 0 < getattr(config, name) < len(dataset.CLASS_NAMES):
                 parser.error(f"--{name.replace('_', '-')} {getattr(config, name)}: give 0, or at least one per class")
-        is_first = not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
-        if checkpoint_to_evaluate is None:
-            checkpoint_to_evaluate = train(config, resume)
-            if not is_first:
-                return
-            print(f"\nheatmaps of this model: python Visulization.py --checkpoint {checkpoint_to_evaluate}")
-        evaluate(Path(checkpoint_to_evaluate), config.data_dir, choose_device(config.device))
+        trained = train(config, resume) if checkpoint_to_evaluate is None else None
+        if is_one_of_several() and os.environ["RANK"] != "0":
+            return  # one of them is enough for the rest
+        if trained:
+            print(f"\nheatmaps of this model: python Visulization.py --checkpoint {trained}")
+        evaluate(Path(trained or checkpoint_to_evaluate), config.data_dir, choose_device(config.device))
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (TrainingError, CheckpointError, dataset.DataError, ValueError, OSError) as error:
         raise SystemExit(f"train.py: error: {error}") from None
     except RuntimeError as error:
-        if not dist.is_initialized():
+        lost = is_one_of_several() and ("gloo" in str(error) or isinstance(error, dist.DistError))
+        if not lost:
             raise
         reason = str(error).splitlines()[0]
-        raise SystemExit(f"train.py: error: process {dist.get_rank()} lost another one: {reason}") from None
+        raise SystemExit(f"train.py: error: process {os.environ['RANK']} lost another one: {reason}") from None
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def main() -> None:
         x, target = dataset.normalize(images[:batch_size]), labels[:batch_size]
         maps = {name: stretch(make(x, target)) for name, make in implementations.items()}
         worst = max(worst, *((maps[name] - maps["this project"]).abs().max().item() for name in maps))
+        if worst > TOLERANCE:
+            raise SystemExit(f"gradcam.py: error: the maps differ by up to {worst:.1e}, more than {TOLERANCE:.0e}")
         seconds: dict[str, list[float]] = {name: [] for name in implementations}
         for _ in range(args.rounds):
             for name, make in implementations.items():
@@ -91,8 +93,6 @@ def main() -> None:
             f"| {batch_size} | " + " | ".join(f"{rate:.0f}" for rate in rates.values()) + f" | {ratio:.2f} |",
             flush=True,
         )
-    if worst > TOLERANCE:
-        raise SystemExit(f"gradcam.py: error: the maps differ by up to {worst:.1e}, more than {TOLERANCE:.0e}")
     print(f"\nthe maps agree to {worst:.0e}")
 
 

@@ -46,7 +46,7 @@ def test_the_shipped_checkpoint_is_the_first_seed_of_the_record_at_its_best_vali
 @pytest.mark.parametrize("script", ["ablations.py", "peers.py", "time_to_accuracy.py"])
 def test_saved_results_are_printed_as_tables(run_benchmark, script):
     lines = [line for line in run_benchmark(script).splitlines() if line.startswith("|")]
-    assert len(lines) > 6
+    assert len(lines) >= 5
     assert all(re.fullmatch(r"\|.*\|", line) for line in lines)
     commands = re.findall(r"`(python [^`]+)`", "\n".join(lines))
     assert len(commands) >= 3

@@ -15,9 +15,11 @@ from test_train import assert_identical, state_of
 import train
 from model import load_checkpoint
 
-# Batches of 64, the last of which has 1 image, less than there are processes.
-FLAGS = """--train-size 1281 --val-size 500 --batch-size 64 --stem-dims 4 8 --stem-blocks 0 1 1 --embed-dim 32 --depth 1
-    --num-heads 2 --drop-path 0 --shift 0 --device cpu --precision float32 --quiet""".split()
+FLAGS = """--val-size 500 --batch-size 64 --stem-dims 4 8 --stem-blocks 0 1 1 --embed-dim 32 --depth 1 --num-heads 2
+    --drop-path 0 --shift 0 --device cpu --precision float32 --quiet""".split()
+# The last batch of an epoch has 3 images, 2 for one process and 1 for the other; or 1, less than there are processes.
+UNEVEN = ["--train-size", "1923", "--epochs", "6"]
+LEFT_OUT = ["--train-size", "12801", "--epochs", "3"]
 
 
 @pytest.fixture
@@ -34,11 +36,13 @@ def start(data_dir: Path, tmp_path: Path):
 
     yield start
     for process in started:
-        process.kill()
+        if process.poll() is None:
+            process.terminate()  # which ends its children, too
+            process.communicate(timeout=60)
 
 
 def test_two_processes_train_like_one_and_one_of_them_reports(start, run_config, tmp_path):
-    process = start("two", *FLAGS, "--epochs", "6")
+    process = start("two", *FLAGS, *UNEVEN)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     assert "2 processes" in output
@@ -47,7 +51,7 @@ def test_two_processes_train_like_one_and_one_of_them_reports(start, run_config,
     files = {path.name for path in (tmp_path / "two").iterdir()}
     assert files == {"best.pt", "last.pt", "history.csv", "curves.png", "confusion_matrix.png"}
 
-    given = vars(train.parse_flags([*FLAGS, "--epochs", "6"])[1])
+    given = vars(train.parse_flags([*FLAGS, *UNEVEN])[1])
     alone = load_checkpoint(train.train(run_config(**given)))[1]["history"]
     together = load_checkpoint(tmp_path / "two" / "last.pt")[1]["history"]
     # The same images with the same augmentation in the same steps. What differs is that batch norm sees half a batch.
@@ -58,28 +62,37 @@ def test_two_processes_train_like_one_and_one_of_them_reports(start, run_config,
 
 
 def test_two_interrupted_processes_end_bit_for_bit_like_uninterrupted_ones(start, tmp_path):
-    whole = start("whole", *FLAGS, "--epochs", "20")
+    whole = start("whole", *FLAGS, *LEFT_OUT)
     errors = whole.communicate(timeout=300)[1]
     assert whole.returncode == 0, errors
-    parts = start("parts", *FLAGS, "--epochs", "20")
-    deadline = time.monotonic() + 300
-    while not (tmp_path / "parts" / "history.csv").exists() and time.monotonic() < deadline:
+    parts = start("parts", *FLAGS, *LEFT_OUT)
+    while not (tmp_path / "parts" / "history.csv").exists():
+        assert parts.poll() is None, parts.communicate()
         time.sleep(0.05)
+    time.sleep(0.3)  # an epoch has 200 steps: now the second one is under way
     parts.send_signal(signal.SIGTERM)
     output = parts.communicate(timeout=300)[0]
-    assert f"torchrun … train.py --resume --output-dir {tmp_path / 'parts'}" in output
+    assert f"torchrun --nproc-per-node=2 train.py --resume --output-dir {tmp_path / 'parts'}" in output
     position = load_checkpoint(tmp_path / "parts" / "last.pt")[1]["training"]
-    assert 1 <= position["epoch"] < 20
+    assert position["epoch"] >= 1 and position["step"] > 0
     resumed = start("parts", "--resume")
     output, errors = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, errors
-    assert f"resuming at epoch {position['epoch'] + 1}" in output
+    assert f"resuming at epoch {position['epoch'] + 1}, step {position['step']} of 200" in output
     assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(start, tmp_path):
-    process = start("refused", *FLAGS, "--batch-size", "1")
+    process = start("refused", *FLAGS, *UNEVEN, "--batch-size", "1")
     errors = process.communicate(timeout=300)[1]
     assert process.returncode != 0
     assert "train.py: error: --batch-size 1: give at least 1 image for each of 2 processes" in errors
     assert not (tmp_path / "refused").exists()
+
+
+def test_a_run_is_resumed_by_as_many_processes_as_it_had(start, run_config, tmp_path):
+    train.train(run_config(epochs=1))
+    process = start("run", "--resume")
+    errors = process.communicate(timeout=300)[1]
+    assert process.returncode != 0
+    assert "train.py: error: the run to resume has 1 processes, not 2" in errors
