@@ -645,7 +645,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 )
                 share = slice(rank, None, world_size)
                 loss, logits = training_loss(forward, teachers, x[share], labels[index][share], precision, config)
-                # Weighted so that the mean over the processes, which need not have as many images, is that of the batch.
+                # Weighted so that the mean over the processes, of unlike numbers of images, is that of the batch.
                 loss = loss * (len(logits) * world_size / len(index))
                 loss.backward()
                 take_step(model, ema_model, optimizers, lr, epoch * steps_per_epoch + step, config)
