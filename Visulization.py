@@ -35,7 +35,7 @@ from gradcam import GradCAM
 from model import CheckpointError, HybridClassifier, load_checkpoint
 
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shipped" / "model.pt"
-TARGET_LAYER = "stem"
+METHOD = "layercam"
 COLOR_MAP = "inferno"
 SCALE = 12  # an image pixel becomes so many picture pixels, both ways
 MAX_IMAGE_PIXELS = 64_000_000  # of a person's own picture
@@ -189,6 +189,11 @@ def save_contact_sheet(rows: dict[str, list[tuple[np.ndarray, str, bool]]], titl
 def slug(name: str) -> str:
     """A class name as part of a file name: "T-shirt/top" becomes "T-shirt-top"."""
     return name.replace("/", "-").replace(" ", "-")
+
+
+def default_layers(model: HybridClassifier) -> list[str]:
+    """The layers whose heatmaps are the most faithful (benchmarks/faithfulness.py): the stem's ends at 28x28 and 14x14."""
+    return model.stage_ends()[:2]
 
 
 def explain(

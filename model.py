@@ -216,6 +216,11 @@ class HybridClassifier(nn.Module):
         """The number of trainable values."""
         return sum(p.numel() for p in self.parameters())
 
+    def stage_ends(self) -> list[str]:
+        """Names of the stem's last layers at 28x28, at 14x14 and at 7x7, for `get_submodule` or `gradcam.GradCAM`."""
+        names = list(dict(self.stem.named_children()))
+        return [f"stem.{names[sum(self.config.stem_blocks[: stage + 1]) + stage]}" for stage in range(3)]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (N, C, 7, 7)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (N, 49, C)

@@ -1,0 +1,284 @@
+"""Do the heatmaps show what the model's decision rests on? Every layer and method against maps that know no model.
+
+    python benchmarks/faithfulness.py                           print the tables of faithfulness.csv
+    python benchmarks/faithfulness.py --split validation        measure anew, on images held out of the training
+    python benchmarks/faithfulness.py --split test              the same on test images
+
+The default layer and method of Visulization.py are chosen on the validation split and reported on the test split. Every
+map is for the class that the model predicts, whose probability is followed:
+
+- deletion: the hottest pixels turn black first; the mean probability over the shares of pixels gone. Low is good.
+- insertion: the hottest pixels return first, on a blurred image; the mean probability. High is good. These are the
+  canvases of RISE (Petsiuk et al. 2018, arXiv 1806.07421); black deletion favours maps of the brightness, as black is
+  the background here, so each measure is taken on the other canvas, too.
+- average drop and increase: of the probability when the image is multiplied by the map (Grad-CAM++, arXiv 1710.11063).
+- ROAD: the share of predictions kept when the hottest 20, 40, 60 and 80 % of pixels are replaced by what their
+  neighbours suggest (Rong et al. 2022, arXiv 2202.00449); the mean of the four. Low is good.
+
+The measures are those of the packages torchcam and quantus, the input gradients are captum's.
+"""
+
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+from captum.attr import Saliency
+from quantus import ROAD
+from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
+from torchvision.transforms import GaussianBlur, Normalize
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import dataset
+from gradcam import METHODS, GradCAM
+from model import HybridClassifier, load_checkpoint
+from Visulization import METHOD, SHIPPED_CHECKPOINT, default_layers
+
+TABLE = Path(__file__).resolve().parent / "faithfulness.csv"
+STEPS = 14  # of deletion and insertion: two rows' worth of pixels each
+BATCH_SIZE = 250
+GAUSSIAN_SIGMA = 7  # pixels
+ROAD_PERCENTAGES = [20, 40, 60, 80]
+MEASURES = {  # column of the table: heading
+    "deletion": "deletion ↓",
+    "insertion": "insertion ↑",
+    "road": "ROAD ↓",
+    "average_drop": "average drop ↓",
+    "increase": "increase ↑",
+    "deletion_blurred": "deletion, blurred ↓",
+    "insertion_black": "insertion, black ↑",
+    "empty": "empty maps",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The maps, all float32 (N, 28, 28) and never negative
+
+
+def cam_maps(
+    model: HybridClassifier, layers: tuple[str, ...], method: str, images: torch.Tensor, classes: torch.Tensor | None
+) -> torch.Tensor:
+    """Heatmaps of uint8 images (N, 1, 28, 28) for one class each; None takes the predicted ones."""
+    targets = [None] * len(images) if classes is None else classes.split(BATCH_SIZE)
+    with GradCAM(model, layers, method) as cam:
+        chunks = zip(images.split(BATCH_SIZE), targets, strict=False)
+        return torch.cat([cam(dataset.normalize(chunk), target) for chunk, target in chunks])
+
+
+def attention_rollout(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
+    """How much of each token reaches the pooled vector: Abnar & Zuidema 2020, arXiv 2005.00928, section 3.
+
+    The attention of each block, averaged over its heads, is mixed half and half with the shortcut's identity; the
+    product of the blocks is read out with the weights of the pooling.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    parts = {f"{i}": block.attention.qkv for i, block in enumerate(model.blocks)}
+    if model.pool.score is not None:
+        parts["pool"] = model.pool.score
+    hooks = [
+        part.register_forward_hook(lambda module, inputs, output, name=name: kept.update({name: output}))
+        for name, part in parts.items()
+    ]
+    rows = []
+    with torch.no_grad():
+        for chunk in images.split(BATCH_SIZE):
+            model(dataset.normalize(chunk))
+            tokens = model.pos_embed.shape[1]
+            uniform = torch.full((len(chunk), tokens, 1), 1 / tokens)
+            row = (kept["pool"].softmax(dim=1) if "pool" in kept else uniform).mT  # (N, 1, T)
+            for i in reversed(range(len(model.blocks))):
+                n, t, c = kept[f"{i}"].shape
+                q, k, _ = kept[f"{i}"].view(n, t, 3, model.config.num_heads, -1).permute(2, 0, 3, 1, 4)
+                attention = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1).mean(dim=1)
+                row = row @ (attention + torch.eye(t)) / 2
+            rows.append(row)
+    for hook in hooks:
+        hook.remove()
+    side = int(model.pos_embed.shape[1] ** 0.5)
+    grid = torch.cat(rows).view(-1, 1, side, side)
+    return nn.functional.interpolate(grid, size=images.shape[-2:], mode="bilinear", align_corners=False).squeeze(1)
+
+
+def baseline_maps(
+    model: HybridClassifier, images: torch.Tensor, classes: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Maps that a good explanation must beat."""
+    size = images.shape[-1]
+    yield "a random map", torch.rand(len(images), size, size, generator=torch.Generator().manual_seed(0))
+    distance = torch.arange(size) - (size - 1) / 2
+    gaussian = (-(distance[:, None] ** 2 + distance**2) / (2 * GAUSSIAN_SIGMA**2)).exp()
+    yield "a centred Gaussian", gaussian.expand(len(images), -1, -1)
+    yield "the image's brightness", images[:, 0].float() / 255
+    saliency = Saliency(model).attribute
+    chunks = zip(images.split(BATCH_SIZE), classes.split(BATCH_SIZE), strict=True)
+    yield (
+        "input gradients",
+        torch.cat([saliency(dataset.normalize(c).requires_grad_(), target=t)[:, 0].detach() for c, t in chunks]),
+    )
+    yield "attention rollout", attention_rollout(model, images)
+    torch.manual_seed(0)
+    untrained = HybridClassifier(model.config).eval()
+    yield "Grad-CAM, untrained model", cam_maps(untrained, (model.stage_ends()[-1],), "gradcam", images, None)
+    name = f"{method_name(METHOD, default_layers(model))}, untrained model"
+    yield name, cam_maps(untrained, tuple(default_layers(model)), METHOD, images, None)
+
+
+def method_name(method: str, layers: list[str] | tuple[str, ...]) -> str:
+    """How the table calls a candidate."""
+    return f"{method} {' + '.join(layers)}"
+
+
+def candidate_maps(
+    model: HybridClassifier, images: torch.Tensor, classes: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The ends of the stem's stages and the encoder's blocks with every method, and in pairs with two of them."""
+    layers = [*model.stage_ends(), *(f"blocks.{i}" for i in range(len(model.blocks)))]
+    for method in METHODS:
+        for size in (1, 2) if method in ("gradcam", "layercam") else (1,):
+            for chosen in itertools.combinations(layers, size):
+                yield method_name(method, chosen), cam_maps(model, chosen, method, images, classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The measures
+
+
+class FixedMaps:
+    """Maps that are made already, as the extractor that torchcam's metrics ask for them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.maps = model, torch.empty(0)
+
+    def __call__(self, class_idx: list[int] | None = None, scores: torch.Tensor | None = None) -> list[torch.Tensor]:
+        return [self.maps]
+
+    def fuse_cams(self, cams: list[torch.Tensor]) -> torch.Tensor:
+        return cams[0]
+
+    @contextmanager
+    def _hooks_off(self) -> Iterator[None]:
+        yield
+
+
+def measure(
+    model: HybridClassifier, images: torch.Tensor, classes: torch.Tensor, maps: torch.Tensor
+) -> dict[str, float]:
+    """All measures of the maps (N, 28, 28) of uint8 images (N, 1, 28, 28) that the model puts into `classes` (N,)."""
+    # The packages are given pixels from 0 to 1: what they leave out becomes black, not the data set's mean grey.
+    from_pixels = nn.Sequential(Normalize([dataset.MEAN], [dataset.STD]), model).eval()
+    pixels = images.float() / 255
+    maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+    extractor = FixedMaps(from_pixels)
+    softmax = partial(torch.softmax, dim=1)
+    curves = partial(DeletionInsertionMetric, extractor, softmax, steps=STEPS, batch_size=BATCH_SIZE)
+    black, blurred = curves(), curves(baseline=GaussianBlur(11, sigma=5.0))
+    masked = ClassificationMetric(extractor, softmax)
+    for i in range(0, len(images), BATCH_SIZE):
+        extractor.maps = maps[i : i + BATCH_SIZE]
+        for metric in (black, blurred, masked):
+            metric.update(pixels[i : i + BATCH_SIZE], classes[i : i + BATCH_SIZE].tolist())
+    np.random.seed(0)  # quantus draws from NumPy's own generator  # noqa: NPY002
+    road = ROAD(percentages=ROAD_PERCENTAGES, noise=0.01, disable_warnings=True, display_progressbar=False)
+    kept = road(
+        model=from_pixels,
+        x_batch=pixels.numpy(),
+        y_batch=classes.numpy(),
+        a_batch=maps[:, None].numpy(),
+        device="cpu",
+        batch_size=len(images),  # it reports its first batch alone
+    )
+    return {
+        "deletion": black.summary()["deletion_auc"],
+        "insertion": blurred.summary()["insertion_auc"],
+        "road": sum(kept.values()) / len(kept),
+        "average_drop": masked.summary()["avg_drop"],
+        "increase": masked.summary()["conf_increase"],
+        "deletion_blurred": blurred.summary()["deletion_auc"],
+        "insertion_black": black.summary()["insertion_auc"],
+        "empty": (maps.amax(dim=(1, 2)) == 0).double().mean().item(),
+    }
+
+
+def measure_split(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """One row for every map, of the first `args.num_images` images of a split."""
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    model.requires_grad_(False)
+    images, labels = dataset.load(args.data_dir, train=args.split == "validation")
+    if args.split == "validation":
+        config = checkpoint["train_config"]
+        if not config["val_size"]:
+            raise SystemExit(f"faithfulness.py: error: {args.checkpoint} was trained on all images: name another one")
+        images = images[dataset.split_indices(labels, config["val_size"], config["seed"])[1]]
+    images = images[: args.num_images]  # the order of the data set is random
+    with torch.no_grad():
+        classes = torch.cat([model(dataset.normalize(chunk)).argmax(dim=1) for chunk in images.split(BATCH_SIZE)])
+    for kind, make in (("baseline", baseline_maps), ("candidate", candidate_maps)):
+        for name, maps in tqdm(make(model, images, classes), desc=f"{kind}s", unit="map", disable=None):
+            figures = {key: f"{value:.4f}" for key, value in measure(model, images, classes, maps).items()}
+            yield dict(split=args.split, images=len(images), kind=kind, map=name) | figures
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tables
+
+
+def merit(row: dict[str, str]) -> float:
+    """What the default is chosen by, on the validation split."""
+    return float(row["insertion"]) - float(row["deletion"])
+
+
+def print_table(rows: list[dict[str, str]], default: str) -> None:
+    """Print rows as a Markdown table, the default in bold."""
+    print("| heatmap | " + " | ".join(MEASURES.values()) + " |")
+    print("|---|" + "---:|" * len(MEASURES))
+    for row in rows:
+        cells = [row["map"]]
+        for key in MEASURES:
+            is_share = key in ("road", "average_drop", "increase", "empty")
+            cells.append(f"{float(row[key]):.1%}" if is_share else f"{float(row[key]):.3f}")
+        print("| " + " | ".join(f"**{cell}**" if row["map"] == default else cell for cell in cells) + " |")
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--split", choices=("validation", "test"), help="measure on images of this split")
+    parser.add_argument("--num-images", type=int, default=1000)
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--output", type=Path, default=TABLE, help="the table to print and to add to")
+    args = parser.parse_args()
+    rows: list[dict[str, str]] = []
+    if args.output.exists():
+        with open(args.output, newline="") as file:
+            rows = list(csv.DictReader(file))
+    if args.split:
+        rows = [row for row in rows if row["split"] != args.split]
+        for row in measure_split(args):
+            rows.append(row)
+            with open(args.output, "w", newline="") as file:  # anew after each, as the whole takes long
+                writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+    model, _ = load_checkpoint(args.checkpoint)
+    default = method_name(METHOD, default_layers(model))
+    for split in ("validation", "test"):
+        candidates = sorted((r for r in rows if (r["split"], r["kind"]) == (split, "candidate")), key=merit)[::-1]
+        baselines = [row for row in rows if (row["split"], row["kind"]) == (split, "baseline")]
+        if not candidates:
+            continue
+        print(f"{candidates[0]['images']} {split} images, best insertion minus deletion first, then the baselines\n")
+        print_table(candidates + baselines, default)
+
+
+if __name__ == "__main__":
+    main()
