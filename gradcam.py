@@ -178,9 +178,9 @@ class GradCAM:
             normalize: divide each map by its maximum. A map of zeros, where nothing speaks for the class, stays so.
 
         Returns:
-            float32 tensor (N, H, W) on the images' device, from 0 to 1; with `normalize=False` from 0 upwards, in logits
-            per pixel: a layer's value for a place, shared among the pixels that the place covers. In this unit maps of
-            several classes compare, and layers with grids of any size are averaged.
+            float32 tensor (N, H, W) on the images' device, from 0 to 1; with `normalize=False` from 0 upwards, in
+            logits per pixel: a layer's value for a place, shared among the pixels that the place covers. In this unit
+            layers with grids of any size are averaged.
 
         Raises:
             ValueError: a class that does not exist, not one class per image, a layer without places, or one that the

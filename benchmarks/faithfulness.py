@@ -96,7 +96,7 @@ def attention_rollout(model: HybridClassifier, images: torch.Tensor) -> torch.Te
             uniform = torch.full((len(chunk), tokens, 1), 1 / tokens)
             row = (kept["pool"].softmax(dim=1) if "pool" in kept else uniform).mT  # (N, 1, T)
             for i in reversed(range(len(model.blocks))):
-                n, t, c = kept[f"{i}"].shape
+                n, t, _ = kept[f"{i}"].shape
                 q, k, _ = kept[f"{i}"].view(n, t, 3, model.config.num_heads, -1).permute(2, 0, 3, 1, 4)
                 attention = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1).mean(dim=1)
                 row = row @ (attention + torch.eye(t)) / 2
@@ -186,7 +186,7 @@ def measure(
         extractor.maps = maps[i : i + BATCH_SIZE]
         for metric in (black, blurred, masked):
             metric.update(pixels[i : i + BATCH_SIZE], classes[i : i + BATCH_SIZE].tolist())
-    np.random.seed(0)  # quantus draws from NumPy's own generator  # noqa: NPY002
+    np.random.seed(0)  # quantus draws from NumPy's own generator
     road = ROAD(percentages=ROAD_PERCENTAGES, noise=0.01, disable_warnings=True, display_progressbar=False)
     kept = road(
         model=from_pixels,
