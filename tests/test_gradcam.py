@@ -1,10 +1,12 @@
 import pytest
 import torch
 import torch.nn as nn
-from captum.attr import LayerAttribution, LayerGradCam
+import torch.nn.functional as F
+from captum.attr import LayerAttribution, LayerGradCam, LayerGradientXActivation
+from torchcam import methods as torchcam
 
 import dataset
-from gradcam import GradCAM
+from gradcam import METHODS, GradCAM
 
 
 @pytest.fixture
@@ -36,9 +38,58 @@ def test_maps_agree_with_captum(small_model, x, layer):
         small_model.blocks[int(layer[-1])] = nn.Sequential(module, grid, ToTokens())
         module = grid
     expected = LayerGradCam(small_model, module).attribute(x, target=target, relu_attributions=True)
+    pixels_per_place = 28 * 28 / expected[0].numel()
     expected = LayerAttribution.interpolate(expected, (28, 28), interpolate_mode="bilinear")[:, 0]
     assert maps.abs().max() > 0
-    torch.testing.assert_close(maps, expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(maps * pixels_per_place, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "hirescam", "layercam"])  # torchcam's Grad-CAM++ leaves its divisor out
+@pytest.mark.parametrize("layer", ["stem.first", "stem.stage1_0", "stem.stage2_0"])
+def test_every_method_agrees_with_another_implementation(small_model, x, layer, method):
+    target = [0, 9, 3, 3, 6, 1]
+    module = small_model.get_submodule(layer)
+    if method == "hirescam":
+        products = LayerGradientXActivation(small_model, module).attribute(x, target=torch.tensor(target))
+        expected = products.detach().sum(dim=1).relu()
+    else:
+        names = {"gradcam": "GradCAM", "gradcam++": "GradCAMpp", "layercam": "LayerCAM"}
+        with getattr(torchcam, names[method])(small_model, module) as extractor:
+            (expected,) = extractor(target, small_model(x), normalized=False)
+    expected = F.interpolate(expected[:, None], size=(28, 28), mode="bilinear")[:, 0]
+    expected = expected / expected.amax(dim=(1, 2), keepdim=True).clamp_min(1e-20)
+    maps = GradCAM(small_model, layer, method)(x, target)
+    torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradcam_plus_plus_on_paper():
+    # Channel 0: gradient 2 at two of four places, activations that add up to 3: each place's share is
+    # 4 / (2 * 4 + 3 * 8) = 1/8, the weight 2 * 2/8 = 1/2. Channel 1 has no positive gradient: weight 0.
+    activation = torch.tensor([[[[1.0, 0.0], [2.0, 0.0]], [[5.0, 5.0], [5.0, 5.0]]]])
+    gradient = torch.tensor([[[[2.0, 0.0], [0.0, 2.0]], [[-1.0, 0.0], [-1.0, 0.0]]]])
+    assert METHODS["gradcam++"](activation, gradient).tolist() == [[[0.5, 0.0], [1.0, 0.0]]]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_several_layers_give_the_mean_of_their_maps_from_one_pass(small_model, x, method):
+    layers = ["stem.first", "stem.stage2_0", "blocks.1"]
+    single = [GradCAM(small_model, layer, method)(x, 3, normalize=False) for layer in layers]
+    calls = []
+    small_model.register_forward_hook(lambda *_: calls.append("forward"))
+    maps = GradCAM(small_model, layers[::-1], method)(x, 3, normalize=False)
+    torch.testing.assert_close(maps, sum(single) / 3, rtol=1e-4, atol=1e-8)
+    assert calls == ["forward"]
+
+
+def test_a_positive_scale_of_the_map_is_evidence_in_logits(small_model, x):
+    # Gradient times activation of the pooled layer's input adds up to the logit, up to the bias: the unit is right.
+    small_model.blocks, small_model.norm = nn.ModuleList(), nn.Identity()
+    small_model.pool.score = None
+    nn.init.ones_(small_model.head.weight)
+    nn.init.zeros_(small_model.pos_embed)
+    with GradCAM(small_model, "stem", "hirescam") as cam:
+        evidence = cam(x, 0, normalize=False).sum(dim=(1, 2))
+        torch.testing.assert_close(evidence, cam.logits[:, 0], rtol=1e-4, atol=1e-5)
 
 
 def test_maps_have_the_promised_shape_type_and_range(small_model, x):
@@ -102,9 +153,16 @@ def test_it_works_where_gradients_are_switched_off(small_model, x):
     assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x))
 
 
-def test_a_map_without_evidence_is_zero(small_model, x):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_map_without_positive_evidence_is_zero(small_model, x, method):
+    # Activations of the stem's end are never negative: with negative gradients alone, nothing speaks for class 0.
+    small_model.blocks, small_model.norm = nn.ModuleList(), nn.Identity()
+    small_model.pool.score = None
+    nn.init.constant_(small_model.head.weight, -1.0)
+    for normalize in (True, False):
+        assert GradCAM(small_model, "stem", method)(x, 0, normalize=normalize).count_nonzero() == 0
     nn.init.zeros_(small_model.head.weight)
-    assert GradCAM(small_model, "blocks.1")(x).count_nonzero() == 0
+    assert GradCAM(small_model, "stem.first", method)(x).count_nonzero() == 0
 
 
 @pytest.mark.parametrize("target", [10, -1, [1, 2], [0.5] * 6, [0, 0, 0, 0, 0, 10]])
@@ -122,3 +180,10 @@ def test_layers_without_places_are_refused(small_model, x):
         GradCAM(small_model, "head")(x)
     with pytest.raises(ValueError, match="does not go through"):
         GradCAM(small_model, "blocks")(x)
+    with pytest.raises(ValueError, match="names no layer"):
+        GradCAM(small_model, [])
+
+
+def test_an_unknown_method_is_refused(small_model):
+    with pytest.raises(ValueError, match=r"no method 'scam'; there are gradcam, .*layercam"):
+        GradCAM(small_model, "blocks.0", "scam")

@@ -1,0 +1,83 @@
+"""The sanity checks of Adebayo et al. 2018 (arXiv 1810.03292): a map that survives them explains nothing.
+
+Maps are compared by their rank correlation over the garment; what the shipped model's are is in benchmarks/README.md.
+"""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, SMALL_MODEL
+
+import dataset
+from gradcam import METHODS, GradCAM
+from model import HybridClassifier, load_checkpoint
+
+sys.path.append(str(ROOT / "benchmarks"))  # at the end: it has a gradcam.py of its own
+try:
+    from sanity import randomized_from_the_top, rank_correlation
+except SystemExit as missing:  # OpenCV without libGL.so.1: the message says what to install
+    pytest.skip(str(missing), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_checkpoint(ROOT / "checkpoints" / "shipped" / "model.pt")[0]
+
+
+# Not Grad-CAM++: with another head its maps stay as they were (0.95). benchmarks/README.md says so.
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"gradcam++"}))
+def test_maps_change_when_weights_are_randomised_from_the_top_down(shipped, test_split, method):
+    images = test_split[0][:40]
+    x, layers = dataset.normalize(images), shipped.stage_ends()[:2]
+    cam = GradCAM(shipped, layers, method)
+    maps = cam(x)
+    classes = cam.logits.argmax(dim=1)
+    similarity = {}
+    for part, changed in randomized_from_the_top(shipped):
+        similarity[part] = rank_correlation(maps, GradCAM(changed, layers, method)(x, classes), images)
+    assert similarity["head"] < 0.8  # the last layer alone
+    assert similarity["blocks.0"] < 0.6
+    assert abs(similarity["stem.first"]) < 0.25  # everything
+
+
+def test_maps_of_one_image_differ_between_classes(shipped, test_split):
+    images = test_split[0][:40]
+    x = dataset.normalize(images)
+    with GradCAM(shipped, shipped.stage_ends()[:2], "layercam") as cam:
+        maps = cam(x)
+        ranking = cam.logits.argsort(dim=1, descending=True)
+        for rank in (1, 2, 9):
+            assert rank_correlation(maps, cam(x, ranking[:, rank]), images) < 0.6
+        again = cam(x, ranking[:, 0])
+    assert rank_correlation(maps, again, images) == pytest.approx(1)
+
+
+def memorize(images: torch.Tensor, labels: torch.Tensor) -> HybridClassifier:
+    """A small model that has learnt these labels by heart, whatever they are."""
+    torch.manual_seed(0)
+    model = HybridClassifier(dataclasses.replace(SMALL_MODEL, embed_dim=32))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    x = dataset.normalize(images)
+    for _ in range(100):
+        loss = F.cross_entropy(model.train()(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        assert (model.eval()(x).argmax(dim=1) == labels).float().mean() > 0.95
+    return model
+
+
+@pytest.mark.parametrize("method", ["gradcam", "layercam"])
+def test_maps_change_when_labels_are_randomised(test_split, method):
+    images, labels = (part[:100] for part in test_split)
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    maps = {}
+    for name, targets in (("true", labels), ("random", shuffled)):
+        model = memorize(images, targets)
+        maps[name] = GradCAM(model, model.stage_ends()[:2], method)(dataset.normalize(images), targets)
+    # The same images, first weights, and steps: only the labels differ.
+    assert rank_correlation(maps["true"], maps["random"], images) < 0.5
