@@ -546,35 +546,40 @@ def slug(name: str) -> str:
     return name.replace("/", "-").replace(" ", "-")
 
 
-def choose_test_images(args: argparse.Namespace, model: HybridClassifier) -> tuple[list[Explanation], int]:
-    """Explain the test images that the flags ask for; also how many errors there are among `args.classes`."""
+def find_errors(args: argparse.Namespace, model: HybridClassifier) -> torch.Tensor:
+    """The numbers of the test images of `args.classes` that the model gets wrong, the most confident first."""
     images, labels = dataset.load(args.data_dir, train=False)
-    probabilities = classify(model, images)
-    confidence, predicted = probabilities.max(dim=1)
+    confidence, predicted = classify(model, images).max(dim=1)
     wrong = torch.isin(labels, torch.tensor(args.classes)) & (predicted != labels)
+    order = torch.where(wrong, confidence, -1).argsort(descending=True, stable=True)[: int(wrong.sum())]
+    if not len(order):
+        raise ValueError("no test image fits: the model makes no error in these classes")
+    return order
+
+
+def explain_test_images(args: argparse.Namespace, model: HybridClassifier, index: torch.Tensor) -> list[Explanation]:
+    """Explain the test images with these numbers."""
+    images, labels = dataset.load(args.data_dir, train=False)
+    names = [f"test image {i}" for i in index.tolist()]
+    return explain(args, model, images[index], labels[index], names, index.tolist())
+
+
+def choose_test_images(args: argparse.Namespace, model: HybridClassifier, number: int) -> torch.Tensor:
+    """The numbers of the test images that the flags ask for: those of `--index`, or `number` of each class."""
+    labels = dataset.load(args.data_dir, train=False)[1]
     if args.index:
         if max(args.index) >= len(labels):
             raise ValueError(f"--index: the test split has images 0 to {len(labels) - 1}")
-        index = torch.tensor(args.index)
-    elif args.worst:
-        index = torch.where(wrong, confidence, -1).argsort(descending=True, stable=True)
-        index = index[: min(args.worst, int(wrong.sum()))]
-    else:
-        generator = torch.Generator().manual_seed(args.seed)
-        candidates = wrong.nonzero().flatten() if args.only_errors else torch.arange(len(labels))
-        candidates = candidates[torch.randperm(len(candidates), generator=generator)]
-        number = 1 if args.compare_layers else args.num_images
-        chosen = [candidates[labels[candidates] == label][:number].sort().values for label in args.classes]
-        index = torch.cat(chosen)[:1] if args.compare_layers else torch.cat(chosen)
-    if not len(index):
-        raise ValueError("no test image fits: the model makes no error in these classes")
-    names = [f"test image {i}" for i in index.tolist()]
-    return explain(args, model, images[index], labels[index], names, index.tolist()), int(wrong.sum())
+        return torch.tensor(args.index)
+    generator = torch.Generator().manual_seed(args.seed)
+    candidates = find_errors(args, model).sort().values if args.only_errors else torch.arange(len(labels))
+    candidates = candidates[torch.randperm(len(candidates), generator=generator)]
+    return torch.cat([candidates[labels[candidates] == label][:number].sort().values for label in args.classes])
 
 
 def paint_test_images(args: argparse.Namespace, model: HybridClassifier) -> None:
     """A picture of each chosen test image, and a sheet with a row per class."""
-    explanations, _ = choose_test_images(args, model)
+    explanations = explain_test_images(args, model, choose_test_images(args, model, args.num_images))
     rows: dict[str, list[Cell]] = {dataset.CLASS_NAMES[label]: [] for label in args.classes}
     for e in explanations:
         true, predicted = dataset.CLASS_NAMES[e.label], dataset.CLASS_NAMES[e.predicted]
@@ -592,12 +597,13 @@ def paint_test_images(args: argparse.Namespace, model: HybridClassifier) -> None
 
 def paint_worst(args: argparse.Namespace, model: HybridClassifier) -> None:
     """The most confident errors on one sheet."""
-    explanations, errors = choose_test_images(args, model)
+    errors = find_errors(args, model)
+    explanations = explain_test_images(args, model, errors[: args.worst])
     cells = [cell_of(e, f"{e.index}: {e.answer()}".replace(", ", ",\n")) for e in explanations]
-    title = f"the {len(cells)} most confident of {errors} errors on test images: input, overlays for both classes"
+    title = f"the {len(cells)} most confident of {len(errors)} errors on test images: input, overlays for both classes"
     scale = "share of the evidence (1 = largest in the image)"
     save_sheet(in_rows(cells), title, scale, args.output_dir / "worst.png")
-    print(f"wrote worst.png to {args.output_dir}: {len(cells)} of {errors} errors")
+    print(f"wrote worst.png to {args.output_dir}: {len(cells)} of {len(errors)} errors")
     save_extras(args, explanations)
 
 
@@ -741,6 +747,7 @@ def main() -> None:
     try:
         model, _ = load_checkpoint(args.checkpoint)
         args.target_layer = args.target_layer or default_layers(model)
+        GradCAM(model, args.target_layer, args.method)  # complains of a layer that is none before anything is done
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if args.image:
             failures = paint_own_images(args, model)
@@ -749,7 +756,8 @@ def main() -> None:
         elif args.worst:
             paint_worst(args, model)
         elif args.compare_layers:
-            for e in choose_test_images(args, model)[0]:
+            index = choose_test_images(args, model, 1)
+            for e in explain_test_images(args, model, index if args.index else index[:1]):
                 paint_layers(args, model, e, f"layers_{e.index:05d}.png")
         else:
             paint_test_images(args, model)

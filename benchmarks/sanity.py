@@ -43,7 +43,7 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor, images: torch.Ten
 
 
 def randomized_from_the_top(model: HybridClassifier, seed: int = 0) -> Iterator[tuple[str, HybridClassifier]]:
-    """The model with more and more of its parts drawn anew, with the name of the latest: the head first, "first" last."""
+    """The model with more and more parts drawn anew, and the name of the latest: the head first, "stem.first" last."""
     torch.manual_seed(seed)
     fresh, changed = HybridClassifier(model.config), copy.deepcopy(model)
     for name in ("head", "pool", "norm", *reversed(all_layers(model))):

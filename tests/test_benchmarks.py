@@ -43,6 +43,20 @@ def test_the_shipped_checkpoint_is_the_first_seed_of_the_record_at_its_best_vali
     assert (checkpoint["epoch"], checkpoint["val_accuracy"]) == (best["epoch"], best["val_accuracy"])
 
 
+def test_the_default_heatmap_won_on_validation_and_beats_every_baseline_on_test_images(run_benchmark):
+    with open(ROOT / "benchmarks" / "faithfulness.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    default = re.search(r"^\| \*\*(.+?)\*\*", run_benchmark("faithfulness.py"), re.MULTILINE)[1]
+    candidates = [row for row in rows if (row["split"], row["kind"]) == ("validation", "candidate")]
+    assert max(candidates, key=lambda r: float(r["insertion"]) - float(r["deletion"]))["map"] == default
+    (ours,) = [row for row in rows if (row["split"], row["map"]) == ("test", default)]
+    baselines = [row for row in rows if (row["split"], row["kind"]) == ("test", "baseline")]
+    assert len(baselines) >= 6 and all(int(row["images"]) >= 1000 for row in rows if row["split"] == "test")
+    for row in baselines:
+        assert float(ours["deletion"]) < float(row["deletion"]), row["map"]
+        assert float(ours["insertion"]) > float(row["insertion"]), row["map"]
+
+
 @pytest.mark.parametrize("script", ["ablations.py", "peers.py", "time_to_accuracy.py"])
 def test_saved_results_are_printed_as_tables(run_benchmark, script):
     lines = [line for line in run_benchmark(script).splitlines() if line.startswith("|")]

@@ -1,14 +1,20 @@
+import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import dataset
 import train
+from gradcam import GradCAM
 from model import load_checkpoint
 
 try:
@@ -111,14 +117,32 @@ def test_odd_sizes_are_read(tmp_path, size):
 
 def test_the_heatmap_is_laid_over_sharp_pixels(garment):
     heatmap = np.zeros((28, 28), np.float32)
+    heatmap[14, 14] = 1
     gray, colored, overlay = Visulization.paint(garment, heatmap)
     assert gray.shape == colored.shape == overlay.shape == (336, 336, 3)
     assert np.array_equal(gray[::12, ::12, 0], garment) and np.array_equal(gray[11::12, 11::12, 0], garment)
-    assert np.array_equal(overlay, gray)  # nothing hot, nothing painted
-    heatmap[14, 14] = 1
-    overlay = Visulization.paint(garment, heatmap)[2]
-    changed = np.argwhere((overlay != gray).any(axis=2))
+    changed = np.argwhere((overlay != gray).any(axis=2))  # nothing hot, nothing painted
     assert changed.min() >= 13 * 12 and changed.max() < 16 * 12
+
+
+def test_a_map_without_evidence_is_labelled_in_words_not_stretched():
+    gray, colored, overlay = Visulization.paint(np.full((28, 28), 90, np.uint8), np.zeros((28, 28), np.float32))
+    assert (gray == 90).all()
+    for panel in (colored, overlay):
+        assert (
+            panel.reshape(-1, 3).max() == 255 and len(np.unique(panel[:80].reshape(-1, 3), axis=0)) == 1
+        )  # white words, and nothing above
+    maps = Visulization.on_one_scale({0: np.zeros((28, 28)), 1: np.full((28, 28), 1e-9)})
+    assert not maps[0].any() and (maps[1] == 1).all()
+
+
+def test_two_classes_are_drawn_on_one_scale():
+    spread, peaked = np.full((28, 28), 5.0), np.zeros((28, 28))
+    peaked[3, 3], peaked[20, 20] = 3.0, 1.0
+    maps = Visulization.on_one_scale({"spread": spread, "peaked": peaked})
+    # Three quarters of the evidence are the largest share; 1/784 of it has the colour that it would have there.
+    assert maps["peaked"].max() == 1 and maps["peaked"][20, 20] == pytest.approx(1 / 3)
+    assert maps["spread"] == pytest.approx(1 / 784 / 0.75)
 
 
 def test_the_script_fills_the_folder_with_the_shipped_model(run_script, data_dir, tmp_path):
@@ -147,15 +171,112 @@ def test_the_worst_errors_are_on_one_sheet(run_script, data_dir, tmp_path, test_
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (tmp_path / "HeapImg").iterdir()] == ["worst.png"]
     # The captions tell which images they are: they must be wrong, and none left out may be more confident.
-    rows: dict = {}
-    monkeypatch.setattr(Visulization, "save_contact_sheet", lambda cells, title, path: rows.update(cells))
+    rows: list = []
+    monkeypatch.setattr(Visulization, "save_sheet", lambda cells, *rest: rows.extend(cells))
     monkeypatch.setattr("sys.argv", ["Visulization.py", *map(str, flags), "--output-dir", str(tmp_path)])
     Visulization.main()
-    shown = [int(caption.split(":")[0]) for row in rows.values() for _, caption, _ in row]
+    shown = [int(cell.caption.split(":")[0]) for _, row in rows for cell in row]
+    assert all(cell.labels[2] == "for Shirt" != cell.labels[1] for _, row in rows for cell in row)
     images, labels = test_split
     p = train.predict(load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[0], images).softmax(dim=1)
     wrong = [i for i in (labels == 6).nonzero().flatten().tolist() if p[i].argmax() != 6]
     assert shown == sorted(wrong, key=lambda i: -p[i].max().item())[:5]
+
+
+@pytest.fixture
+def drawn(monkeypatch, data_dir, tmp_path):
+    """Runs the script with some flags in this process, and returns each picture's figure by its file name."""
+    figures: dict[str, Figure] = {}
+    save = Figure.savefig
+
+    def keep(figure: Figure, path: Path, **options: object) -> None:
+        figures[path.name] = figure
+        save(figure, path, **options)
+
+    def run(*flags: object) -> dict[str, Figure]:
+        everything = [*flags, "--output-dir", tmp_path, *([] if "--image" in flags else ["--data-dir", data_dir])]
+        monkeypatch.setattr("sys.argv", ["Visulization.py", *map(str, everything)])
+        monkeypatch.setattr(Figure, "savefig", keep)
+        Visulization.main()
+        return figures
+
+    return run
+
+
+def test_an_error_gets_the_maps_of_both_classes(drawn, tmp_path):
+    figures = drawn("--index", 1917, 0, "--save-arrays")
+    assert sorted(figures) == ["00000_Ankle-boot_as_Ankle-boot.png", "01917_Coat_as_Shirt.png", "contact_sheet.png"]
+    titles = [axes.get_title() for axes in figures["01917_Coat_as_Shirt.png"].axes]
+    for title in ("heatmap for Shirt (predicted)", "heatmap for Coat (true)", "overlay for Coat (true)"):
+        assert title in titles
+    titles = [axes.get_title() for axes in figures["00000_Ankle-boot_as_Ankle-boot.png"].axes]
+    assert titles.count("heatmap for Ankle boot (predicted and true)") == 1 and len(titles) == 4
+    labels = [text.get_text() for axes in figures["contact_sheet.png"].axes for text in axes.get_xticklabels()]
+    assert [label for label in labels if label] == ["for Shirt", "for Coat"]
+
+
+def test_one_image_is_drawn_through_all_layers(drawn):
+    (figure,) = drawn("--index", 1917, "--compare-layers").values()
+    captions = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert captions[0] == "stem.stage0_2 + stem.stage1_2"
+    assert captions[1] == "stem.first, 28x28" and captions[-1] == "blocks.0, 7x7" and len(captions) == 13
+    assert "layercam for Shirt (predicted)" in figure.get_suptitle()
+
+
+def test_each_class_has_its_mean_map_on_its_mean_image(drawn, test_split, monkeypatch, tmp_path):
+    sheets = []
+    monkeypatch.setattr(Visulization, "save_sheet", lambda rows, *rest: sheets.append(rows))
+    drawn("--average", "--classes", "Shirt", "Coat", "--save-arrays")
+    ((_, cells),) = sheets[0]
+    assert [cell.caption.split(",")[0] for cell in cells] == ["Shirt: 1", "Coat: 1"]
+    images, labels = test_split
+    shirts = images[labels == 6, 0].float().mean(dim=0)
+    assert np.abs(cells[0].panels[0][::12, ::12, 0] - shirts.numpy()).max() <= 1
+    saved = np.load(tmp_path / "heatmaps.npz")
+    means = [(m := saved["maps"][saved["labels"] == k]).mean(axis=0) / m.mean(axis=0).sum() for k in (6, 4)]
+    assert len(saved["maps"]) == 2000 and np.abs(means[0] - means[1]).max() > 0.0005  # 1/784 would be even
+
+
+@pytest.mark.parametrize("flags", [["--num-images", 3], ["--worst", 24], ["--average"], ["--compare-layers"]])
+def test_words_are_legible_where_the_readme_shows_a_sheet(drawn, monkeypatch, flags):
+    monkeypatch.setattr(Visulization, "save_overlay", lambda *_: None)
+    (figure,) = drawn(*flags).values()
+    renderer, bounds = FigureCanvasAgg(figure).get_renderer(), figure.bbox
+    figure.draw_without_rendering()
+    width = figure.get_size_inches()[0]
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    assert len(texts) > 10
+    assert min(text.get_fontsize() for text in texts) / 72 / width * 830 >= 10  # pixels, in a page of 830
+    captions = [text.get_window_extent(renderer) for axes in figure.axes for text in [axes.title] if text.get_text()]
+    assert all(bounds.x0 <= box.x0 and box.x1 <= bounds.x1 for box in captions)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(captions, 2))
+
+
+def test_arrays_hold_what_the_pictures_show(drawn, test_split, tmp_path):
+    drawn("--index", 1917, 0, 3, "--save-arrays")
+    images, labels = test_split
+    saved = np.load(tmp_path / "heatmaps.npz", allow_pickle=False)
+    index = [1917, 0, 3]
+    assert saved["indices"].tolist() == index and saved["labels"].tolist() == labels[index].tolist()
+    assert np.array_equal(saved["images"], images[index, 0].numpy())
+    model = load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[0]
+    p = train.predict(model, images[index]).softmax(dim=1)
+    assert saved["probabilities"] == pytest.approx(p.numpy(), abs=1e-5)
+    assert saved["predictions"].tolist() == saved["target_classes"].tolist() == p.argmax(dim=1).tolist()
+    cam = GradCAM(model, saved["target_layers"].tolist(), str(saved["method"]))
+    x = dataset.normalize(images[index])
+    for name, targets in (("maps", p.argmax(dim=1)), ("true_maps", labels[index])):
+        assert saved[name] == pytest.approx(cam(x, targets, normalize=False).numpy(), rel=1e-3, abs=1e-6)
+    assert saved["class_names"].tolist() == list(dataset.CLASS_NAMES)
+
+
+def test_own_pictures_have_arrays_too(drawn, garment, tmp_path):
+    picture_of(garment, "light background").save(tmp_path / "shoe.png")
+    drawn("--image", tmp_path / "shoe.png", "--save-arrays", "--method", "gradcam", "--target-layer", "blocks.0")
+    saved = np.load(tmp_path / "heatmaps.npz", allow_pickle=False)
+    assert saved["names"].tolist() == ["shoe.png"] and saved["labels"].tolist() == saved["indices"].tolist() == [-1]
+    assert saved["maps"].shape == (1, 28, 28) and str(saved["method"]) == "gradcam"
+    assert saved["target_layers"].tolist() == ["blocks.0"] and not saved["true_maps"].any()
 
 
 def test_own_pictures_one_bad_file_does_not_stop_the_others(run_script, garment, tmp_path):
@@ -182,6 +303,11 @@ def test_own_pictures_one_bad_file_does_not_stop_the_others(run_script, garment,
         (["--target-layer", "blocks"], "does not go through the target layer"),
         (["--classes", "Hat"], "'Hat' is none of"),
         (["--num-images", "0"], "--num-images"),
+        (["--index", "10000"], "--index: the test split has images 0 to 9999"),
+        (["--method", "scam"], "--method"),
+        (["--average", "--worst", "3"], "not allowed with argument --average"),
+        (["--average", "--html"], "--average covers each class as a whole"),
+        (["--compare-layers", "--save-arrays"], "--compare-layers draws one sheet"),
     ],
 )
 def test_errors_are_one_clear_line(run_script, data_dir, flags, words):
