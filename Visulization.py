@@ -448,8 +448,8 @@ GALLERY = Template("""<!doctype html>
 </head>
 <body>
 <h1>What the model looks at</h1>
-<p>$count images, $checkpoint, $method heatmaps of $layers. Evidence for a class, relative to the strongest place of the
-same image: 0 <span class="scale"></span> 1</p>
+<p>$count images, $checkpoint, $method heatmaps of $layers. Share of the evidence for a class, relative to the largest
+in the image: 0 <span class="scale"></span> 1</p>
 <form autocomplete="off">
 <label>true class<select id="true"><option value="">all</option>$true_options</select></label>
 <label>predicted class<select id="predicted"><option value="">all</option>$predicted_options</select></label>
@@ -515,7 +515,7 @@ def save_gallery(args: argparse.Namespace, explanations: list[Explanation], path
         return "".join(f"<option>{dataset.CLASS_NAMES[label]}</option>" for label in sorted(labels - {-1}))
 
     page = GALLERY.substitute(
-        checkpoint=html.escape(str(args.checkpoint)),
+        checkpoint=html.escape("/".join(args.checkpoint.absolute().parts[-2:])),
         count=len(explanations),
         method=args.method,
         layers=html.escape(" + ".join(args.target_layer)),
