@@ -2,8 +2,11 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
@@ -35,12 +38,13 @@ def browser(tmp_path):
     driver.quit()
 
 
-@pytest.fixture
-def gallery(tmp_path, data_dir, run_script):
-    flags = ["--html", "--index", 1917, 0, 3531, 2920, 1, 23, "--data-dir", data_dir]
-    result = run_script("Visulization.py", *flags)
-    assert result.returncode == 0, result.stderr
-    return tmp_path / "HeapImg" / "index.html"
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory, data_dir):
+    folder = tmp_path_factory.mktemp("gallery")
+    flags = ["--html", "--index", 1917, 0, 3531, 2920, 1, 23, "--data-dir", data_dir, "--output-dir", folder]
+    command = [sys.executable, ROOT / "Visulization.py", *flags]
+    subprocess.run([str(word) for word in command], check=True, timeout=300)
+    return folder / "index.html"
 
 
 def shown(browser):
