@@ -50,6 +50,7 @@ OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
 SHEET_COLUMNS = 3  # on sheets without a row per class
 COLUMN_WIDTH = 4.3  # inches
 PANELS = ("input", "heatmap", "overlay")
+LEAST_EVIDENCE = 1e-3  # logits: less of it in a whole map is rounding, not evidence
 FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
 MAX_IMAGE_PIXELS = 64_000_000  # of a person's own picture
 
@@ -179,12 +180,13 @@ class Explanation:
 
 
 def shares(heatmap: np.ndarray) -> np.ndarray:
-    """Each place's share of the whole evidence: a heatmap that adds up to 1, or zeros where there is none.
+    """Each place's share of the whole evidence: a heatmap that adds up to 1, or zeros where there is next to none.
 
     Two classes' evidence differs in size for a reason that is no explanation: a class that has won already has less to
     gain from any place than one that has not. What compares is where it lies.
     """
-    return heatmap / (heatmap.sum() or 1.0)
+    total = heatmap.sum()
+    return heatmap / total if total >= LEAST_EVIDENCE else np.zeros_like(heatmap)
 
 
 def on_one_scale(maps: dict) -> dict:
@@ -743,6 +745,8 @@ def main() -> None:
         parser.error("--compare-layers draws one sheet: leave --worst, --average, --save-arrays and --html out")
     if args.average and (args.html or args.only_errors or args.target_class is not None):
         parser.error("--average covers each class as a whole: leave --html, --only-errors and --target-class out")
+    if args.worst and args.target_class is not None:
+        parser.error("--worst shows the predicted and the true class of each error: leave --target-class out")
     failures = 0
     try:
         model, _ = load_checkpoint(args.checkpoint)

@@ -15,6 +15,8 @@ map is for the class that the model predicts, whose probability is followed:
 - ROAD: the share of predictions kept when the hottest 20, 40, 60 and 80 % of pixels are replaced by what their
   neighbours suggest (Rong et al. 2022, arXiv 2202.00449); the mean of the four. Low is good.
 
+The maps of an untrained model, two of the baselines, are for the class that this model itself predicts.
+
 The measures are those of the packages torchcam and quantus, the input gradients are captum's.
 """
 
@@ -31,7 +33,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 from captum.attr import Saliency
-from quantus import ROAD
 from torchcam.metrics import ClassificationMetric, DeletionInsertionMetric
 from torchvision.transforms import GaussianBlur, Normalize
 from tqdm import tqdm
@@ -42,6 +43,8 @@ import dataset
 from gradcam import METHODS, GradCAM
 from model import HybridClassifier, load_checkpoint
 from Visulization import METHOD, SHIPPED_CHECKPOINT, default_layers
+
+from quantus import ROAD  # isort: skip - after Visulization, which says what to do where OpenCV cannot be loaded
 
 TABLE = Path(__file__).resolve().parent / "faithfulness.csv"
 STEPS = 14  # of deletion and insertion: two rows' worth of pixels each
@@ -208,7 +211,7 @@ def measure(
     }
 
 
-def measure_split(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+def measure_split(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """One row for every map, of the first `args.num_images` images of a split."""
     model, checkpoint = load_checkpoint(args.checkpoint)
     model.requires_grad_(False)
@@ -224,7 +227,7 @@ def measure_split(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     for kind, make in (("baseline", baseline_maps), ("candidate", candidate_maps)):
         for name, maps in tqdm(make(model, images, classes), desc=f"{kind}s", unit="map", disable=None):
             figures = {key: f"{value:.4f}" for key, value in measure(model, images, classes, maps).items()}
-            yield dict(split=args.split, images=len(images), kind=kind, map=name) | figures
+            yield dict(split=args.split, images=str(len(images)), kind=kind, map=name) | figures
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +237,14 @@ def measure_split(args: argparse.Namespace) -> Iterator[dict[str, object]]:
 def merit(row: dict[str, str]) -> float:
     """What the default is chosen by, on the validation split."""
     return float(row["insertion"]) - float(row["deletion"])
+
+
+def save_table(rows: list[dict[str, str]], path: Path) -> None:
+    """Write rows as a CSV file."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def print_table(rows: list[dict[str, str]], default: str) -> None:
@@ -257,18 +268,20 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--output", type=Path, default=TABLE, help="the table to print and to add to")
     args = parser.parse_args()
+    if args.split and args.checkpoint != SHIPPED_CHECKPOINT and args.output == TABLE:
+        parser.error("the saved table is of the shipped checkpoint: give --output for another one's")
     rows: list[dict[str, str]] = []
     if args.output.exists():
         with open(args.output, newline="") as file:
             rows = list(csv.DictReader(file))
     if args.split:
-        rows = [row for row in rows if row["split"] != args.split]
-        for row in measure_split(args):
-            rows.append(row)
-            with open(args.output, "w", newline="") as file:  # anew after each, as the whole takes long
-                writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+        measured: dict[str, dict[str, str]] = {}
+        for row in measure_split(args):  # saved after each, as the whole takes long; an old row stays until its turn
+            measured[row["map"]] = row
+            old = [r for r in rows if r["split"] != args.split or r["map"] not in measured]
+            save_table([*old, *measured.values()], args.output)
+        rows = [r for r in rows if r["split"] != args.split] + list(measured.values())
+        save_table(rows, args.output)
     model, _ = load_checkpoint(args.checkpoint)
     default = method_name(METHOD, default_layers(model))
     for split in ("validation", "test"):

@@ -64,6 +64,7 @@ def main() -> None:
         f"{method} {' + '.join(layers)}": (layers, method)
         for layers, method in [(default_layers(model), METHOD), (model.stage_ends()[-1:], "gradcam")]
         + [(default_layers(model), method) for method in METHODS if method != METHOD]
+        + [(default_layers(model)[1:], "gradcam++")]
     }
     columns: dict[str, dict[str, float]] = {}
     for variant, (layers, method) in variants.items():

@@ -44,6 +44,7 @@ def test_the_shipped_checkpoint_is_the_first_seed_of_the_record_at_its_best_vali
 
 
 def test_the_default_heatmap_won_on_validation_and_beats_every_baseline_on_test_images(run_benchmark):
+    pytest.importorskip("cv2", reason="OpenCV cannot be loaded", exc_type=ImportError)
     with open(ROOT / "benchmarks" / "faithfulness.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     default = re.search(r"^\| \*\*(.+?)\*\*", run_benchmark("faithfulness.py"), re.MULTILINE)[1]

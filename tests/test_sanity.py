@@ -27,7 +27,7 @@ def shipped():
     return load_checkpoint(ROOT / "checkpoints" / "shipped" / "model.pt")[0]
 
 
-# Not Grad-CAM++: with another head its maps stay as they were (0.95). benchmarks/README.md says so.
+# Not Grad-CAM++: with another head its maps stay as they were (0.96). benchmarks/README.md says so.
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"gradcam++"}))
 def test_maps_change_when_weights_are_randomised_from_the_top_down(shipped, test_split, method):
     images = test_split[0][:40]
