@@ -15,6 +15,7 @@ Writes into HeapImg/ one picture per image, and a contact sheet with a row per c
 import argparse
 import base64
 import html
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -53,6 +54,8 @@ PANELS = ("input", "heatmap", "overlay")
 LEAST_EVIDENCE = 1e-3  # logits: less of it in a whole map is rounding, not evidence
 FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
 MAX_IMAGE_PIXELS = 64_000_000  # of a person's own picture
+# Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
+IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,27 +75,29 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         ValueError: the file is missing, no picture, damaged, too large, or of one even colour.
     """
+    if not Path(path).is_file():  # opening a pipe would wait for ever
+        raise ValueError("is not a file")
     try:
-        with warnings.catch_warnings(), Image.open(path) as picture:
+        with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as picture:
             warnings.simplefilter("ignore")  # Pillow's remarks on a file that it reads all the same
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{picture.width}x{picture.height} pixels are too many: scale it down first")
-            is_deep = picture.mode.startswith(("I", "F"))  # 16 bits or more, which convert() would clip
-            picture = ImageOps.exif_transpose(picture)
-            if not is_deep:
-                picture = picture.convert("RGBA")
-                picture.thumbnail((1024, 1024))  # far more than is left of it in the end
+                raise ValueError(f"has {picture.width}x{picture.height} pixels, too many: scale it down first")
+            is_deep = picture.mode.startswith(("I", "F"))  # 16 bits or more, which convert("RGBA") would clip
             if is_deep:
-                gray = np.asarray(picture, dtype=np.float32)
+                highest = np.max(picture.getextrema())
+                top = next(top for top in (1, 255, 65535, np.inf) if not highest > top)
+            picture = ImageOps.exif_transpose(picture).convert("F" if is_deep else "RGBA")
+            picture.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than is left of it in the end
+            if is_deep:
+                gray = np.asarray(picture)
                 alpha = np.ones_like(gray)
-                top = next(top for top in (1, 255, 65535, np.inf) if not gray.max() > top)
             else:
                 gray, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
                 alpha, top = alpha / 255, 255
     except UnidentifiedImageError:
-        raise ValueError("is no picture in a format known here") from None
+        raise ValueError(f"is no picture of a known format ({', '.join(IMAGE_FORMATS)})") from None
     except Image.DecompressionBombError:
-        raise ValueError("has too many pixels: scale it down first") from None
+        raise ValueError("has far too many pixels: scale it down first") from None
     except (OSError, SyntaxError) as error:  # Pillow's word for a damaged PNG is SyntaxError
         raise ValueError(getattr(error, "strerror", None) or f"is damaged ({error})") from None
 
@@ -306,6 +311,13 @@ def colorbar(figure: Figure, axes: object, label: str, gamma: float = 1) -> None
     bar.ax.tick_params(labelsize=FONT_SIZE)
 
 
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as a PNG file."""
+    with warnings.catch_warnings(), dataset.whole_file(path) as file:
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a file name may be in any script
+        figure.savefig(file, format="png", dpi=dpi)
+
+
 def save_overlay(explanation: Explanation, path: Path) -> None:
     """Write the picture of one image: the input, and a row of heatmap and overlay for each explained class."""
     maps = explanation.maps()
@@ -321,7 +333,7 @@ def save_overlay(explanation: Explanation, path: Path) -> None:
     colorbar(figure, all_axes, "share of the evidence (1 = largest)")
     title = f"{explanation.name}: {explanation.answer()}"
     figure.suptitle(title, fontsize=FONT_SIZE + 1, parse_math=False)  # a file name may hold a $
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 @dataclass
@@ -367,7 +379,7 @@ def save_sheet(rows: list[tuple[str, list[Cell]]], title: str, scale: str, path:
                 axes.tick_params(length=0)
     colorbar(figure, all_axes, scale, gamma)
     figure.suptitle(title, fontsize=FONT_SIZE + 2, parse_math=False)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def cell_of(explanation: Explanation, caption: str) -> Cell:
@@ -401,8 +413,7 @@ def save_arrays(args: argparse.Namespace, explanations: list[Explanation], path:
     every = explanations
     true_maps = [e.heatmap if e.target == e.label else e.true_heatmap for e in every]
     true_maps = [np.zeros_like(every[0].heatmap) if heatmap is None else heatmap for heatmap in true_maps]
-    np.savez_compressed(
-        path,
+    arrays = dict(
         names=np.array([e.name for e in every]),
         indices=np.array([e.index for e in every]),
         images=np.stack([e.image for e in every]),
@@ -416,6 +427,8 @@ def save_arrays(args: argparse.Namespace, explanations: list[Explanation], path:
         target_layers=np.array(args.target_layer),
         method=np.array(args.method),
     )
+    with dataset.whole_file(path) as file:
+        np.savez_compressed(file, **arrays)
 
 
 GALLERY = Template("""<!doctype html>
@@ -526,7 +539,8 @@ def save_gallery(args: argparse.Namespace, explanations: list[Explanation], path
         predicted_options=options({e.predicted for e in explanations}),
         figures="\n".join(figures),
     )
-    path.write_text(page, encoding="utf-8")
+    with dataset.whole_file(path) as file:
+        file.write(page.encode())
 
 
 def save_extras(args: argparse.Namespace, explanations: list[Explanation]) -> None:
@@ -648,28 +662,34 @@ def paint_layers(args: argparse.Namespace, model: HybridClassifier, e: Explanati
     print(f"wrote {name} to {args.output_dir}")
 
 
+def printable(path: str | Path) -> str:
+    """A file's name as it can be shown: what is no character, or would begin a new line, is replaced."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(path))
+
+
 def paint_own_images(args: argparse.Namespace, model: HybridClassifier) -> int:
     """Paint the pictures in `args.image`, print their three likeliest classes, and return how many failed."""
     failures, written, explanations = 0, set(), []
     for path in args.image:
         try:
             image = torch.from_numpy(read_image(path))[None, None]
-            (e,) = explain(args, model, image, torch.tensor([-1]), [Path(path).name], [-1])
+            (e,) = explain(args, model, image, torch.tensor([-1]), [printable(Path(path).name)], [-1])
             ending = "layers" if args.compare_layers else f"as_{slug(dataset.CLASS_NAMES[e.predicted])}"
-            stem = f"{Path(path).stem}_{ending}"
+            stem = os.fsencode(Path(path).stem)[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
+            stem = f"{stem}_{ending}"
             name = next(n for n in (f"{stem}.png", *(f"{stem}_{k}.png" for k in range(2, 10_000))) if n not in written)
             if args.compare_layers:
                 paint_layers(args, model, e, name)
             else:
                 save_overlay(e, args.output_dir / name)
         except (ValueError, OSError) as error:
-            print(f"{path}: {error}", file=sys.stderr)
+            print(f"{printable(path)}: {error}", file=sys.stderr)
             failures += 1
             continue
         written.add(name)
         explanations.append(e)
         top = e.probabilities.argsort()[::-1][:3]
-        print(f"{path}: " + ", ".join(f"{dataset.CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in top))
+        print(f"{printable(path)}: " + ", ".join(f"{dataset.CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in top))
     if written and not args.compare_layers:
         print(f"wrote {len(written)} overlays to {args.output_dir}")
         save_extras(args, explanations)
@@ -699,6 +719,7 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without half a page of usage
     classes = range(len(dataset.CLASS_NAMES))
     add = parser.add_argument
     add("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT, help="of train.py (default: the shipped one)")

@@ -11,6 +11,7 @@ The data set: Xiao, Rasul & Vollgraf 2017, "Fashion-MNIST: a Novel Image Dataset
 Algorithms", arXiv 1708.07747 (MIT licence).
 """
 
+import glob
 import gzip
 import hashlib
 import os
@@ -19,11 +20,17 @@ import socket
 import subprocess
 import sys
 import tempfile
-import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 import numpy as np
 import torch
@@ -51,6 +58,65 @@ NETWORK_TIMEOUT = 20  # seconds without an answer
 
 class DataError(RuntimeError):
     """The data set cannot be had or trusted; the message is one line that says what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing files: the data set's, and those of every other part of this project
+
+
+def lock(handle: int) -> bool:
+    """Take an open file or folder for this process until it is closed; False if another process has it.
+
+    The system lets go of it when the process ends in any way. Where nothing can be locked, everybody may have it.
+    """
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # some network drives
+        pass
+    return True
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to write that gets its name when it is complete: at any moment `path` is the old file or the new one.
+
+    Until then it has a name of its own, so that two processes may write the same file. If this process is killed
+    meanwhile, the next one that writes `path` removes what is left.
+
+    Raises:
+        OSError: it cannot be written; an older file is as it was.
+    """
+    path = Path(path)
+    prefix = f".{path.name[:40]}."  # a name may be as long as the system allows, and this one is longer
+    try:
+        for left_behind in path.parent.glob(f"{glob.escape(prefix)}*.part") if fcntl else ():
+            with suppress(OSError), open(left_behind, "rb") as file:
+                if lock(file.fileno()):
+                    left_behind.unlink(missing_ok=True)
+        while True:
+            handle, part = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
+            file = os.fdopen(handle, "wb")
+            if lock(handle) and os.path.exists(part):
+                break
+            file.close()  # another process took it for left behind, in the moment before it was locked
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(handle)
+                os.chmod(part, 0o644)
+                if fcntl:
+                    os.replace(part, path)
+            if not fcntl:  # Windows renames no open file
+                os.replace(part, path)
+        finally:
+            Path(part).unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; make room or choose another folder") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,13 +193,8 @@ def _take(folder: Path, name: str, target: Path) -> bool:
         if hashlib.sha256(content).hexdigest() != FILES[name]:
             _say(f"{source} is damaged: its content is not that of the published data set")
             continue
-        # A name of its own and a rename: a second process that does the same at the same time does no harm.
-        part = target.with_name(f".{name}.{uuid.uuid4().hex}.part")
-        try:
-            part.write_bytes(content)
-            os.replace(part, target)
-        finally:
-            part.unlink(missing_ok=True)
+        with whole_file(target) as file:
+            file.write(content)
         return True
     return False
 
@@ -192,7 +253,8 @@ def prepare(data_dir: str | Path) -> None:
                 return
             failures.append(f"{description} (lacks {', '.join(missing)})")
     except OSError as error:
-        raise DataError(f"cannot write to {raw}: {error.strerror or error}; choose a folder with --data-dir") from error
+        problem = f"cannot write to {raw}: {error.strerror}; choose another folder with --data-dir"
+        raise DataError(problem if error.strerror else str(error)) from error
     finally:
         socket.setdefaulttimeout(timeout)
     raise DataError(

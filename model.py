@@ -8,19 +8,20 @@ relates the 49 tokens to each other; a pooled head turns them into 10 logits:
 Read it from top to bottom: the configuration, the parts, the model, the checkpoints.
 """
 
-import os
+import io
 import pickle
-import tempfile
+import pickletools
 import warnings
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dataset import CLASS_NAMES, IMAGE_SIZE
+from dataset import CLASS_NAMES, IMAGE_SIZE, whole_file
 
 MAX_PARAMETERS = 600_000
 STEM_STRIDE = 4  # two stride-2 convolutions: 28 -> 14 -> 7
@@ -63,9 +64,9 @@ class ModelConfig:
             if len(values) != length or any(type(n) is not int or not low <= n <= high for n in values):
                 raise ValueError(f"{name} is {values!r}: give {length} whole numbers from {low} to {high}")
         for name in ("embed_dim", "num_heads", "depth"):
-            value, least = getattr(self, name), 0 if name == "depth" else 1
-            if type(value) is not int or not least <= value <= 1024:
-                raise ValueError(f"{name} is {value!r}: make it a whole number from {least} to 1024")
+            value, (low, high) = getattr(self, name), (0, 256) if name == "depth" else (1, 1024)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}: make it a whole number from {low} to {high}")
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim {self.embed_dim} cannot be split into {self.num_heads} heads of the same width: "
@@ -230,12 +231,25 @@ class HybridClassifier(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: one dictionary of plain values and tensors, which `torch.load(weights_only=True)` reads without running
-# any code of the file's.
+# Checkpoints: one dictionary of plain values and tensors. `torch.load(weights_only=True)` reads it without running any
+# code of the file's; what it would trust too far is looked at before and after.
 
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid"
 CHECKPOINT_VERSION = 2  # 1 had no blocks at 28x28
 MAX_CHECKPOINT_BYTES = 256 << 20
+MAX_PICKLE_BYTES = 16 << 20  # of all but the tensors; the history of 100,000 epochs takes less
+MAX_PICKLE_TUPLES = 100_000  # four for a tensor; far more, one within the other, exhaust the stack of Python itself
+# All that a checkpoint's pickle consists of. What torch.load allows besides can make objects of any size.
+PICKLE_GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    *(f"torch {kind}Storage" for kind in ("Float", "Long", "Byte")),
+}
+PICKLE_OPCODES = set(
+    """PROTO STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE EMPTY_LIST APPEND APPENDS
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET BINPERSID
+    GLOBAL REDUCE BUILD""".split()
+)
 
 
 class CheckpointError(ValueError):
@@ -245,17 +259,17 @@ class CheckpointError(ValueError):
 def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
     """Write the model's configuration and weights, and whatever else is given, so that `load_checkpoint` reads them.
 
-    The file is written under a temporary name and renamed: at any moment `path` is the old file or the new one, whole.
+    At any moment `path` is the old file or the new one, whole.
 
     Args:
         path: the file; its folder must exist.
         model: on any device; the weights are stored as CPU tensors.
-        contents: further entries of the dictionary: numbers, strings, lists, dictionaries, tensors.
+        contents: further entries of the dictionary: numbers, strings, lists, dictionaries, tensors. A `history` is a
+            list with a dictionary of numbers for each epoch.
 
     Raises:
         OSError: the file cannot be written; an older one is as it was.
     """
-    path = Path(path)
     checkpoint = {
         "format": CHECKPOINT_FORMAT,
         "version": CHECKPOINT_VERSION,
@@ -263,18 +277,100 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
         "model": {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()},
         **contents,
     }
-    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Refuse a file whose content is not what was saved, or that would make anything but plain values and tensors.
+
+    torch.load compares no check sums, so that a flipped bit would be a silently different weight. The check sum of 32
+    bits is against accidents: a stranger can change weights and sum alike.
+
+    Args:
+        file: open for reading, of MAX_CHECKPOINT_BYTES at most.
+
+    Raises:
+        pickle.UnpicklingError: reading it might run code, or take any amount of memory.
+        zipfile.BadZipFile, ValueError and others: it is damaged, or was not written by torch.save.
+    """
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        # torch tells no upper from lower case, and takes the file's first byte for the archive's.
+        if len({entry.filename.lower() for entry in entries}) < len(entries) or entries[0].header_offset:
+            raise zipfile.BadZipFile("two entries of one name, or something before the archive")
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+            raise zipfile.BadZipFile("it would grow when it is unpacked")
+        for entry in entries:
+            content = archive.read(entry)  # compares the check sum
+            if not entry.filename.lower().endswith(".pkl"):
+                continue
+            if len(content) > MAX_PICKLE_BYTES:
+                raise zipfile.BadZipFile("too much besides tensors")
+            tuples = 0
+            for opcode, argument, _ in pickletools.genops(content):
+                tuples += opcode.name.startswith("TUPLE")
+                if opcode.name not in PICKLE_OPCODES or (opcode.name == "GLOBAL" and argument not in PICKLE_GLOBALS):
+                    raise pickle.UnpicklingError(f"{opcode.name} {argument}")
+                if tuples > MAX_PICKLE_TUPLES:
+                    raise zipfile.BadZipFile("too many tuples")
+
+
+def check_contents(checkpoint: dict[str, Any], size: int) -> ModelConfig:
+    """Refuse a checkpoint whose entries are not what the rest of the project relies on.
+
+    Args:
+        checkpoint: what `torch.load` returned.
+        size: of the file, in bytes.
+
+    Returns:
+        The model's configuration, which the weights fit.
+
+    Raises:
+        CheckpointError: the message is the part of the line that follows the file's name.
+    """
+    version = checkpoint.get("version")
+    if type(version) is not int or version != CHECKPOINT_VERSION:
+        version = version if type(version) is int else "unknown"
+        raise CheckpointError(
+            f"has format version {version}, this code reads {CHECKPOINT_VERSION}: train again, or use the code that "
+            f"wrote it"
+        )
+    saved, weights = checkpoint.get("model_config"), checkpoint.get("model")
+    names = {field.name for field in fields(ModelConfig)}
+    if type(saved) is not dict or saved.keys() != names or type(weights) is not dict:
+        raise CheckpointError("lacks its model's configuration or weights: it is damaged, use another one")
+    history = checkpoint.get("history", [])
+    if (
+        type(history) is not list
+        or any(type(row) is not dict or not {"epoch", "lr"} <= row.keys() for row in history)
+        or any(type(name) is not str or type(x) not in (int, float) for row in history for name, x in row.items())
+        or type(checkpoint.get("epoch", 0)) is not int
+        or type(checkpoint.get("train_config", {})) is not dict
+    ):
+        raise CheckpointError("holds a history or settings of no run of this project: it is damaged, use another one")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except RuntimeError as error:  # how torch.save reports a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
-    finally:
-        Path(part).unlink(missing_ok=True)
+        for value in saved.values():
+            if any(type(x) not in (int, float, str) for x in (value if type(value) is list else [value])):
+                raise ValueError("it holds more than numbers and words")
+        config = ModelConfig(**saved)
+        with torch.device("meta"):  # no memory is taken before the shapes are known to fit
+            expected = {n: (t.shape, t.dtype, t.layout) for n, t in HybridClassifier(config).state_dict().items()}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"has an impossible model configuration ({str(error)[:300]}): use another one") from error
+    found = {n: (t.shape, t.dtype, t.layout) for n, t in weights.items() if isinstance(t, torch.Tensor)}
+    if found != expected or len(found) < len(weights):
+        odd = next((repr(name) for name in expected if found.get(name) != expected[name]), "a weight of no layer")
+        raise CheckpointError(f"does not fit its own configuration, first at {odd}: it is damaged, use another one")
+    if sum(tensor.nbytes for tensor in weights.values()) > size:  # one number may stand for many
+        raise CheckpointError("claims more weights than it holds: name a checkpoint that train.py wrote")
+    bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise CheckpointError(f"holds values in {bad!r} that are not finite: train again or use another one")
+    return config
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[HybridClassifier, dict[str, Any]]:
@@ -289,54 +385,33 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
 
     Raises:
         CheckpointError: the file is missing, damaged, not of this project, or does not fit its own configuration.
-            Nothing in the file is ever executed.
+            Nothing in it is ever executed, and refusing it takes no more memory than a good one of its size.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: name a checkpoint that train.py wrote (checkpoints/…/*.pt)")
-    if path.stat().st_size > MAX_CHECKPOINT_BYTES:
+    size = path.stat().st_size
+    if size > MAX_CHECKPOINT_BYTES:
         raise CheckpointError(f"{path} is larger than any checkpoint of this project: name one that train.py wrote")
     try:
-        with warnings.catch_warnings():
+        with open(path, "rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            check_archive(file)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged or holds objects that could run code, so it was not opened: "
-            f"name a checkpoint that train.py wrote"
+            f"{path} holds objects that could run code, so it was not opened: name a checkpoint that train.py wrote"
         ) from error
     except Exception as error:  # a damaged archive ends in one of a dozen types, none of them more telling than this
         raise CheckpointError(
-            f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint"
+            f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint, name another one"
         ) from error
-
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
+    if type(checkpoint) is not dict or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this project: name one that train.py wrote")
-    version = checkpoint.get("version")
-    if type(version) is not int or version != CHECKPOINT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version!r}, this code reads {CHECKPOINT_VERSION}: "
-            f"train again, or use the code that wrote it"
-        )
-    saved, weights = checkpoint.get("model_config"), checkpoint.get("model")
-    names = [field.name for field in fields(ModelConfig)]
-    if not isinstance(saved, dict) or set(saved) != set(names) or not isinstance(weights, dict):
-        raise CheckpointError(f"{path} lacks its model's configuration or weights: it is damaged, use another one")
     try:
-        config = ModelConfig(**saved)
-        with torch.device("meta"):  # no memory is taken before the shapes are known to fit
-            expected = {name: tensor.shape for name, tensor in HybridClassifier(config).state_dict().items()}
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} has an impossible model configuration: {error}") from error
-    found = {name: getattr(tensor, "shape", None) for name, tensor in weights.items()}
-    if found != expected:
-        odd = next(name for name in [*expected, *found] if found.get(name) != expected.get(name))
-        raise CheckpointError(
-            f"{path} does not fit its own configuration, first at {odd!r}: it is damaged, use another one"
-        )
-    bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
-    if bad is not None:
-        raise CheckpointError(f"{path} holds values in {bad!r} that are not finite: train again or use another one")
-    model = HybridClassifier(config)
-    model.load_state_dict(weights)
+        model = HybridClassifier(check_contents(checkpoint, size))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from error
+    model.load_state_dict(checkpoint["model"])
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint

@@ -16,16 +16,19 @@ The best checkpoint by validation accuracy is kept as `checkpoints/best.pt`, the
 import argparse
 import copy
 import csv
+import io
 import itertools
 import math
 import os
 import platform
+import reprlib
 import shlex
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,28 +112,28 @@ RECIPES: dict[str, dict[str, Any]] = dict(
 )
 # ---------------------------------------------------------------------------------------------------------------------
 
-RANGES = dict(
+RANGES = dict(  # lowest and highest; whole numbers where they are written as such
     val_size=(0, 59_000),
     train_size=(0, 60_000),
     shift=(0, dataset.IMAGE_SIZE - 1),
-    erase=(0, 1),
+    erase=(0.0, 1.0),
     stem_dims=(1, 1024),
     stem_blocks=(0, 64),
     embed_dim=(1, 1024),
-    depth=(0, 1024),
+    depth=(0, 256),
     num_heads=(1, 1024),
-    mlp_ratio=(0.01, 16),
-    drop_path=(0, 0.99),
+    mlp_ratio=(0.01, 16.0),
+    drop_path=(0.0, 0.99),
     epochs=(1, 100_000),
     batch_size=(1, 60_000),
-    lr=(1e-9, 10),
-    warmup_epochs=(0, 100_000),
-    weight_decay=(0, 100),
-    label_smoothing=(0, 0.99),
-    ema_decay=(0, 0.999999),
-    grad_clip=(0, 1e6),
-    teacher_weight=(0, 1),
-    temperature=(0.1, 100),
+    lr=(1e-9, 10.0),
+    warmup_epochs=(0.0, 100_000.0),
+    weight_decay=(0.0, 100.0),
+    label_smoothing=(0.0, 0.99),
+    ema_decay=(0.0, 0.999999),
+    grad_clip=(0.0, 1e6),
+    teacher_weight=(0.0, 1.0),
+    temperature=(0.1, 100.0),
     seed=(0, 2**32 - 1),
 )
 CHOICES = dict(
@@ -145,6 +148,49 @@ NOT_OF_THE_RUN = ("data_dir", "output_dir", "report_test", "quiet")  # may be gi
 
 class TrainingError(RuntimeError):
     """A run cannot start or go on; the message is one line that says what to do."""
+
+
+def complaint(name: str, value: Any) -> str | None:
+    """What is wrong with a number of `RANGES`: "is not a whole number from 1 to 60,000"; None if nothing is."""
+    low, high = RANGES[name]
+    kinds, what = ((int,), "a whole number") if type(low) is int else ((int, float), "a number")
+    if type(value) in kinds and low <= value <= high:  # NaN is not
+        return None
+    return f"is not {what} from {low:,} to {high:,}"
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Refuse impossible settings, be they flags, edited defaults, or those of a run to resume.
+
+    Args:
+        settings: every name of `DEFAULTS` with its value.
+
+    Raises:
+        TrainingError: the message names the flag and what it may be.
+        ValueError: the values do not make a model together.
+    """
+    for name in DEFAULTS:
+        value, problem = settings[name], None
+        if name in RANGES:
+            values = value if isinstance(value, tuple | list) else [value]
+            problem = next((p for p in (complaint(name, v) for v in values) if p), None)
+        elif name in CHOICES:
+            problem = None if value in CHOICES[name] else f"is none of {', '.join(CHOICES[name])}"
+        elif name == "teacher":
+            if not isinstance(value, tuple | list) or not all(isinstance(path, str) for path in value):
+                problem = "is no list of checkpoints"
+        elif name in ("data_dir", "output_dir"):
+            problem = None if isinstance(value, str) and value else "is no folder"
+        elif not isinstance(value, bool):
+            problem = "is neither True nor False"
+        if problem is None and name in ("val_size", "train_size") and 0 < value < len(dataset.CLASS_NAMES):
+            problem = f"is too small: give 0, or at least {len(dataset.CLASS_NAMES)}, one per class"
+        if problem:
+            raise TrainingError(f"--{name.replace('_', '-')} {reprlib.repr(value)} {problem}")
+    own = {Path(settings["output_dir"], name).resolve() for name in ("best.pt", "last.pt")}
+    if own & {Path(path).resolve() for path in settings["teacher"]}:
+        raise TrainingError("the teacher lies where this run saves its own checkpoints: give another --output-dir")
+    ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,6 +336,20 @@ def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[to
     if hidden:
         optimizers.append(Muon([names[n] for n in names if n in hidden], lr=0.0, weight_decay=weight_decay))
     return optimizers
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Take over the moving averages that a checkpoint has of every parameter; the rest follows from the settings.
+
+    Raises:
+        ValueError, and others: they are not those of this optimiser and its parameters.
+    """
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for p, averages in optimizer.state.items():
+        shapes = {name: average.shape for name, average in averages.items()}
+        if shapes != {name: torch.Size([]) if name == "step" else p.shape for name in names}:
+            raise ValueError("the optimiser's state does not fit its parameter")
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
@@ -439,6 +499,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         TrainingError: the loss is no longer finite, or the device is not there.
         dataset.DataError, ValueError, OSError: bad data, an impossible model, a folder that cannot be written.
     """
+    check_settings(vars(config))
     device = choose_device(config.device)
     rank, world_size = join_processes(device)  # process 0 reports and saves; all of them compute
     say = print if rank == 0 else lambda *values, **options: None
@@ -448,8 +509,6 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     config = SimpleNamespace(**vars(config) | chosen)
     output_dir = Path(config.output_dir)
     best_path, last_path = output_dir / "best.pt", output_dir / "last.pt"
-    if {best_path.resolve(), last_path.resolve()} & {Path(path).resolve() for path in config.teacher}:
-        raise TrainingError("the teacher lies where this run saves its own checkpoints: give another --output-dir")
     if config.batch_size < world_size:
         raise TrainingError(
             f"--batch-size {config.batch_size}: give at least 1 image for each of {world_size} processes"
@@ -518,31 +577,40 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     if resume:
         checkpoint = load_checkpoint(last_path)[1]
         saved = checkpoint["training"]
-        if saved.get("processes", 1) != world_size:  # batch norm and the last batch would not be what they were
+        processes = saved.get("processes", 1)
+        if processes != world_size:  # batch norm and the last batch would not be what they were
             raise TrainingError(
-                f"the run to resume has {saved.get('processes', 1)} processes, not {world_size}: give torchrun that "
+                f"the run to resume has {processes} processes, not {world_size}: give torchrun that "
                 f"--nproc-per-node, or python for 1"
             )
-        model.load_state_dict(saved["model"])
-        ema_model.load_state_dict(checkpoint["model"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        generator.set_state(saved["generator"])
-        if rank == 0:
-            torch.set_rng_state(saved["rng"])
-        if device.type == "cuda" and saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-        epoch, step = saved["epoch"], saved["step"]
-        if step:  # the run stopped within an epoch
-            order = saved["order"].to(device)
-            predictions = torch.zeros_like(order)
-            loss_sum[rank] = saved["loss_sum"].reshape(-1)[rank]
-            if rank == 0:  # which saved what all of them had
-                predictions[: len(saved["predictions"])] = saved["predictions"].to(device)
-        history, best_accuracy, seconds_before = checkpoint["history"], saved["best_accuracy"], saved["seconds"]
+        try:
+            model.load_state_dict(saved["model"])
+            ema_model.load_state_dict(checkpoint["model"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                load_optimizer_state(optimizer, state["state"])
+            generator.set_state(saved["generator"])
+            if rank == 0:
+                torch.set_rng_state(saved["rng"])
+            if device.type == "cuda" and saved["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_rng"])
+            epoch, step, history = saved["epoch"], saved["step"], checkpoint["history"]
+            best_accuracy, seconds_before = float(saved["best_accuracy"]), float(saved["seconds"])
+            if len(history) != epoch or epoch > config.epochs or not 0 <= step < steps_per_epoch:
+                raise ValueError("the position is outside the run")
+            if step:  # the run stopped within an epoch
+                order = saved["order"].to(device)
+                if len(order) != epoch_images or not torch.isin(order, train_index).all():
+                    raise ValueError("the order is of other images")
+                predictions = torch.zeros_like(order)
+                loss_sum[rank] = saved["loss_sum"].reshape(-1)[rank]
+                if rank == 0:  # which saved what all of them had
+                    predictions[: len(saved["predictions"])] = saved["predictions"].to(device)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{last_path} holds no position of this run: start anew without --resume, or use another copy of it"
+            ) from error
         say(f"resuming at epoch {epoch + 1}, step {step} of {steps_per_epoch}")
-    else:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
     forward = model if world_size == 1 else nn.parallel.DistributedDataParallel(model)  # averages the gradients
     forward = torch.compile(forward) if config.compile else forward
     started, first_step, run_saved = time.perf_counter(), epoch * steps_per_epoch + step, resume
@@ -561,20 +629,27 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
     def save(path: Path, **training: Any) -> None:
         nonlocal run_saved
+        if not output_dir.is_dir():
+            print(f"train.py: {output_dir} was removed; making it anew", file=sys.stderr, flush=True)
+            output_dir.mkdir(parents=True)
         if not run_saved:  # what lies here may be hours of somebody's work: it is put aside before the first save
             put_aside(output_dir)
             run_saved = True
-        save_checkpoint(
-            path,
-            ema_model,
-            train_config=vars(config),
-            epoch=len(history),
-            val_accuracy=history[-1]["val_accuracy"] if history else None,
-            history=history,
-            environment=f"torch {torch.__version__}, {platform.machine()}, {device.type}, {precision}, "
-            f"{torch.get_num_threads()} CPU threads",
-            **training,
-        )
+        try:
+            save_checkpoint(
+                path,
+                ema_model,
+                train_config=vars(config),
+                epoch=len(history),
+                val_accuracy=history[-1]["val_accuracy"] if history else None,
+                history=history,
+                environment=f"torch {torch.__version__}, {platform.machine()}, {device.type}, {precision}, "
+                f"{torch.get_num_threads()} CPU threads",
+                **training,
+            )
+        except OSError as error:
+            what_next = "go on with --resume" if last_path.exists() else "start again"
+            raise TrainingError(f"{error}, then {what_next}; what was saved before is whole") from error
 
     def save_position() -> None:
         save(
@@ -696,7 +771,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             history.append(row)
             steps_done = epoch * steps_per_epoch
             remaining = (time.perf_counter() - started) / (steps_done - first_step) * (total_steps - steps_done)
-            is_best = not len(val_index) or row["val_accuracy"] > best_accuracy
+            # The file may be gone, with its folder: then this epoch is the best there is.
+            is_best = not len(val_index) or row["val_accuracy"] > best_accuracy or not best_path.exists()
             line = (
                 f"{title}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.4f}  "
                 f"val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.4f}  lr {lr:.3g}  "
@@ -714,8 +790,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 )
                 best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
             print(line, flush=True)
-            write_history(history, output_dir)
             save_position()
+            write_history(history, output_dir)
         if stop_requested():
             leave(f"stopped after epoch {epoch}")
     stop.restore()
@@ -759,9 +835,34 @@ class StopSignal:
 # What a run leaves beside its checkpoint
 
 
+@contextmanager
+def claim(output_dir: Path) -> Iterator[None]:
+    """Make the folder of a run, see that files can be written there, and keep other runs out of it meanwhile.
+
+    Raises:
+        TrainingError: another run has it, or nothing can be written there.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as file:
+            file.write(bytes(1 << 16))  # better now than after an epoch
+        folder = os.open(output_dir, os.O_RDONLY) if os.name != "nt" else None
+    except OSError as error:
+        problem = f"cannot write to {output_dir}: {error.strerror}"
+        raise TrainingError(f"{problem}; choose another folder with --output-dir") from error
+    try:
+        if folder is not None and not dataset.lock(folder):
+            raise TrainingError(f"another run is writing to {output_dir}: give this one another --output-dir")
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
 def put_aside(output_dir: Path) -> None:
     """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
-    earlier = [path for name in ("best.pt", "last.pt", "history.csv") if (path := output_dir / name).exists()]
+    # last.pt first: if this is interrupted, no run can be resumed whose best.pt is elsewhere.
+    earlier = [path for name in ("last.pt", "best.pt", "history.csv") if (path := output_dir / name).exists()]
     number = next(n for n in itertools.count(1) if not any(output_dir.glob(f"previous-{n}-*")))
     for path in earlier:
         os.replace(path, path.with_name(f"previous-{number}-{path.name}"))
@@ -771,16 +872,13 @@ def put_aside(output_dir: Path) -> None:
 
 def write_history(history: list[dict[str, float]], output_dir: Path) -> None:
     """Write `history.csv`, a row an epoch; the old file is replaced whole."""
-    part = output_dir / f".history.csv.{os.getpid()}.part"
-    try:
-        with open(part, "w", newline="") as file:
-            names = dict.fromkeys(name for row in history for name in row)  # test columns may come and go on --resume
-            writer = csv.DictWriter(file, fieldnames=list(names), restval="")
-            writer.writeheader()
-            writer.writerows(history)
-        os.replace(part, output_dir / "history.csv")
-    finally:
-        part.unlink(missing_ok=True)
+    names = dict.fromkeys(name for row in history for name in row)  # test columns may come and go on --resume
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(names), restval="")
+    writer.writeheader()
+    writer.writerows(history)
+    with dataset.whole_file(output_dir / "history.csv") as file:
+        file.write(text.getvalue().encode())
 
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:
@@ -800,7 +898,8 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
     loss.legend()
     accuracy.legend()
-    figure.savefig(path, dpi=120)
+    with dataset.whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def plot_confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, path: Path) -> None:
@@ -819,7 +918,8 @@ def plot_confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, path:
         ax=axes,
     )
     axes.set_title(f"test split: {accuracy_score(labels.cpu(), predictions.cpu()):.2%} right")
-    figure.savefig(path, dpi=120)
+    with dataset.whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
@@ -857,18 +957,17 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
 # The command line
 
 
-def number(name: str, kind: type) -> Callable[[str], float]:
+def number(name: str) -> Callable[[str], float]:
     """A parser of a number within its range, for argparse."""
-    low, high = RANGES[name]
+    kind = type(RANGES[name][0])
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # NaN fails this too
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low:,} to {high:,}")
+            value = None
+        if problem := complaint(name, value):
+            raise argparse.ArgumentTypeError(f"{text!r} {problem}")
         return value
 
     return parse
@@ -879,6 +978,7 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.ArgumentPa
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without a page of usage
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output-dir")
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate on the test split, train nothing")
     for name, (value, text) in DEFAULTS.items():
@@ -887,10 +987,10 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.ArgumentPa
             options["action"] = argparse.BooleanOptionalAction
         elif name == "teacher":
             options |= dict(nargs="*", metavar="CHECKPOINT")
-        elif isinstance(value, tuple):
-            options |= dict(type=number(name, int), nargs=len(value), metavar="N")
+        elif isinstance(value, tuple | list):
+            options |= dict(type=number(name), nargs=len(value), metavar="N")
         elif name in RANGES:
-            options |= dict(type=number(name, type(value)), metavar="N" if isinstance(value, int) else "X")
+            options |= dict(type=number(name), metavar="N" if type(RANGES[name][0]) is int else "X")
         elif name in CHOICES:
             options["choices"] = CHOICES[name]
         else:
@@ -919,7 +1019,7 @@ def main() -> None:
         if resume:  # the run's own settings count, whatever the defaults have become since
             path = Path(settings["output_dir"]) / "last.pt"
             saved = load_checkpoint(path)[1]
-            if "training" not in saved or set(saved.get("train_config", ())) != set(DEFAULTS):
+            if type(saved.get("training")) is not dict or set(saved.get("train_config", ())) != set(DEFAULTS):
                 raise CheckpointError(f"{path} holds no run that this version can resume: start anew without --resume")
             for name in DEFAULTS:
                 if name in given and name not in NOT_OF_THE_RUN and given[name] != saved["train_config"][name]:
@@ -930,11 +1030,12 @@ def main() -> None:
                 if name not in given and name != "output_dir":
                     settings[name] = saved["train_config"][name]
         config = SimpleNamespace(**settings)
-        for name in ("val_size", "train_size"):
-            if 0 < getattr(config, name) < len(dataset.CLASS_NAMES):
-                parser.error(f"--{name.replace('_', '-')} {getattr(config, name)}: give 0, or at least one per class")
-        trained = train(config, resume) if checkpoint_to_evaluate is None else None
-        if is_one_of_several() and os.environ["RANK"] != "0":
+        trained, is_first = None, not is_one_of_several() or os.environ["RANK"] == "0"
+        if checkpoint_to_evaluate is None:
+            check_settings(settings)
+            with claim(Path(config.output_dir)) if is_first else nullcontext():
+                trained = train(config, resume)
+        if not is_first:
             return  # one of them is enough for the rest
         if trained:
             print(f"\nheatmaps of this model: python Visulization.py --checkpoint {trained}")

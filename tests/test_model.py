@@ -59,9 +59,9 @@ def test_stochastic_depth_drops_whole_branches_only_in_training():
 
 
 def test_a_checkpoint_comes_back_as_it_was(small_model, test_split, tmp_path):
-    save_checkpoint(tmp_path / "a.pt", small_model, epoch=3, history=[{"epoch": 1}])
+    save_checkpoint(tmp_path / "a.pt", small_model, epoch=3, history=[{"epoch": 1, "lr": 0.5}])
     model, checkpoint = load_checkpoint(tmp_path / "a.pt")
-    assert not model.training and checkpoint["epoch"] == 3 and checkpoint["history"] == [{"epoch": 1}]
+    assert not model.training and checkpoint["epoch"] == 3 and checkpoint["history"] == [{"epoch": 1, "lr": 0.5}]
     weights = small_model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     x = dataset.normalize(test_split[0][:4])

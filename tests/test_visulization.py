@@ -187,16 +187,16 @@ def test_the_worst_errors_are_on_one_sheet(drawn, first_thousand, test_split, mo
 def drawn(monkeypatch, data_dir, tmp_path):
     """Runs the script with some flags in this process, and returns each picture's figure by its file name."""
     figures: dict[str, Figure] = {}
-    save = Figure.savefig
+    save = Visulization.save_figure
 
-    def keep(figure: Figure, path: Path, **options: object) -> None:
+    def keep(figure: Figure, path: Path, dpi: int) -> None:
         figures[path.name] = figure
-        save(figure, path, **options)
+        save(figure, path, dpi)
 
     def run(*flags: object) -> dict[str, Figure]:
         everything = [*flags, "--output-dir", tmp_path, *([] if "--image" in flags else ["--data-dir", data_dir])]
         monkeypatch.setattr("sys.argv", ["Visulization.py", *map(str, everything)])
-        monkeypatch.setattr(Figure, "savefig", keep)
+        monkeypatch.setattr(Visulization, "save_figure", keep)
         Visulization.main()
         return figures
 
