@@ -187,7 +187,7 @@ def _read(source: Path) -> bytes:
 def _take(folder: Path, name: str, target: Path) -> bool:
     """Put the file `name` from `folder`, compressed or not, at `target` if its content is right."""
     for source in (folder / name, folder / f"{name}.gz"):
-        if not source.is_file():
+        if source == target or not source.is_file():
             continue
         content = _read(source)
         if hashlib.sha256(content).hexdigest() != FILES[name]:

@@ -13,6 +13,7 @@ import train
 from model import HybridClassifier, ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))  # some tests use its cases; at the end: it has a gradcam.py of its own
 SMALL_MODEL = ModelConfig(
     stem_dims=(4, 8),
     stem_blocks=(0, 1, 1),

@@ -7,6 +7,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import hostile
 import pytest
 import torch
 from conftest import ROOT
@@ -47,23 +48,22 @@ def test_mean_and_std_are_those_of_the_training_split(data_dir):
     assert dataset.STD == pytest.approx(pixels.std().item(), abs=5e-5)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "altered", "swapped", "html"])
-def test_a_damaged_file_is_named_and_fetched_anew(copy, data_dir, offline, capsys, damage):
-    raw = copy / "FashionMNIST" / "raw"
-    file = raw / "t10k-labels-idx1-ubyte"
-    good = file.read_bytes()
-    if damage == "truncated":
-        file.write_bytes(good[:-1])
-    elif damage == "altered":
-        file.write_bytes(good[:500] + bytes([good[500] ^ 1]) + good[501:])
-    elif damage == "swapped":
-        shutil.copy(raw / "train-labels-idx1-ubyte", file)
-    else:
-        file.write_text("<html>404</html>")
-    (copy / f"{file.name}.gz").write_bytes(gzip.compress(good))  # another source: as a person may put it there
-    dataset.prepare(copy)
-    assert file.read_bytes() == good
-    assert f"{file} is damaged" in capsys.readouterr().err
+@pytest.mark.parametrize("damage", hostile.DAMAGE)
+@pytest.mark.parametrize("name", dataset.FILES)
+def test_a_damaged_file_is_refused_or_repaired(data_dir, offline, tmp_path, capsys, name, damage):
+    folder = hostile.damaged_data(tmp_path / "damaged", data_dir, name, damage)
+    raw, good = folder / hostile.RAW, (data_dir / hostile.RAW / name).read_bytes()
+    bad = (raw / name).read_bytes()
+    assert bad != good
+    for train in (True, False):
+        with pytest.raises(dataset.DataError, match=f"lacks {name}"):
+            dataset.load(folder, train)
+    assert (raw / name).read_bytes() == bad
+    (folder / f"{name}.gz").write_bytes(gzip.compress(good, 1))  # another source: as a person may put it there
+    capsys.readouterr()
+    dataset.prepare(folder)
+    assert (raw / name).read_bytes() == good
+    assert capsys.readouterr().err.count(f"{raw / name} is damaged") == 1
     assert sorted(path.name for path in raw.iterdir()) == sorted(dataset.FILES)
 
 

