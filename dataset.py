@@ -64,19 +64,21 @@ class DataError(RuntimeError):
 # Writing files: the data set's, and those of every other part of this project
 
 
-def lock(handle: int) -> bool:
-    """Take an open file or folder for this process until it is closed; False if another process has it.
+def lock(handle: int) -> bool | None:
+    """Take an open file or folder for this process until it is closed, or until the process ends in any way.
 
-    The system lets go of it when the process ends in any way. Where nothing can be locked, everybody may have it.
+    Returns:
+        True, or False if another process has it, or None where it cannot be known: on Windows, on some network drives.
     """
     try:
         if fcntl:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
     except BlockingIOError:
         return False
-    except OSError:  # some network drives
+    except OSError:
         pass
-    return True
+    return None
 
 
 @contextmanager
@@ -92,14 +94,14 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     prefix = f".{path.name[:40]}."  # a name may be as long as the system allows, and this one is longer
     try:
-        for left_behind in path.parent.glob(f"{glob.escape(prefix)}*.part") if fcntl else ():
-            with suppress(OSError), open(left_behind, "rb") as file:
+        for left_behind in path.parent.glob(f"{glob.escape(prefix)}*.part"):
+            with suppress(OSError), open(left_behind, "r+b") as file:  # network drives lock only what can be written
                 if lock(file.fileno()):
                     left_behind.unlink(missing_ok=True)
         while True:
             handle, part = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
             file = os.fdopen(handle, "wb")
-            if lock(handle) and os.path.exists(part):
+            if lock(handle) is not False and os.path.exists(part):
                 break
             file.close()  # another process took it for left behind, in the moment before it was locked
         try:
@@ -107,7 +109,9 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(handle)
-                os.chmod(part, 0o644)
+                umask = os.umask(0o077)  # it can only be read by setting it
+                os.umask(umask)
+                os.chmod(part, 0o666 & ~umask)
                 if fcntl:
                     os.replace(part, path)
             if not fcntl:  # Windows renames no open file

@@ -350,6 +350,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict
         shapes = {name: average.shape for name, average in averages.items()}
         if shapes != {name: torch.Size([]) if name == "step" else p.shape for name in names}:
             raise ValueError("the optimiser's state does not fit its parameter")
+        averages.update({name: average.clone() for name, average in averages.items()})  # memory of their own
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
@@ -519,28 +520,29 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         num_parameters = HybridClassifier(model_config).num_parameters()
     if 20 * num_parameters > MAX_CHECKPOINT_BYTES:  # weights, their average and the optimiser's state
         raise TrainingError(f"{num_parameters:,} parameters make checkpoints too large to load: make the model smaller")
+    loaded_teachers = [load_checkpoint(path, device) for path in config.teacher]
     torch.manual_seed(config.seed)
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
     ema_model = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
-    teachers = []
     if rank:
         torch.manual_seed(config.seed + rank)  # stochastic depth is to drop other images in each process
     generator = torch.Generator(device).manual_seed(config.seed)  # the order of the images and their augmentation
 
     images, labels = (tensor.to(device) for tensor in dataset.load(config.data_dir, train=True))
     train_index, val_index = (i.to(device) for i in dataset.split_indices(labels, config.val_size, config.seed))
-    for path in config.teacher:
-        teacher, checkpoint = load_checkpoint(path, device)
+    for path, (_, checkpoint) in zip(config.teacher, loaded_teachers, strict=True):
         saw = checkpoint.get("train_config", {})
         val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
+        if complaint("val_size", val_size) or complaint("seed", seed):
+            raise CheckpointError(f"{path} does not say which images it was trained on: name another teacher")
         unseen = dataset.split_indices(labels, val_size, seed)[1].to(device)
         if not torch.isin(val_index, unseen).all():
             raise TrainingError(
                 f"{path} was trained on images that are to validate this run, which would flatter it: give --val-size 0"
                 + (f", or --val-size {val_size} --seed {seed} as it had" if val_size else "")
             )
-        teachers.append(teacher.requires_grad_(False))
+    teachers = [teacher.requires_grad_(False) for teacher, _ in loaded_teachers]
     if config.train_size > len(train_index) - len(dataset.CLASS_NAMES):
         raise TrainingError(f"--train-size {config.train_size}: {len(train_index):,} images are left; 0 takes them all")
     if config.train_size:
@@ -599,7 +601,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 raise ValueError("the position is outside the run")
             if step:  # the run stopped within an epoch
                 order = saved["order"].to(device)
-                if len(order) != epoch_images or not torch.isin(order, train_index).all():
+                is_index = order.dtype == train_index.dtype and order.shape == (epoch_images,)
+                if not is_index or not torch.isin(order, train_index).all():
                     raise ValueError("the order is of other images")
                 predictions = torch.zeros_like(order)
                 loss_sum[rank] = saved["loss_sum"].reshape(-1)[rank]
@@ -851,7 +854,7 @@ def claim(output_dir: Path) -> Iterator[None]:
         problem = f"cannot write to {output_dir}: {error.strerror}"
         raise TrainingError(f"{problem}; choose another folder with --output-dir") from error
     try:
-        if folder is not None and not dataset.lock(folder):
+        if folder is not None and dataset.lock(folder) is False:
             raise TrainingError(f"another run is writing to {output_dir}: give this one another --output-dir")
         yield
     finally:
