@@ -19,6 +19,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -52,8 +53,10 @@ SHEET_COLUMNS = 3  # on sheets without a row per class
 COLUMN_WIDTH = 4.3  # inches
 PANELS = ("input", "heatmap", "overlay")
 LEAST_EVIDENCE = 1e-3  # logits: less of it in a whole map is rounding, not evidence
+RANGES = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))  # of flags
 FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
 MAX_IMAGE_PIXELS = 64_000_000  # of a person's own picture
+MAX_IMAGE_BYTES = 256 << 20
 # Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
 IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
@@ -76,17 +79,23 @@ def read_image(path: str | Path) -> np.ndarray:
         ValueError: the file is missing, no picture, damaged, too large, or of one even colour.
     """
     if not Path(path).is_file():  # opening a pipe would wait for ever
-        raise ValueError("is not a file")
+        raise ValueError("is not a file: name a picture")
+    if Path(path).stat().st_size > MAX_IMAGE_BYTES:
+        raise ValueError(f"is larger than {MAX_IMAGE_BYTES >> 20} MiB: scale it down first")
     try:
         with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as picture:
             warnings.simplefilter("ignore")  # Pillow's remarks on a file that it reads all the same
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"has {picture.width}x{picture.height} pixels, too many: scale it down first")
+                raise Image.DecompressionBombError
+            picture.load()
+            with suppress(Exception):  # a damaged note on how the camera was held is no reason to give up
+                picture = ImageOps.exif_transpose(picture)
             is_deep = picture.mode.startswith(("I", "F"))  # 16 bits or more, which convert("RGBA") would clip
             if is_deep:
+                picture = picture.convert("I") if picture.mode.startswith("I;") else picture
                 highest = np.max(picture.getextrema())
                 top = next(top for top in (1, 255, 65535, np.inf) if not highest > top)
-            picture = ImageOps.exif_transpose(picture).convert("F" if is_deep else "RGBA")
+            picture = picture.convert("F" if is_deep else "RGBA")
             picture.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than is left of it in the end
             if is_deep:
                 gray = np.asarray(picture)
@@ -96,10 +105,13 @@ def read_image(path: str | Path) -> np.ndarray:
                 alpha, top = alpha / 255, 255
     except UnidentifiedImageError:
         raise ValueError(f"is no picture of a known format ({', '.join(IMAGE_FORMATS)})") from None
-    except Image.DecompressionBombError:
-        raise ValueError("has far too many pixels: scale it down first") from None
-    except (OSError, SyntaxError) as error:  # Pillow's word for a damaged PNG is SyntaxError
-        raise ValueError(getattr(error, "strerror", None) or f"is damaged ({error})") from None
+    except (Image.DecompressionBombError, MemoryError):
+        raise ValueError(f"has more than {MAX_IMAGE_PIXELS:,} pixels: scale it down first") from None
+    except Exception as error:  # a damaged picture ends in one of many types, SyntaxError and struct.error among them
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[:1] or [type(error).__name__]
+        raise ValueError(f"is damaged ({reason if isinstance(reason, str) else reason[0]}): use another copy") from None
+    if not alpha.any():
+        raise ValueError("is transparent all over: there is nothing to classify")
 
     gray = np.clip(np.nan_to_num(gray) / top, 0, 1)
     border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
@@ -107,7 +119,7 @@ def read_image(path: str | Path) -> np.ndarray:
     if np.median(border_alpha) > 0.5:
         background = float(np.median(border[border_alpha > 0.5]))
     else:  # cut out: as the data set's garments were, photographed on white, unless it would vanish there
-        background = 0.0 if gray[alpha > 0.5].mean() > 0.8 else 1.0
+        background = 0.0 if (gray * alpha).sum() > 0.8 * alpha.sum() else 1.0
     # The garment may be lighter or darker than its background: what it mostly is becomes light on dark.
     contrast = (gray - background) * alpha
     if np.abs(contrast).max() < 0.02:
@@ -584,8 +596,6 @@ def choose_test_images(args: argparse.Namespace, model: HybridClassifier, number
     """The numbers of the test images that the flags ask for: those of `--index`, or `number` of each class."""
     labels = dataset.load(args.data_dir, train=False)[1]
     if args.index:
-        if max(args.index) >= len(labels):
-            raise ValueError(f"--index: the test split has images 0 to {len(labels) - 1}")
         return torch.tensor(args.index)
     generator = torch.Generator().manual_seed(args.seed)
     candidates = find_errors(args, model).sort().values if args.only_errors else torch.arange(len(labels))
@@ -706,11 +716,12 @@ def class_index(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(dataset.CLASS_NAMES)}, or 0 to {len(names) - 1}")
 
 
-def whole_number(low: int, high: int) -> Callable[[str], int]:
-    """A parser of a whole number within a range, for argparse."""
+def whole_number(name: str) -> Callable[[str], int]:
+    """A parser of a whole number within its range, for argparse."""
+    low, high = RANGES[name]
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
+        if not text.isdecimal() or len(text) > 20 or not low <= int(text) <= high:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {low:,} to {high:,}")
         return int(text)
 
@@ -725,16 +736,20 @@ def main() -> None:
     add("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT, help="of train.py (default: the shipped one)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--image", nargs="+", metavar="FILE", help="explain these pictures instead of test images")
+    what.add_argument("--index", type=whole_number("index"), nargs="+", metavar="N", help="explain these test images")
     what.add_argument(
-        "--index", type=whole_number(0, 999_999), nargs="+", metavar="N", help="explain these test images"
-    )
-    what.add_argument(
-        "--worst", type=whole_number(1, 200), metavar="N", help="one sheet of the N most confident errors"
+        "--worst", type=whole_number("worst"), metavar="N", help="one sheet of the N most confident errors"
     )
     what.add_argument(
         "--average", action="store_true", help="one sheet of each class's mean heatmap over the test split"
     )
-    add("--num-images", type=whole_number(1, 50), default=3, metavar="N", help="images of each class (default: 3)")
+    add(
+        "--num-images",
+        type=whole_number("num_images"),
+        default=3,
+        metavar="N",
+        help="images of each class (default: 3)",
+    )
     add(
         "--classes",
         type=class_index,
@@ -744,7 +759,7 @@ def main() -> None:
         help="by name or number (default: all)",
     )
     add("--only-errors", action="store_true", help="only test images that the model gets wrong")
-    add("--seed", type=whole_number(0, 2**32 - 1), default=0, metavar="N", help="which test images (default: 0)")
+    add("--seed", type=whole_number("seed"), default=0, metavar="N", help="which test images (default: 0)")
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
     add(
         "--target-layer",

@@ -86,12 +86,12 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file to write that gets its name when it is complete: at any moment `path` is the old file or the new one.
 
     Until then it has a name of its own, so that two processes may write the same file. If this process is killed
-    meanwhile, the next one that writes `path` removes what is left.
+    meanwhile, the next one that writes `path` removes what is left (not on Windows, which has no such locks).
 
     Raises:
         OSError: it cannot be written; an older file is as it was.
     """
-    path = Path(path)
+    path = Path(path).resolve() if os.path.islink(path) else Path(path)
     prefix = f".{path.name[:40]}."  # a name may be as long as the system allows, and this one is longer
     try:
         for left_behind in path.parent.glob(f"{glob.escape(prefix)}*.part"):
@@ -111,7 +111,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
                 os.fsync(handle)
                 umask = os.umask(0o077)  # it can only be read by setting it
                 os.umask(umask)
-                os.chmod(part, 0o666 & ~umask)
+                with suppress(OSError):  # some drives have no such modes
+                    os.chmod(part, 0o666 & ~umask)
                 if fcntl:
                     os.replace(part, path)
             if not fcntl:  # Windows renames no open file

@@ -13,9 +13,10 @@ import pickle
 import pickletools
 import warnings
 import zipfile
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -58,7 +59,7 @@ class ModelConfig:
     drop_path: float
 
     def __post_init__(self) -> None:
-        for name, length, low, high in (("stem_dims", 2, 1, 1024), ("stem_blocks", 3, 0, 64)):
+        for name, length, low, high in (("stem_dims", 2, 1, 256), ("stem_blocks", 3, 0, 64)):
             values = tuple(getattr(self, name))  # a list once it has been through a file
             object.__setattr__(self, name, values)
             if len(values) != length or any(type(n) is not int or not low <= n <= high for n in values):
@@ -237,7 +238,7 @@ class HybridClassifier(nn.Module):
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid"
 CHECKPOINT_VERSION = 2  # 1 had no blocks at 28x28
 MAX_CHECKPOINT_BYTES = 256 << 20
-MAX_PICKLE_BYTES = 16 << 20  # of all but the tensors; the history of 100,000 epochs takes less
+MAX_PICKLE_BYTES = 4 << 20  # of all but the tensors; the history of 10,000 epochs takes a third
 MAX_PICKLE_TUPLES = 100_000  # four for a tensor; far more, one within the other, exhaust the stack of Python itself
 # All that a checkpoint's pickle consists of. What torch.load allows besides can make objects of any size.
 PICKLE_GLOBALS = {
@@ -250,6 +251,10 @@ PICKLE_OPCODES = set(
     EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT SETITEM SETITEMS BINPUT LONG_BINPUT BINGET LONG_BINGET BINPERSID
     GLOBAL REDUCE BUILD""".split()
 )
+
+
+HISTORY_COLUMNS = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "seconds")
+HISTORY_OPTIONS = ("test_loss", "test_accuracy")
 
 
 class CheckpointError(ValueError):
@@ -265,7 +270,7 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
         path: the file; its folder must exist.
         model: on any device; the weights are stored as CPU tensors.
         contents: further entries of the dictionary: numbers, strings, lists, dictionaries, tensors. A `history` is a
-            list with a dictionary of numbers for each epoch.
+            list with a dictionary of numbers for each epoch, named as in HISTORY_COLUMNS.
 
     Raises:
         OSError: the file cannot be written; an older one is as it was.
@@ -283,40 +288,70 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
         file.write(buffer.getbuffer())
 
 
-def check_archive(file: BinaryIO) -> None:
-    """Refuse a file whose content is not what was saved, or that would make anything but plain values and tensors.
-
-    torch.load compares no check sums, so that a flipped bit would be a silently different weight. The check sum of 32
-    bits is against accidents: a stranger can change weights and sum alike.
-
-    Args:
-        file: open for reading, of MAX_CHECKPOINT_BYTES at most.
+def check_pickle(content: bytes) -> None:
+    """Refuse a pickle that could run code, or take much more memory than it has bytes itself.
 
     Raises:
-        pickle.UnpicklingError: reading it might run code, or take any amount of memory.
+        pickle.UnpicklingError: it consists of more than what a checkpoint consists of.
+        ValueError: it is no pickle, or a far larger one than any checkpoint's.
+    """
+    tuples, named, ordered_dicts = 0, Counter(), set()  # the places of the pickle's memory that hold OrderedDict
+    previous = ""
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        is_ordered_dict = argument == "collections OrderedDict" if name == "GLOBAL" else False
+        is_ordered_dict |= name in ("BINGET", "LONG_BINGET") and argument in ordered_dicts
+        is_kept = previous == "OrderedDict" and name in ("BINPUT", "LONG_BINPUT")
+        named[name] += 1
+        tuples += name.startswith("TUPLE")
+        if name not in PICKLE_OPCODES or (name == "GLOBAL" and argument not in PICKLE_GLOBALS):
+            raise pickle.UnpicklingError(f"{name} {argument}")
+        # OrderedDict(something) and BUILD copy what the pickle has to say once only: nothing but OrderedDict() passes.
+        if previous == "OrderedDict" and not is_kept and name != "EMPTY_TUPLE":
+            raise pickle.UnpicklingError("OrderedDict with arguments")
+        if previous == "OrderedDict()" and name != "REDUCE":
+            raise pickle.UnpicklingError("OrderedDict with arguments")
+        if tuples > MAX_PICKLE_TUPLES or named["REDUCE"] > MAX_PICKLE_TUPLES // 2 or named["BUILD"] > 2:
+            raise ValueError("too many tuples, calls or states")
+        if is_kept:
+            ordered_dicts.add(argument)
+        if is_ordered_dict or is_kept:
+            previous = "OrderedDict"
+        else:
+            previous = "OrderedDict()" if previous == "OrderedDict" else name
+
+
+def checked_archive(content: bytes) -> io.BytesIO:
+    """Copy an archive of torch.save, entry by entry, if it is what was saved and holds only plain values and tensors.
+
+    torch.load compares no check sums, so that a flipped bit would be a silently different weight, and finds the entries
+    in another way than `zipfile`: what it gets is this copy, in which nothing is that was not looked at. A check sum of
+    32 bits is against accidents: a stranger can change weights and sum alike.
+
+    Args:
+        content: of the file, MAX_CHECKPOINT_BYTES at most.
+
+    Raises:
+        pickle.UnpicklingError: see `check_pickle`.
         zipfile.BadZipFile, ValueError and others: it is damaged, or was not written by torch.save.
     """
-    size = file.seek(0, io.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
+    copy = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as archive, zipfile.ZipFile(copy, "w") as checked:
         entries = archive.infolist()
-        # torch tells no upper from lower case, and takes the file's first byte for the archive's.
-        if len({entry.filename.lower() for entry in entries}) < len(entries) or entries[0].header_offset:
-            raise zipfile.BadZipFile("two entries of one name, or something before the archive")
-        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+        if len({entry.filename.lower() for entry in entries}) < len(entries):  # torch tells no upper from lower case
+            raise zipfile.BadZipFile("two entries of one name")
+        is_packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if is_packed or sum(entry.file_size for entry in entries) > len(content):
             raise zipfile.BadZipFile("it would grow when it is unpacked")
         for entry in entries:
-            content = archive.read(entry)  # compares the check sum
-            if not entry.filename.lower().endswith(".pkl"):
-                continue
-            if len(content) > MAX_PICKLE_BYTES:
-                raise zipfile.BadZipFile("too much besides tensors")
-            tuples = 0
-            for opcode, argument, _ in pickletools.genops(content):
-                tuples += opcode.name.startswith("TUPLE")
-                if opcode.name not in PICKLE_OPCODES or (opcode.name == "GLOBAL" and argument not in PICKLE_GLOBALS):
-                    raise pickle.UnpicklingError(f"{opcode.name} {argument}")
-                if tuples > MAX_PICKLE_TUPLES:
-                    raise zipfile.BadZipFile("too many tuples")
+            part = archive.read(entry)  # compares the check sum
+            if entry.filename.lower().endswith(".pkl"):
+                if len(part) > MAX_PICKLE_BYTES:
+                    raise zipfile.BadZipFile("too much besides tensors")
+                check_pickle(part)
+            checked.writestr(entry.filename, part)
+    copy.seek(0)
+    return copy
 
 
 def check_contents(checkpoint: dict[str, Any], size: int) -> ModelConfig:
@@ -343,14 +378,16 @@ def check_contents(checkpoint: dict[str, Any], size: int) -> ModelConfig:
     names = {field.name for field in fields(ModelConfig)}
     if type(saved) is not dict or saved.keys() != names or type(weights) is not dict:
         raise CheckpointError("lacks its model's configuration or weights: it is damaged, use another one")
-    history = checkpoint.get("history", [])
-    if (
-        type(history) is not list
-        or any(type(row) is not dict or not {"epoch", "lr"} <= row.keys() for row in history)
-        or any(type(name) is not str or type(x) not in (int, float) for row in history for name, x in row.items())
-        or type(checkpoint.get("epoch", 0)) is not int
-        or type(checkpoint.get("train_config", {})) is not dict
-    ):
+    history, columns = checkpoint.get("history", []), set(HISTORY_COLUMNS)
+    is_history = type(history) is list and all(
+        type(row) is dict
+        and columns <= row.keys() <= columns | set(HISTORY_OPTIONS)
+        and row["epoch"] == number
+        and all(type(x) in (int, float) and (x != x or abs(x) < 1e30) for x in row.values())
+        for number, row in enumerate(history, start=1)
+    )
+    is_run = type(checkpoint.get("epoch", 0)) is int and type(checkpoint.get("train_config", {})) is dict
+    if not is_history or not is_run:
         raise CheckpointError("holds a history or settings of no run of this project: it is damaged, use another one")
     try:
         for value in saved.values():
@@ -385,20 +422,24 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
 
     Raises:
         CheckpointError: the file is missing, damaged, not of this project, or does not fit its own configuration.
-            Nothing in it is ever executed, and refusing it takes no more memory than a good one of its size.
+            Nothing in it is ever executed. Reading it takes three times its size in memory, and 0.5 GB at most for
+            what is no tensor.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: name a checkpoint that train.py wrote (checkpoints/…/*.pt)")
-    size = path.stat().st_size
-    if size > MAX_CHECKPOINT_BYTES:
+    if path.stat().st_size > MAX_CHECKPOINT_BYTES:
         raise CheckpointError(f"{path} is larger than any checkpoint of this project: name one that train.py wrote")
     try:
-        with open(path, "rb") as file, warnings.catch_warnings():
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; mend that, or name another one") from error
+    try:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            check_archive(file)
-            file.seek(0)
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(checked_archive(content), map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds objects that could run code, so it was not opened: name a checkpoint that train.py wrote"
@@ -410,7 +451,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     if type(checkpoint) is not dict or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this project: name one that train.py wrote")
     try:
-        model = HybridClassifier(check_contents(checkpoint, size))
+        model = HybridClassifier(check_contents(checkpoint, len(content)))
     except CheckpointError as error:
         raise CheckpointError(f"{path} {error}") from error
     model.load_state_dict(checkpoint["model"])

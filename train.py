@@ -117,17 +117,17 @@ RANGES = dict(  # lowest and highest; whole numbers where they are written as su
     train_size=(0, 60_000),
     shift=(0, dataset.IMAGE_SIZE - 1),
     erase=(0.0, 1.0),
-    stem_dims=(1, 1024),
+    stem_dims=(1, 256),
     stem_blocks=(0, 64),
     embed_dim=(1, 1024),
     depth=(0, 256),
     num_heads=(1, 1024),
     mlp_ratio=(0.01, 16.0),
     drop_path=(0.0, 0.99),
-    epochs=(1, 100_000),
+    epochs=(1, 10_000),
     batch_size=(1, 60_000),
     lr=(1e-9, 10.0),
-    warmup_epochs=(0.0, 100_000.0),
+    warmup_epochs=(0.0, 10_000.0),
     weight_decay=(0.0, 100.0),
     label_smoothing=(0.0, 0.99),
     ema_decay=(0.0, 0.999999),
@@ -175,18 +175,24 @@ def check_settings(settings: dict[str, Any]) -> None:
             values = value if isinstance(value, tuple | list) else [value]
             problem = next((p for p in (complaint(name, v) for v in values) if p), None)
         elif name in CHOICES:
-            problem = None if value in CHOICES[name] else f"is none of {', '.join(CHOICES[name])}"
+            problem = (
+                None if isinstance(value, str) and value in CHOICES[name] else f"is none of {', '.join(CHOICES[name])}"
+            )
         elif name == "teacher":
             if not isinstance(value, tuple | list) or not all(isinstance(path, str) for path in value):
                 problem = "is no list of checkpoints"
         elif name in ("data_dir", "output_dir"):
-            problem = None if isinstance(value, str) and value else "is no folder"
+            problem = None if isinstance(value, str) and value else "is no folder: give its name as text"
         elif not isinstance(value, bool):
             problem = "is neither True nor False"
         if problem is None and name in ("val_size", "train_size") and 0 < value < len(dataset.CLASS_NAMES):
             problem = f"is too small: give 0, or at least {len(dataset.CLASS_NAMES)}, one per class"
         if problem:
-            raise TrainingError(f"--{name.replace('_', '-')} {reprlib.repr(value)} {problem}")
+            shown = " ".join(reprlib.repr(value).split())[:80]
+            raise TrainingError(f"--{name.replace('_', '-')} {shown} {problem}")
+    most = RANGES["train_size"][1] - settings["val_size"] - len(dataset.CLASS_NAMES)
+    if settings["train_size"] > most:
+        raise TrainingError(f"--train-size {settings['train_size']}: give at most {most:,}, or 0 for all that are left")
     own = {Path(settings["output_dir"], name).resolve() for name in ("best.pt", "last.pt")}
     if own & {Path(path).resolve() for path in settings["teacher"]}:
         raise TrainingError("the teacher lies where this run saves its own checkpoints: give another --output-dir")
@@ -342,15 +348,30 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict
     """Take over the moving averages that a checkpoint has of every parameter; the rest follows from the settings.
 
     Raises:
-        ValueError, and others: they are not those of this optimiser and its parameters.
+        ValueError: they are not those of this optimiser and its parameters.
     """
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
-    for p, averages in optimizer.state.items():
-        shapes = {name: average.shape for name, average in averages.items()}
-        if shapes != {name: torch.Size([]) if name == "step" else p.shape for name in names}:
-            raise ValueError("the optimiser's state does not fit its parameter")
-        averages.update({name: average.clone() for name, average in averages.items()})  # memory of their own
+    if type(state) is not dict or state.keys() != set(range(len(params))):
+        raise ValueError("the optimiser's state is of other parameters")
+    for averages, p in zip((state[i] for i in range(len(params))), params, strict=True):
+        shapes = {name: torch.Size([]) if name == "step" else p.shape for name in names}
+        if type(averages) is not dict or averages.keys() != names:
+            raise ValueError("the optimiser's state is of another optimiser")
+        for name, average in averages.items():
+            if not is_plain(average) or average.shape != shapes[name] or average.dtype != torch.float32:
+                raise ValueError("the optimiser's state does not fit its parameter")
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a tensor whose numbers are all finite and have memory of their own."""
+    return (
+        type(value) is torch.Tensor
+        and value.layout == torch.strided
+        and value.nbytes <= value.untyped_storage().nbytes()
+        and bool(value.isfinite().all())
+    )
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
@@ -543,8 +564,6 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 + (f", or --val-size {val_size} --seed {seed} as it had" if val_size else "")
             )
     teachers = [teacher.requires_grad_(False) for teacher, _ in loaded_teachers]
-    if config.train_size > len(train_index) - len(dataset.CLASS_NAMES):
-        raise TrainingError(f"--train-size {config.train_size}: {len(train_index):,} images are left; 0 takes them all")
     if config.train_size:
         subset = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
         train_index = train_index[subset.to(device)]
@@ -580,13 +599,25 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         checkpoint = load_checkpoint(last_path)[1]
         saved = checkpoint["training"]
         processes = saved.get("processes", 1)
-        if processes != world_size:  # batch norm and the last batch would not be what they were
+        if type(processes) is int and processes != world_size:  # batch norm and the last batch would be others
             raise TrainingError(
                 f"the run to resume has {processes} processes, not {world_size}: give torchrun that "
                 f"--nproc-per-node, or python for 1"
             )
         try:
-            model.load_state_dict(saved["model"])
+            epoch, step, history = saved["epoch"], saved["step"], checkpoint["history"]
+            best_accuracy, seconds_before = saved["best_accuracy"], saved["seconds"]
+            if any(type(number) is not int for number in (processes, epoch, step)):
+                raise ValueError("the position is not in whole numbers")
+            if any(type(x) not in (int, float) or not abs(x) < 1e9 for x in (best_accuracy, seconds_before)):
+                raise ValueError("accuracy or time is no number")
+            if epoch != len(history) or epoch > config.epochs or not 0 <= step < steps_per_epoch:
+                raise ValueError("the position is outside the run")
+            tensors = [*saved["model"].values(), saved["generator"], saved["rng"], saved["loss_sum"]]
+            tensors += [saved["order"], saved["predictions"]] if step else []
+            if not all(is_plain(tensor) for tensor in tensors):
+                raise ValueError("what should be a tensor is none")
+            model.load_state_dict(dict(saved["model"]))
             ema_model.load_state_dict(checkpoint["model"])
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 load_optimizer_state(optimizer, state["state"])
@@ -595,10 +626,6 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 torch.set_rng_state(saved["rng"])
             if device.type == "cuda" and saved["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(saved["cuda_rng"])
-            epoch, step, history = saved["epoch"], saved["step"], checkpoint["history"]
-            best_accuracy, seconds_before = float(saved["best_accuracy"]), float(saved["seconds"])
-            if len(history) != epoch or epoch > config.epochs or not 0 <= step < steps_per_epoch:
-                raise ValueError("the position is outside the run")
             if step:  # the run stopped within an epoch
                 order = saved["order"].to(device)
                 is_index = order.dtype == train_index.dtype and order.shape == (epoch_images,)
@@ -630,11 +657,14 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 f"than {config.lr:g}, or --precision float32; the checkpoints in {output_dir} are as they were"
             )
 
-    def save(path: Path, **training: Any) -> None:
-        nonlocal run_saved
+    def make_folder() -> None:
         if not output_dir.is_dir():
             print(f"train.py: {output_dir} was removed; making it anew", file=sys.stderr, flush=True)
-            output_dir.mkdir(parents=True)
+            output_dir.mkdir(parents=True, exist_ok=True)
+
+    def save(path: Path, **training: Any) -> None:
+        nonlocal run_saved
+        make_folder()
         if not run_saved:  # what lies here may be hours of somebody's work: it is put aside before the first save
             put_aside(output_dir)
             run_saved = True
@@ -658,7 +688,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         save(
             last_path,
             training=dict(
-                model=model.state_dict(),
+                model=dict(model.state_dict()),
                 optimizers=[optimizer.state_dict() for optimizer in optimizers],
                 generator=generator.get_state(),
                 rng=torch.get_rng_state(),
@@ -794,6 +824,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
             print(line, flush=True)
             save_position()
+            make_folder()
             write_history(history, output_dir)
         if stop_requested():
             leave(f"stopped after epoch {epoch}")
@@ -803,6 +834,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         dist.destroy_process_group()
 
     if rank == 0:  # the best checkpoint gets the whole history, so that --evaluate can draw it at any time
+        if not best_path.exists():  # removed with its folder: the latest weights are there still
+            save(best_path)
         ema_model, best = load_checkpoint(best_path)
         contents = {k: v for k, v in best.items() if k not in ("format", "version", "model_config", "model", "history")}
         save_checkpoint(best_path, ema_model, **contents, history=history)
@@ -1006,9 +1039,16 @@ def parse_flags(arguments: list[str] | None = None) -> tuple[argparse.ArgumentPa
 
 
 def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Every name of `DEFAULTS` with its value: the one given, else the recipe's, else the default."""
+    """Every name of `DEFAULTS` with its value: the one given, else the recipe's, else the default.
+
+    Raises:
+        TrainingError: there is no such recipe.
+    """
     defaults = {name: value for name, (value, _) in DEFAULTS.items()}
-    return defaults | RECIPES[given.get("recipe", defaults["recipe"])] | given
+    recipe = given.get("recipe", defaults["recipe"])
+    if recipe not in RECIPES:
+        raise TrainingError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    return defaults | RECIPES[recipe] | given
 
 
 def main() -> None:
@@ -1017,13 +1057,14 @@ def main() -> None:
     resume, checkpoint_to_evaluate = given.pop("resume", False), given.pop("evaluate", None)
     if resume and checkpoint_to_evaluate is not None:
         parser.error("--resume trains and --evaluate does not: give one of them")
-    settings = choose_settings(given)
     try:
+        settings = choose_settings(given)
         if resume:  # the run's own settings count, whatever the defaults have become since
             path = Path(settings["output_dir"]) / "last.pt"
             saved = load_checkpoint(path)[1]
             if type(saved.get("training")) is not dict or set(saved.get("train_config", ())) != set(DEFAULTS):
                 raise CheckpointError(f"{path} holds no run that this version can resume: start anew without --resume")
+            check_settings(saved["train_config"] | {"output_dir": settings["output_dir"]})
             for name in DEFAULTS:
                 if name in given and name not in NOT_OF_THE_RUN and given[name] != saved["train_config"][name]:
                     parser.error(
@@ -1032,23 +1073,30 @@ def main() -> None:
                     )
                 if name not in given and name != "output_dir":
                     settings[name] = saved["train_config"][name]
+            if "data_dir" not in given and not Path(settings["data_dir"]).is_dir():
+                parser.error(f"the run's data folder {settings['data_dir']!r} is not here: give --data-dir")
         config = SimpleNamespace(**settings)
-        trained, is_first = None, not is_one_of_several() or os.environ["RANK"] == "0"
-        if checkpoint_to_evaluate is None:
-            check_settings(settings)
-            with claim(Path(config.output_dir)) if is_first else nullcontext():
-                trained = train(config, resume)
-        if not is_first:
-            return  # one of them is enough for the rest
-        if trained:
-            print(f"\nheatmaps of this model: python Visulization.py --checkpoint {trained}")
-        evaluate(Path(trained or checkpoint_to_evaluate), config.data_dir, choose_device(config.device))
+        is_first = not is_one_of_several() or os.environ["RANK"] == "0"  # one of them is enough to evaluate
+        if checkpoint_to_evaluate is not None:
+            if is_first:
+                evaluate(Path(checkpoint_to_evaluate), config.data_dir, choose_device(config.device))
+            return
+        check_settings(settings)
+        with claim(Path(config.output_dir)) if is_first else nullcontext():
+            trained = train(config, resume)
+            if is_first:
+                print(f"\nheatmaps of this model: python Visulization.py --checkpoint {trained}")
+                evaluate(trained, config.data_dir, choose_device(config.device))
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (TrainingError, CheckpointError, dataset.DataError, ValueError, OSError) as error:
         raise SystemExit(f"train.py: error: {error}") from None
+    except MemoryError:
+        raise SystemExit("train.py: error: not enough memory: give a smaller --batch-size or model") from None
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise SystemExit("train.py: error: not enough memory: give a smaller --batch-size or model") from None
         lost = is_one_of_several() and ("gloo" in str(error) or isinstance(error, dist.DistError))
         if not lost:
             raise

@@ -43,6 +43,7 @@ import dataset
 import train
 from model import (
     CHECKPOINT_VERSION,
+    HISTORY_COLUMNS,
     MAX_CHECKPOINT_BYTES,
     CheckpointError,
     HybridClassifier,
@@ -75,7 +76,7 @@ class Outcome:
     def refused(self) -> bool:
         """Whether it gave up in one line that is no traceback."""
         lines = [line for line in self.errors.strip().splitlines() if not line.startswith("dataset: ")]  # what it does
-        return self.status not in (0, -signal.SIGSEGV) and len(lines) == 1 and "error: " in lines[0]
+        return self.status > 0 and len(lines) == 1 and "error: " in lines[0]
 
 
 # Starts a command from a process that is small itself: a child's memory is counted from its parent's on.
@@ -83,8 +84,9 @@ LAUNCHER = """
 import os, sys
 pid = os.spawnvp(os.P_NOWAIT, sys.argv[2], sys.argv[2:])
 _, status, usage = os.wait4(pid, 0)
+peak = usage.ru_maxrss // (1024 if sys.platform == "darwin" else 1)
 with open(sys.argv[1], "w") as file:
-    print(os.waitstatus_to_exitcode(status), usage.ru_maxrss, file=file)
+    print(os.waitstatus_to_exitcode(status), peak, file=file)
 """
 
 
@@ -143,7 +145,7 @@ def make_checkpoint(path: Path) -> None:
     """A good checkpoint of a small model with random weights."""
     torch.manual_seed(0)
     model = HybridClassifier(ModelConfig(**SMALL, pool="attention", drop_path=0.0))
-    history = [dict(epoch=1, lr=0.1, train_loss=1.0, val_loss=1.0, train_accuracy=0.5, val_accuracy=0.5)]
+    history = [dict.fromkeys(HISTORY_COLUMNS, 0.5) | dict(epoch=1)]
     save_checkpoint(path, model, epoch=1, history=history, train_config={})
 
 
@@ -211,11 +213,20 @@ def bad_checkpoints(good: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     zeros = pickle.dumps(bytearray(1 << 28), protocol=5)
     packed = repacked(content, lambda _: zeros, zipfile.ZIP_DEFLATED)
     yield write("an archive of 300 KB that unpacks to 256 MiB", packed)
+    listed = pickle.dumps(list(range(10_000)), protocol=2)[:-1] + b"q\x01ccollections\nOrderedDict\nq\x02"
+    copies = listed + b"h\x02h\x01\x85R" * 10_000 + b"."
+    yield write("a pickle that copies a list ten thousand times", repacked(content, lambda _: copies))
+    states = b"\x80\x02ccollections\nOrderedDict\nq\x02)Rq\x03" + b"h\x02)R}X\x01\x00\x00\x00aK\x01sb" * 10_000 + b"."
+    yield write("a pickle that gives ten thousand dictionaries a state", repacked(content, lambda _: states))
+    yield write("five million empty dictionaries", repacked(content, lambda _: b"\x80\x02" + b"}" * 5_000_000 + b"."))
     nested = b"\x80\x02}N" + b"\x85" * 2_000_000 + b"Ns."
     yield write("two million tuples, one in the other", repacked(content, lambda _: nested))
     buffer = io.BytesIO()
     torch.save(torch.nn.Sequential(torch.nn.Linear(784, 100), torch.nn.Linear(100, 10)).state_dict(), buffer)
     yield write("the state dict of another model", buffer.getvalue())
+    hidden = repacked(content, lambda _: b"\x80\x02" + b"}" * 4_000_000 + b".")
+    double = two_directories(repacked(buffer.getvalue(), bytes), hidden)
+    yield write("the same, with a second archive that only torch sees", double)
     yield saved("another project's checkpoint", format="something-else")
     yield saved("weights of another shape", **weights("head.weight", torch.zeros(11, 16)))
     yield saved("weights of another type", **weights("head.bias", torch.zeros(10, dtype=torch.long)))
@@ -242,6 +253,9 @@ def bad_checkpoints(good: Path, folder: Path) -> Iterator[tuple[str, Path]]:
     yield saved("an older format version", version=1)
     yield saved("a version that is a word", version="two")
     yield saved("a history that is none", history=[dict(epoch="one")])
+    row = dict.fromkeys(HISTORY_COLUMNS, 0.5)
+    yield saved("a history of numbers beyond all bounds", history=[row | dict(epoch=1, train_loss=10**400)])
+    yield saved("a history with columns of its own", history=[row | {"epoch": 1, f"column {i}": 0} for i in range(3)])
     yield saved("settings that are none", train_config=[1, 2])
     large = folder / "large.pt"
     with open(large, "wb") as file:
@@ -262,6 +276,32 @@ def checkpoints(folder: Path, data_dir: Path) -> Iterator[Row]:
         "Visulization.py: a checkpoint that runs code",
         script("Visulization.py", "--checkpoint", folder / "a-checkpoint-that-runs-code.pt", cwd=folder),
         "refused",
+    )
+
+
+def two_directories(seen: bytes, hidden: bytes) -> bytes:
+    """An archive that `zipfile` reads as the one and torch as the other: a directory of 64 bits each, one offset."""
+    directories = []
+    for content, start in ((hidden, 0), (seen, len(hidden))):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            first, number = archive.start_dir, len(archive.infolist())
+        end = content.rindex(b"PK\5\6")
+        directory = bytearray(content[first:end])
+        for entry in zipfile.ZipFile(io.BytesIO(content)).infolist():
+            place = directory.index(entry.filename.encode()) - 4
+            directory[place : place + 4] = struct.pack("<I", entry.header_offset + start)
+        directories.append((bytes(directory), number))
+    files = hidden + seen
+    records, end = b"", b""
+    for directory, number in directories:
+        offset = len(files) + len(records)
+        end = struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, number, number, len(directory), offset)
+        records += directory + end
+    # The locator names the first record; the second lies right before the locator, where zipfile looks.
+    first = len(files) + len(directories[0][0])
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, first, 1)
+    return (
+        files + records + locator + struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1, 0)
     )
 
 
@@ -345,6 +385,9 @@ def bad_positions(folder: Path) -> Iterator[tuple[str, Path]]:
         return name, path
 
     momentum = {0: dict(momentum=torch.zeros(3))}
+    weights, optimizers = saved["training"]["model"], saved["training"]["optimizers"]
+    claimed = {i: dict(averages) for i, averages in optimizers[0]["state"].items()}
+    claimed[0]["exp_avg"] = torch.zeros(1, dtype=torch.uint8).expand(1 << 30)
     yield changed("no position", training=None)
     yield changed("another optimiser", dict(optimizers=[]))
     yield changed(
@@ -353,16 +396,22 @@ def bad_positions(folder: Path) -> Iterator[tuple[str, Path]]:
     yield changed("weights of another shape", dict(model=dict(saved["training"]["model"], pos_embed=torch.zeros(3))))
     yield changed("a step outside the run", dict(step=10**9))
     yield changed("an order of images that are none", dict(step=3, order=torch.full((640,), 10**6)))
+    yield changed("a step that is a fraction", dict(step=1.5))
+    yield changed("an epoch that is a tensor", dict(epoch=torch.tensor(2)))
+    yield changed("an infinite time", dict(seconds=float("inf")))
+    yield changed("an accuracy beyond all bounds", dict(best_accuracy=10**400))
+    yield changed("processes that are a tensor", dict(processes=torch.tensor([1, 1])))
+    yield changed("a weight that is not a number", dict(model={n: t * torch.nan for n, t in weights.items()}))
+    yield changed(
+        "one number that stands for 4 GiB of averages", dict(optimizers=[dict(state=claimed), *optimizers[1:]])
+    )
+    yield changed("no averages", dict(optimizers=[dict(state={}), *optimizers[1:]]))
     yield changed("a random generator's state of another length", dict(generator=torch.zeros(3, dtype=torch.uint8)))
     yield changed("a history of other epochs", history=[])
-    for name, value in (
-        ("batch_size", 0),
-        ("epochs", 10**9),
-        ("lr", float("nan")),
-        ("data_dir", 3),
-        ("optimizer", [1]),
-    ):
-        yield changed(f"{name} {value}".replace("/", ""), train_config=saved["train_config"] | {name: value})
+    odd = [("batch_size", 0), ("epochs", 10**9), ("lr", float("nan")), ("data_dir", 3), ("data_dir", "no such folder")]
+    odd += [("optimizer", [1]), ("seed", torch.zeros(2, 2))]
+    for name, value in odd:
+        yield changed(f"{name} {value}".replace("\n", ""), train_config=saved["train_config"] | {name: value})
 
 
 def positions(folder: Path, data_dir: Path) -> Iterator[Row]:
@@ -497,9 +546,33 @@ def odd_pictures(folder: Path, garment: np.ndarray) -> Iterator[tuple[str, Path,
     )
     yield "a folder", folder, "refused"
     yield "a file that is not there", folder / "nothing.png", "refused"
-    os.mkfifo(folder / "pipe.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.png")
     yield "a pipe that nobody writes to", folder / "pipe.png", "refused"
+    sparse = write("sparse.webp", b"RIFF\xff\xff\xff\x7fWEBPVP8 ")
+    os.truncate(sparse, 1 << 31)
+    yield "a file of 2 GiB that takes 4 KB on the disk", sparse, "refused"
+    clear_all = clear.copy()
+    clear_all.putalpha(0)
+    yield "transparent all over", save("nothing-to-see.png", clear_all), "refused"
+    broken = b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6"  # ends within the note on the orientation
+    yield "a JPEG whose EXIF is cut off", save("exif.jpg", large.convert("RGB"), exif=broken), "fine"
     yield "16 bits of grey", save("deep.png", deep), "fine"
+    big_endian = np.asarray(deep).astype(">u2").tobytes()
+    tags = [
+        (256, 280),
+        (257, 280),
+        (258, 16),
+        (259, 1),
+        (262, 1),
+        (273, 8),
+        (277, 1),
+        (278, 280),
+        (279, len(big_endian)),
+    ]
+    directory = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    header = struct.pack(">2sHI", b"MM", 42, 8 + len(big_endian))
+    yield "16 bits of grey, big end first", write("deep.tiff", header + big_endian + directory + bytes(4)), "fine"
     yield "floating point", save("float.tiff", Image.fromarray(np.asarray(large, np.float32) / 255)), "fine"
     yield "8 bits of grey", save("gray.png", large), "fine"
     yield "1 bit", save("bits.png", large.convert("1")), "fine"
@@ -521,9 +594,10 @@ def odd_pictures(folder: Path, garment: np.ndarray) -> Iterator[tuple[str, Path,
     yield "letters of other scripts in the name", save("обувь 靴 👟 ü.png", large), "fine"
     yield "a name that is a formula to matplotlib", save("$^$.png", large), "fine"
     yield "a name with a line break", save("a\nb.png", large), "fine"
-    odd = folder / os.fsdecode(b"sch\xfch.png")
-    large.save(odd)
-    yield "a name that is not UTF-8", odd, "fine"
+    if sys.platform == "linux":
+        odd = folder / os.fsdecode(b"sch\xfch.png")
+        large.save(odd)
+        yield "a name that is not UTF-8", odd, "fine"
     yield "a name of 200 letters", save(f"{'a' * 196}.png", large), "fine"
     yield "a name of 255 letters, too long for its heatmap's", save(f"{'b' * 251}.png", large), "fine"
 
@@ -546,16 +620,13 @@ def pictures(folder: Path, data_dir: Path) -> Iterator[Row]:
 
 
 def flags(folder: Path, data_dir: Path) -> Iterator[Row]:
+    import Visulization  # here, since the other cases' makers are used where OpenCV cannot be loaded
+
     # A data folder that is refused, so that nothing is trained: then the flag was taken.
     trap = folder / "data"
     (trap / RAW.parent / "processed").mkdir(parents=True)
     numbers = [("train.py", name, *bounds) for name, bounds in train.RANGES.items()]
-    numbers += [
-        ("Visulization.py", "num_images", 1, 50),
-        ("Visulization.py", "worst", 1, 200),
-        ("Visulization.py", "index", 0, 999_999),
-        ("Visulization.py", "seed", 0, 2**32 - 1),
-    ]
+    numbers += [("Visulization.py", name, *bounds) for name, bounds in Visulization.RANGES.items()]
     cases = []
     for file, name, low, high in numbers:
         others = ["1"] * (len(train.DEFAULTS[name][0]) - 1) if name in ("stem_dims", "stem_blocks") else []
@@ -626,7 +697,8 @@ def disk(folder: Path, data_dir: Path) -> Iterator[Row]:
 
     with mounted(folder / "disk", "size=4m") as disk:
         if disk is None:
-            yield not_tried("a full disk, a read-only folder")
+            for name in ("a full disk", "a read-only folder"):
+                yield not_tried(name)
         else:
             yield row("a run on a small disk", run(disk / "run", *SHORT_RUN), "fine")
             names = ("last.pt", "best.pt")
@@ -659,7 +731,8 @@ def disk(folder: Path, data_dir: Path) -> Iterator[Row]:
                 "heatmaps in a read-only folder", script("Visulization.py", *flags, cwd=folder), "refused", []
             )
     with long_run(folder / "deleted", data_dir) as process:
-        shutil.rmtree(folder / "deleted")
+        (folder / "deleted").rename(folder / "gone")  # at once, whatever is being written there
+        shutil.rmtree(folder / "gone")
         while not (folder / "deleted" / "last.pt").exists() and process.poll() is None:
             time.sleep(0.01)
         process.terminate()

@@ -162,7 +162,7 @@ def stop_run(run: Path, data_dir: Path, number: int, generator: random.Random, t
     """Stop a run by a signal so many times, resume it, and let it come to its end.
 
     Returns:
-        How many of the signals ended in a saved position in the middle of an epoch and the right exit status.
+        How many of the signals ended with the position that the run named saved, and with the right exit status.
     """
     good = 0
     for _ in range(times):
@@ -170,11 +170,13 @@ def stop_run(run: Path, data_dir: Path, number: int, generator: random.Random, t
         for line in process.stdout:
             if "parameters; device" in line or line.startswith("resuming"):
                 break
-        time.sleep(generator.uniform(0.3, 1.5))
+        time.sleep(generator.uniform(0.1, 1.0))
         process.send_signal(number)
         output, _ = process.communicate()
         position = load_checkpoint(run / "last.pt")[1]["training"]
-        good += process.returncode == 128 + number and position["step"] > 0 and "--resume" in output
+        within = f"stopped in epoch {position['epoch'] + 1} after step {position['step']};"
+        named = within if position["step"] else f"stopped after epoch {position['epoch']};"
+        good += process.returncode == 128 + number and named in output and "--resume" in output
     finish(data_dir, run)
     return good
 
@@ -214,7 +216,7 @@ def main() -> None:
             run = folder / number.name
             good = stop_run(run, data_dir, number, generator, times=5)
             wrong.extend([number.name] if good < 5 else [])
-            said = f"{good} times the position saved within an epoch, exit status {128 + number}"
+            said = f"{good} times the position saved, exit status {128 + number}"
             print(f"| {number.name}, 5 times in a run | {said} | {compare(run)} |", flush=True)
     if wrong:
         raise SystemExit(f"kill_resume.py: error: {len(wrong)} runs differ")

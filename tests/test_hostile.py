@@ -14,8 +14,6 @@ import dataset
 import train
 from model import CheckpointError, load_checkpoint
 
-MIB = 1024  # of what the system counts memory in
-
 
 @pytest.fixture
 def good(tmp_path):
@@ -26,8 +24,9 @@ def good(tmp_path):
 
 def peak_of(code: str) -> list[int]:
     """What a fresh process prints that begins with `peak`, a function for the most memory it has had, in MiB."""
-    prelude = "import resource, sys; sys.path.append('benchmarks'); import hostile, pathlib; "
-    prelude += f"peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // {MIB}\n"
+    prelude = "import resource, sys; sys.path.append('benchmarks'); import hostile\n"
+    prelude += "unit = 1 << (20 if sys.platform == 'darwin' else 10)\n"
+    prelude += "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit\n"
     outcome = hostile.start(sys.executable, "-c", prelude + code, cwd=ROOT)
     assert outcome.status == 0, outcome.errors
     return [int(number) for number in outcome.output.split()]
@@ -53,11 +52,11 @@ def test_the_traps_of_these_checkpoints_are_real(good, tmp_path):
 
 
 def test_small_checkpoints_that_ask_for_much_memory_get_none(good, tmp_path):
-    greedy = ("GiB", "MiB", "billion", "million")
+    greedy = ("GiB", "MiB", "billion", "million", "thousand", "only torch")
     paths = [
         str(path) for name, path in hostile.bad_checkpoints(good, tmp_path) if any(word in name for word in greedy)
     ]
-    assert len(paths) == 5
+    assert len(paths) == 9
     before, after = peak_of(
         f"""
 hostile.load_checkpoint({str(good)!r})
@@ -69,7 +68,7 @@ for path in {paths!r}:
         pass
 print(peak())"""
     )
-    assert after - before < 100
+    assert after - before < 200
 
 
 @pytest.mark.parametrize("resealed, number", [(False, 1200), (True, 300)])
@@ -188,12 +187,11 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
 def test_a_run_that_is_killed_while_it_saves_ends_like_one_left_alone(data_dir, tmp_path):
     kill_resume.finish(data_dir, tmp_path / "alone")
     generator = random.Random(0)
-    run, left = tmp_path / "killed", 0
+    run = tmp_path / "killed"
     for number in (2, 4):  # in the first epoch's second save, and in a later epoch's first
         process = kill_resume.start(data_dir, run)
         assert kill_resume.kill_in_save(process, run, number, generator.choice((0, 0.002)))
         process.communicate()
-        left += len(kill_resume.temporary_files(run))
         kill_resume.check_folder(run)
     kill_resume.finish(data_dir, run)
     assert kill_resume.difference(kill_resume.state(tmp_path / "alone"), kill_resume.state(run)) is None

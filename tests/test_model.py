@@ -7,7 +7,15 @@ from conftest import ROOT, SMALL_MODEL
 
 import dataset
 import train
-from model import MAX_PARAMETERS, CheckpointError, HybridClassifier, ModelConfig, load_checkpoint, save_checkpoint
+from model import (
+    HISTORY_COLUMNS,
+    MAX_PARAMETERS,
+    CheckpointError,
+    HybridClassifier,
+    ModelConfig,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
@@ -56,9 +64,10 @@ def test_stochastic_depth_drops_whole_branches_only_in_training():
 
 
 def test_a_checkpoint_comes_back_as_it_was(small_model, test_split, tmp_path):
-    save_checkpoint(tmp_path / "a.pt", small_model, epoch=3, history=[{"epoch": 1, "lr": 0.5}])
+    history = [dict.fromkeys(HISTORY_COLUMNS, 0.5) | {"epoch": 1}]
+    save_checkpoint(tmp_path / "a.pt", small_model, epoch=3, history=history)
     model, checkpoint = load_checkpoint(tmp_path / "a.pt")
-    assert not model.training and checkpoint["epoch"] == 3 and checkpoint["history"] == [{"epoch": 1, "lr": 0.5}]
+    assert not model.training and checkpoint["epoch"] == 3 and checkpoint["history"] == history
     weights = small_model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     x = dataset.normalize(test_split[0][:4])

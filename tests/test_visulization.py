@@ -1,4 +1,5 @@
 import itertools
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_odd_pictures_are_read_or_refused_in_one_line(garment, tmp_path):
         assert happened == expected, name
         seen[happened] += 1
     assert seen["fine"] > 15 and seen["refused"] > 10
+
+
+def test_a_mutated_picture_is_read_or_refused_in_one_line(garment, tmp_path):
+    generator = random.Random(0)
+    good = [
+        p for _, p, expected in hostile.odd_pictures(tmp_path, garment) if expected == "fine" and p.stat().st_size < 1e6
+    ]
+    refused = 0
+    for i in range(400):
+        path = good[i % len(good)]
+        (tmp_path / "mutated").write_bytes(hostile.mutated(path.read_bytes(), generator))
+        try:
+            assert Visulization.read_image(tmp_path / "mutated").shape == (28, 28)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 0 < refused < 400
 
 
 def test_the_memory_for_a_picture_is_bounded(garment, tmp_path):
@@ -330,7 +348,7 @@ def test_own_pictures_one_bad_file_does_not_stop_the_others(run_script, garment,
         (["--target-layer", "blocks"], "does not go through the target layer"),
         (["--classes", "Hat"], "'Hat' is none of"),
         (["--num-images", "0"], "--num-images"),
-        (["--index", "10000"], "--index: the test split has images 0 to 9999"),
+        (["--index", "10000"], "argument --index: '10000' is not a whole number from 0 to 9,999"),
         (["--method", "scam"], "--method"),
         (["--average", "--worst", "3"], "not allowed with argument --average"),
         (["--worst", "3", "--target-class", "Shirt"], "--worst shows the predicted and the true class"),
