@@ -83,8 +83,8 @@ def read_image(path: str | Path) -> np.ndarray:
     if Path(path).stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"is larger than {MAX_IMAGE_BYTES >> 20} MiB: scale it down first")
     try:
-        with warnings.catch_warnings(), Image.open(path, formats=IMAGE_FORMATS) as picture:
-            warnings.simplefilter("ignore")  # Pillow's remarks on a file that it reads all the same
+        # Without Pillow's remarks on a file that it reads all the same.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=IMAGE_FORMATS) as picture:
             if picture.width * picture.height > MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
             picture.load()

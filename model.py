@@ -435,8 +435,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; mend that, or name another one") from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             checkpoint = torch.load(checked_archive(content), map_location="cpu", weights_only=True)
     except MemoryError:
         raise
