@@ -295,30 +295,25 @@ def check_pickle(content: bytes) -> None:
         pickle.UnpicklingError: it consists of more than what a checkpoint consists of.
         ValueError: it is no pickle, or a far larger one than any checkpoint's.
     """
-    tuples, named, ordered_dicts = 0, Counter(), set()  # the places of the pickle's memory that hold OrderedDict
-    previous = ""
+    names: Counter[str] = Counter()
+    # OrderedDict(something) copies what the pickle has to say but once, as often as it likes. So nothing may follow the
+    # name, which is kept at some places of the pickle's memory, but the empty arguments and the call.
+    places, may_follow = set(), ()
     for opcode, argument, _ in pickletools.genops(content):
         name = opcode.name
-        is_ordered_dict = argument == "collections OrderedDict" if name == "GLOBAL" else False
-        is_ordered_dict |= name in ("BINGET", "LONG_BINGET") and argument in ordered_dicts
-        is_kept = previous == "OrderedDict" and name in ("BINPUT", "LONG_BINPUT")
-        named[name] += 1
-        tuples += name.startswith("TUPLE")
+        names["TUPLE" if name.startswith("TUPLE") else name] += 1
         if name not in PICKLE_OPCODES or (name == "GLOBAL" and argument not in PICKLE_GLOBALS):
             raise pickle.UnpicklingError(f"{name} {argument}")
-        # OrderedDict(something) and BUILD copy what the pickle has to say once only: nothing but OrderedDict() passes.
-        if previous == "OrderedDict" and not is_kept and name != "EMPTY_TUPLE":
+        if may_follow and name not in may_follow:
             raise pickle.UnpicklingError("OrderedDict with arguments")
-        if previous == "OrderedDict()" and name != "REDUCE":
-            raise pickle.UnpicklingError("OrderedDict with arguments")
-        if tuples > MAX_PICKLE_TUPLES or named["REDUCE"] > MAX_PICKLE_TUPLES // 2 or named["BUILD"] > 2:
-            raise ValueError("too many tuples, calls or states")
-        if is_kept:
-            ordered_dicts.add(argument)
-        if is_ordered_dict or is_kept:
-            previous = "OrderedDict"
+        if names["TUPLE"] > MAX_PICKLE_TUPLES or names["REDUCE"] > MAX_PICKLE_TUPLES // 2 or names["BUILD"] > 2:
+            raise ValueError("more tuples, calls or states than any checkpoint has")
+        if may_follow and name in ("BINPUT", "LONG_BINPUT"):
+            places.add(argument)
+        elif argument == "collections OrderedDict" or (name.endswith("BINGET") and argument in places):
+            may_follow = ("BINPUT", "LONG_BINPUT", "EMPTY_TUPLE")
         else:
-            previous = "OrderedDict()" if previous == "OrderedDict" else name
+            may_follow = ("REDUCE",) if may_follow and name == "EMPTY_TUPLE" else ()
 
 
 def checked_archive(content: bytes) -> io.BytesIO:

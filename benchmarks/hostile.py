@@ -264,6 +264,7 @@ def bad_checkpoints(good: Path, folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def checkpoints(folder: Path, data_dir: Path) -> Iterator[Row]:
+    """checkpoints: damaged, foreign, that would run code, that ask for much memory"""
     good = folder / "good.pt"
     make_checkpoint(good)
     yield row("a good one", script("train.py", "--evaluate", good, "--data-dir", data_dir, cwd=folder), "fine")
@@ -363,6 +364,7 @@ def fuzz(good: Path, number: int, resealed: bool, seed: int = 0) -> tuple[int, i
 
 
 def fuzzed_checkpoints(folder: Path, data_dir: Path) -> Iterator[Row]:
+    """thousands of checkpoints with random damage"""
     make_checkpoint(folder / "good.pt")
     for name, resealed in (("damaged anywhere", "False"), ("a damaged pickle, check sums that fit", "True")):
         code = f"import hostile, pathlib; print(*hostile.fuzz(pathlib.Path('good.pt'), {MUTATIONS}, {resealed}))"
@@ -415,6 +417,7 @@ def bad_positions(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def positions(folder: Path, data_dir: Path) -> Iterator[Row]:
+    """positions and settings to resume that are of no run"""
     run = ["--data-dir", data_dir, "--output-dir", folder / "run", *SHORT_RUN]
     yield row("a short run to begin with", script("train.py", *run, cwd=folder), "fine")
     for name, path in bad_positions(folder):
@@ -458,6 +461,8 @@ def damaged_data(folder: Path, data_dir: Path, name: str, damage: str) -> Path:
 
 
 def data(folder: Path, data_dir: Path) -> Iterator[Row]:
+    """the data set: each file truncated, altered, swapped, replaced; no network; read-only; two at once"""
+
     def train_on(path: Path, run: str) -> Outcome:
         code = CUT_OFF.format(root=str(ROOT))
         flags = ["--data-dir", path, "--output-dir", folder / "runs" / run, *SHORT_RUN, "--report-test"]
@@ -603,6 +608,7 @@ def odd_pictures(folder: Path, garment: np.ndarray) -> Iterator[tuple[str, Path,
 
 
 def pictures(folder: Path, data_dir: Path) -> Iterator[Row]:
+    """pictures of all kinds, damaged ones, bombs, odd names"""
     garment = dataset.load(data_dir, train=False)[0][0, 0].numpy()
     cases = list(odd_pictures(folder, garment))
     for (name, _, expected), outcome in in_parallel(
@@ -620,6 +626,7 @@ def pictures(folder: Path, data_dir: Path) -> Iterator[Row]:
 
 
 def flags(folder: Path, data_dir: Path) -> Iterator[Row]:
+    """every number among the flags at 0, -1, not a number, text, and past its bound"""
     import Visulization  # here, since the other cases' makers are used where OpenCV cannot be loaded
 
     # A data folder that is refused, so that nothing is trained: then the flag was taken.
@@ -640,9 +647,10 @@ def flags(folder: Path, data_dir: Path) -> Iterator[Row]:
     ):
         taken = "processed" in outcome.errors
         named = flag in outcome.errors and f"{low:,}" in outcome.errors and f"{high:,}" in outcome.errors
-        if outcome.refused() and (taken if is_good else named and not taken):
-            said = "within its range: taken, on to the data" if taken else ""
-            yield row(name, outcome, "refused", said)
+        if outcome.refused() and is_good and taken:
+            yield name, "fine", "within its range: taken, on to the data", outcome.peak
+        elif outcome.refused() and not is_good and named:
+            yield row(name, outcome, "refused")
         else:
             yield row(name, outcome, "named with its range")
 
@@ -685,6 +693,8 @@ def strays(folder: Path) -> list[str]:
 
 
 def disk(folder: Path, data_dir: Path) -> Iterator[Row]:
+    """full disks, read-only folders, a folder that is deleted meanwhile, two runs into one folder"""
+
     def run(path: Path, *flags: object) -> Outcome:
         return script("train.py", "--data-dir", data_dir, "--output-dir", path, *flags, cwd=folder)
 
@@ -795,14 +805,14 @@ def main() -> None:
                 for path in (folder, ROOT):  # shorter, and the same on every machine
                     said = said.replace(f"{path}/", "").replace(str(path), ".")
                 case, said = (text.replace("|", "\\|").replace("\n", " ") for text in (case, said))
+                said = said if len(said) <= 200 else f"{said[:200]}…"
                 print(f"| {case} | {happened} | {said} | {memory:.0f} |", flush=True)
                 counts[happened.split(":")[0]] += 1
                 peak = max(peak, memory)
         broken += counts["BROKEN"]
-        summary.append(
-            f"| {kind} | {counts.total()} | {', '.join(f'{n} {k}' for k, n in counts.items())} | {peak:.0f} |"
-        )
-    print("\n| kind | cases | what happened | MiB at most |\n|---|---:|---|---:|")
+        happened = ", ".join(f"{number} {name}" for name, number in counts.items())
+        summary.append(f"| {KINDS[kind].__doc__} | {counts.total()} | {happened} | {peak:.0f} |")
+    print("\n| what was tried | cases | what happened | MiB at most |\n|---|---:|---|---:|")
     print("\n".join(summary))
     if broken:
         raise SystemExit(f"hostile.py: error: {broken} cases are broken")
