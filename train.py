@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -878,6 +878,7 @@ def claim(output_dir: Path) -> Iterator[None]:
     Raises:
         TrainingError: another run has it, or nothing can be written there.
     """
+    is_new = not output_dir.exists()
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as file:
@@ -893,6 +894,9 @@ def claim(output_dir: Path) -> Iterator[None]:
     finally:
         if folder is not None:
             os.close(folder)
+        if is_new:  # and empty still, if the run was refused: rmdir takes no other
+            with suppress(OSError):
+                output_dir.rmdir()
 
 
 def put_aside(output_dir: Path) -> None:
