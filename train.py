@@ -725,6 +725,11 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             dist.barrier()  # torchrun ends all processes as soon as one has left: the first must have saved
         stop.leave(message, output_dir, world_size if rank == 0 else 0)
 
+    if rank == 0 and history and not step:  # the run may have been killed before its latest epoch became the best one
+        *earlier, latest = (row["val_accuracy"] for row in history)
+        if not len(val_index) or latest > max(earlier, default=-1.0):
+            save(best_path)
+
     stop = StopSignal()
     while epoch < config.epochs:
         # One epoch: a permutation of the training images, cut into batches.
@@ -816,14 +821,15 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             if config.report_test:
                 line += f"{separator}test accuracy {row['test_accuracy']:.4f}, which chooses nothing"
             if is_best:
-                save(best_path)
                 line += f"{separator}saved {best_path}: "
                 line += (
                     "best validation accuracy so far" if len(val_index) else "no validation split, the latest weights"
                 )
                 best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
+            save_position()  # first: from it, a run that is killed before the next line can save the best one again
+            if is_best:
+                save(best_path)
             print(line, flush=True)
-            save_position()
             make_folder()
             write_history(history, output_dir)
         if stop_requested():

@@ -184,11 +184,21 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
     assert target.read_bytes() == b"first" and list(tmp_path.iterdir()) == [target]
 
 
+def test_a_run_that_is_killed_before_its_best_checkpoint_is_saved_makes_it_again(run_config, tmp_path):
+    train.train(run_config(val_size=0))
+    best = tmp_path / "run" / "best.pt"
+    whole = load_checkpoint(best)[1]["model"]
+    best.unlink()
+    train.train(run_config(val_size=0), resume=True)
+    again = load_checkpoint(best)[1]["model"]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 def test_a_run_that_is_killed_while_it_saves_ends_like_one_left_alone(data_dir, tmp_path):
     kill_resume.finish(data_dir, tmp_path / "alone")
     generator = random.Random(0)
     run = tmp_path / "killed"
-    for number in (2, 4):  # in the first epoch's second save, and in a later epoch's first
+    for number in (1, 2, 4):  # in the first save of all, between position and best checkpoint, and in a later epoch
         process = kill_resume.start(data_dir, run)
         assert kill_resume.kill_in_save(process, run, number, generator.choice((0, 0.002)))
         process.communicate()
