@@ -32,8 +32,8 @@ import dataset
 from model import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = """--train-size 2000 --val-size 500 --epochs 6 --batch-size 50 --stem-dims 8 16 --stem-blocks 1 1 1
-    --embed-dim 64 --num-heads 2 --drop-path 0.1 --device cpu --precision float32 --quiet""".split()
+RUN = """--train-size 1000 --val-size 500 --epochs 10 --batch-size 50 --stem-dims 8 16 --stem-blocks 0 1 1
+    --embed-dim 32 --num-heads 2 --drop-path 0.1 --device cpu --precision float32 --quiet""".split()
 CHECKPOINTS = ("best.pt", "last.pt")
 
 
