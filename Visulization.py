@@ -15,6 +15,7 @@ Writes into HeapImg/ one picture per image, and a contact sheet with a row per c
 import argparse
 import base64
 import html
+import io
 import os
 import sys
 import warnings
@@ -104,14 +105,14 @@ def read_image(path: str | Path) -> np.ndarray:
                 gray, alpha = np.moveaxis(np.asarray(picture.convert("LA"), np.float32), 2, 0)
                 alpha, top = alpha / 255, 255
     except UnidentifiedImageError:
-        raise ValueError(f"is no picture of a known format ({', '.join(IMAGE_FORMATS)})") from None
+        raise ValueError(f"is no picture of a known format: give one of {', '.join(IMAGE_FORMATS)}") from None
     except (Image.DecompressionBombError, MemoryError):
         raise ValueError(f"has more than {MAX_IMAGE_PIXELS:,} pixels: scale it down first") from None
     except Exception as error:  # a damaged picture ends in one of many types, SyntaxError and struct.error among them
         reason = getattr(error, "strerror", None) or str(error).splitlines()[:1] or [type(error).__name__]
         raise ValueError(f"is damaged ({reason if isinstance(reason, str) else reason[0]}): use another copy") from None
     if not alpha.any():
-        raise ValueError("is transparent all over: there is nothing to classify")
+        raise ValueError("is transparent all over, there is nothing to classify: use another picture")
 
     gray = np.clip(np.nan_to_num(gray) / top, 0, 1)
     border = np.concatenate([gray[0], gray[-1], gray[:, 0], gray[:, -1]])
@@ -123,7 +124,7 @@ def read_image(path: str | Path) -> np.ndarray:
     # The garment may be lighter or darker than its background: what it mostly is becomes light on dark.
     contrast = (gray - background) * alpha
     if np.abs(contrast).max() < 0.02:
-        raise ValueError("is of one even colour: there is nothing to classify")
+        raise ValueError("is of one even colour, there is nothing to classify: use another picture")
     foreground = contrast / (1 - background) if contrast.sum() > 0 else -contrast / background
     foreground = np.clip(foreground, 0, 1)
     inside = foreground > 0.05 * foreground.max()
@@ -239,8 +240,15 @@ def heatmaps(
 
 @torch.no_grad()
 def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
-    """Class probabilities (N, 10) of uint8 images (N, 1, 28, 28)."""
-    return torch.cat([model(dataset.normalize(chunk)).softmax(dim=1) for chunk in images.split(500)])
+    """Class probabilities (N, 10) of uint8 images (N, 1, 28, 28).
+
+    Raises:
+        CheckpointError: the model's answer is no number.
+    """
+    probabilities = torch.cat([model(dataset.normalize(chunk)).softmax(dim=1) for chunk in images.split(500)])
+    if not probabilities.isfinite().all():
+        raise CheckpointError("the model's answer is not finite: train again, or use another checkpoint")
+    return probabilities
 
 
 def explain(
@@ -581,7 +589,7 @@ def find_errors(args: argparse.Namespace, model: HybridClassifier) -> torch.Tens
     wrong = torch.isin(labels, torch.tensor(args.classes)) & (predicted != labels)
     order = torch.where(wrong, confidence, -1).argsort(descending=True, stable=True)[: int(wrong.sum())]
     if not len(order):
-        raise ValueError("no test image fits: the model makes no error in these classes")
+        raise ValueError("the model makes no error in these classes: name others with --classes")
     return order
 
 
@@ -693,7 +701,7 @@ def paint_own_images(args: argparse.Namespace, model: HybridClassifier) -> int:
             else:
                 save_overlay(e, args.output_dir / name)
         except (ValueError, OSError) as error:
-            print(f"{printable(path)}: {error}", file=sys.stderr)
+            print(f"{printable(path)}: {dataset.one_line(error)}", file=sys.stderr)
             failures += 1
             continue
         written.add(name)
@@ -730,6 +738,8 @@ def whole_number(name: str) -> Callable[[str], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may have letters that this terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without half a page of usage
     classes = range(len(dataset.CLASS_NAMES))
     add = parser.add_argument
@@ -805,7 +815,7 @@ def main() -> None:
         print("Visulization.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (CheckpointError, dataset.DataError, ValueError, OSError) as error:
-        raise SystemExit(f"Visulization.py: error: {error}") from None
+        raise SystemExit(f"Visulization.py: error: {dataset.one_line(error)}") from None
     if failures:
         raise SystemExit(f"Visulization.py: error: {failures} of {len(args.image)} pictures could not be explained")
 

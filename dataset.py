@@ -81,6 +81,17 @@ def lock(handle: int) -> bool | None:
     return None
 
 
+def one_line(error: Exception) -> str:
+    """What went wrong and what to do about it, on one line."""
+    message = str(error)
+    if isinstance(error, BrokenPipeError):
+        message = "what reads the output has ended: let it read to the end, or write to a file"
+    elif isinstance(error, OSError) and error.errno:
+        where = f"{error.filename}: " if error.filename else ""
+        message = f"{where}{error.strerror}; mend that, or name another file or folder"
+    return " ".join(message.splitlines())
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file to write that gets its name when it is complete: at any moment `path` is the old file or the new one.
@@ -91,7 +102,7 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: it cannot be written; an older file is as it was.
     """
-    path = Path(path).resolve() if os.path.islink(path) else Path(path)
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     prefix = f".{path.name[:40]}."  # a name may be as long as the system allows, and this one is longer
     try:
         for left_behind in path.parent.glob(f"{glob.escape(prefix)}*.part"):

@@ -60,7 +60,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, length, low, high in (("stem_dims", 2, 1, 256), ("stem_blocks", 3, 0, 64)):
-            values = tuple(getattr(self, name))  # a list once it has been through a file
+            values = getattr(self, name)  # a list once it has been in a file
+            values = tuple(values) if isinstance(values, tuple | list) else (values,)
             object.__setattr__(self, name, values)
             if len(values) != length or any(type(n) is not int or not low <= n <= high for n in values):
                 raise ValueError(f"{name} is {values!r}: give {length} whole numbers from {low} to {high}")

@@ -21,6 +21,7 @@ import itertools
 import math
 import os
 import platform
+import re
 import reprlib
 import shlex
 import signal
@@ -143,6 +144,7 @@ CHOICES = dict(
     device=("auto", "cpu", "cuda", "mps"),
     precision=("auto", "float32", "bfloat16"),
 )
+SEVERAL = ("stem_dims", "stem_blocks")  # these are rows of numbers
 NOT_OF_THE_RUN = ("data_dir", "output_dir", "report_test", "quiet")  # may be given anew on --resume
 
 
@@ -172,7 +174,7 @@ def check_settings(settings: dict[str, Any]) -> None:
     for name in DEFAULTS:
         value, problem = settings[name], None
         if name in RANGES:
-            values = value if isinstance(value, tuple | list) else [value]
+            values = value if name in SEVERAL and isinstance(value, tuple | list) else [value]
             problem = next((p for p in (complaint(name, v) for v in values) if p), None)
         elif name in CHOICES:
             problem = (
@@ -193,8 +195,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     most = RANGES["train_size"][1] - settings["val_size"] - len(dataset.CLASS_NAMES)
     if settings["train_size"] > most:
         raise TrainingError(f"--train-size {settings['train_size']}: give at most {most:,}, or 0 for all that are left")
-    own = {Path(settings["output_dir"], name).resolve() for name in ("best.pt", "last.pt")}
-    if own & {Path(path).resolve() for path in settings["teacher"]}:
+    own = {os.path.realpath(os.path.join(settings["output_dir"], name)) for name in ("best.pt", "last.pt")}
+    if own & {os.path.realpath(path) for path in settings["teacher"]}:
         raise TrainingError("the teacher lies where this run saves its own checkpoints: give another --output-dir")
     ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)})
 
@@ -594,7 +596,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     # The losses are summed apart for each process, so that bringing them together rounds nothing.
     loss_sum, predictions = torch.zeros(world_size, device=device), torch.zeros_like(train_index)
     history: list[dict[str, float]] = []
-    best_accuracy, seconds_before = -1.0, 0.0
+    best_epoch, best_accuracy, seconds_before = 0, -1.0, 0.0
     if resume:
         checkpoint = load_checkpoint(last_path)[1]
         saved = checkpoint["training"]
@@ -606,8 +608,9 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             )
         try:
             epoch, step, history = saved["epoch"], saved["step"], checkpoint["history"]
-            best_accuracy, seconds_before = saved["best_accuracy"], saved["seconds"]
-            if any(type(number) is not int for number in (processes, epoch, step)):
+            best_epoch, best_accuracy = saved.get("best_epoch", 0), saved["best_accuracy"]
+            seconds_before = saved["seconds"]
+            if any(type(number) is not int for number in (processes, epoch, step, best_epoch)):
                 raise ValueError("the position is not in whole numbers")
             if any(type(x) not in (int, float) or not abs(x) < 1e9 for x in (best_accuracy, seconds_before)):
                 raise ValueError("accuracy or time is no number")
@@ -657,32 +660,37 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 f"than {config.lr:g}, or --precision float32; the checkpoints in {output_dir} are as they were"
             )
 
-    def make_folder() -> None:
+    def write(function: Callable[..., None], *values: Any, **options: Any) -> None:
+        """Call what writes into the folder, and again if the folder is removed meanwhile."""
         if not output_dir.is_dir():
             print(f"train.py: {output_dir} was removed; making it anew", file=sys.stderr, flush=True)
             output_dir.mkdir(parents=True, exist_ok=True)
+            take(output_dir)  # the one that was taken is no more; this one is for as long as the process lives
+        try:
+            function(*values, **options)
+        except OSError as error:
+            if not output_dir.is_dir():
+                return write(function, *values, **options)
+            what_next = "go on with --resume: what was saved is whole" if last_path.exists() else "start again"
+            raise TrainingError(f"{error}, then {what_next}") from error
 
     def save(path: Path, **training: Any) -> None:
         nonlocal run_saved
-        make_folder()
         if not run_saved:  # what lies here may be hours of somebody's work: it is put aside before the first save
             put_aside(output_dir)
             run_saved = True
-        try:
-            save_checkpoint(
-                path,
-                ema_model,
-                train_config=vars(config),
-                epoch=len(history),
-                val_accuracy=history[-1]["val_accuracy"] if history else None,
-                history=history,
-                environment=f"torch {torch.__version__}, {platform.machine()}, {device.type}, {precision}, "
-                f"{torch.get_num_threads()} CPU threads",
-                **training,
-            )
-        except OSError as error:
-            what_next = "go on with --resume" if last_path.exists() else "start again"
-            raise TrainingError(f"{error}, then {what_next}; what was saved before is whole") from error
+        write(
+            save_checkpoint,
+            path,
+            ema_model,
+            train_config=vars(config),
+            epoch=len(history),
+            val_accuracy=history[-1]["val_accuracy"] if history else None,
+            history=history,
+            environment=f"torch {torch.__version__}, {platform.machine()}, {device.type}, {precision}, "
+            f"{torch.get_num_threads()} CPU threads",
+            **training,
+        )
 
     def save_position() -> None:
         save(
@@ -699,6 +707,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 order=order if step else None,
                 predictions=predictions[: step * config.batch_size].clone() if step else None,
                 loss_sum=loss_sum,
+                best_epoch=best_epoch,
                 best_accuracy=best_accuracy,
                 seconds=elapsed(),
             ),
@@ -725,10 +734,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             dist.barrier()  # torchrun ends all processes as soon as one has left: the first must have saved
         stop.leave(message, output_dir, world_size if rank == 0 else 0)
 
-    if rank == 0 and history and not step:  # the run may have been killed before its latest epoch became the best one
-        *earlier, latest = (row["val_accuracy"] for row in history)
-        if not len(val_index) or latest > max(earlier, default=-1.0):
-            save(best_path)
+    if rank == 0 and epoch and epoch == best_epoch and not step:  # killed before this could be saved, maybe
+        save(best_path)
 
     stop = StopSignal()
     while epoch < config.epochs:
@@ -825,13 +832,12 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
                 line += (
                     "best validation accuracy so far" if len(val_index) else "no validation split, the latest weights"
                 )
-                best_accuracy = row["val_accuracy"] if len(val_index) else best_accuracy
+                best_epoch, best_accuracy = epoch, row["val_accuracy"] if len(val_index) else best_accuracy
             save_position()  # first: from it, a run that is killed before the next line can save the best one again
             if is_best:
                 save(best_path)
             print(line, flush=True)
-            make_folder()
-            write_history(history, output_dir)
+            write(write_history, history, output_dir / "history.csv")
         if stop_requested():
             leave(f"stopped after epoch {epoch}")
     stop.restore()
@@ -840,11 +846,14 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         dist.destroy_process_group()
 
     if rank == 0:  # the best checkpoint gets the whole history, so that --evaluate can draw it at any time
-        if not best_path.exists():  # removed with its folder: the latest weights are there still
+        if not last_path.exists():  # removed with its folder: the latest weights are there still
+            save_position()
+        if not best_path.exists():
             save(best_path)
         ema_model, best = load_checkpoint(best_path)
         contents = {k: v for k, v in best.items() if k not in ("format", "version", "model_config", "model", "history")}
-        save_checkpoint(best_path, ema_model, **contents, history=history)
+        write(save_checkpoint, best_path, ema_model, **contents, history=history)
+        write(write_history, history, output_dir / "history.csv")  # of a run that was killed before it
     return best_path
 
 
@@ -877,6 +886,21 @@ class StopSignal:
 # What a run leaves beside its checkpoint
 
 
+def take(output_dir: Path) -> int | None:
+    """Keep other runs out of a folder until the handle that this returns is closed, or the process ends.
+
+    Raises:
+        TrainingError: another run has it.
+    """
+    if os.name == "nt":  # which opens no folders
+        return None
+    folder = os.open(output_dir, os.O_RDONLY)
+    if dataset.lock(folder) is False:
+        os.close(folder)
+        raise TrainingError(f"another run is writing to {output_dir}: give this one another --output-dir")
+    return folder
+
+
 @contextmanager
 def claim(output_dir: Path) -> Iterator[None]:
     """Make the folder of a run, see that files can be written there, and keep other runs out of it meanwhile.
@@ -884,46 +908,46 @@ def claim(output_dir: Path) -> Iterator[None]:
     Raises:
         TrainingError: another run has it, or nothing can be written there.
     """
-    is_new = not output_dir.exists()
+    folder, made = None, []
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir) as file:
-            file.write(bytes(1 << 16))  # better now than after an epoch
-        folder = os.open(output_dir, os.O_RDONLY) if os.name != "nt" else None
-    except OSError as error:
-        problem = f"cannot write to {output_dir}: {error.strerror}"
-        raise TrainingError(f"{problem}; choose another folder with --output-dir") from error
-    try:
-        if folder is not None and dataset.lock(folder) is False:
-            raise TrainingError(f"another run is writing to {output_dir}: give this one another --output-dir")
+        try:
+            new = [path for path in (output_dir, *output_dir.parents) if not path.exists()]
+            output_dir.mkdir(parents=True, exist_ok=True)
+            folder, made = take(output_dir), new
+            with tempfile.TemporaryFile(dir=output_dir) as file:
+                file.write(bytes(1 << 16))  # better now than after an epoch
+        except OSError as error:
+            problem = f"cannot write to {output_dir}: {error.strerror}"
+            raise TrainingError(f"{problem}; choose another folder with --output-dir") from error
         yield
     finally:
+        with suppress(OSError):  # empty still, if the run was refused: rmdir takes no other
+            for path in made:
+                path.rmdir()
         if folder is not None:
             os.close(folder)
-        if is_new:  # and empty still, if the run was refused: rmdir takes no other
-            with suppress(OSError):
-                output_dir.rmdir()
 
 
 def put_aside(output_dir: Path) -> None:
     """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
     # last.pt first: if this is interrupted, no run can be resumed whose best.pt is elsewhere.
-    earlier = [path for name in ("last.pt", "best.pt", "history.csv") if (path := output_dir / name).exists()]
+    names = ("last.pt", "best.pt", "history.csv", "curves.png", "confusion_matrix.png")
+    earlier = [path for name in names if (path := output_dir / name).exists()]
     number = next(n for n in itertools.count(1) if not any(output_dir.glob(f"previous-{n}-*")))
     for path in earlier:
         os.replace(path, path.with_name(f"previous-{number}-{path.name}"))
     if earlier:
-        print(f"an earlier run's {', '.join(path.name for path in earlier)} are now {output_dir}/previous-{number}-…")
+        print(f"an earlier run's {', '.join(path.name for path in earlier)} are now {output_dir}/previous-{number}-*")
 
 
-def write_history(history: list[dict[str, float]], output_dir: Path) -> None:
-    """Write `history.csv`, a row an epoch; the old file is replaced whole."""
+def write_history(history: list[dict[str, float]], path: Path) -> None:
+    """Write a table with a row an epoch; the old file is replaced whole."""
     names = dict.fromkeys(name for row in history for name in row)  # test columns may come and go on --resume
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(names), restval="")
     writer.writeheader()
     writer.writerows(history)
-    with dataset.whole_file(output_dir / "history.csv") as file:
+    with dataset.whole_file(path) as file:
         file.write(text.getvalue().encode())
 
 
@@ -980,6 +1004,8 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
     model, checkpoint = load_checkpoint(path, device)
     images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=False))
     logits = predict(model, images)
+    if not logits.isfinite().all():
+        raise CheckpointError(f"{path} gives answers that are not finite: train again or use another one")
     predictions = logits.argmax(dim=1)
     accuracy = accuracy_score(labels.cpu(), predictions.cpu())
     print(f"\n{path} (epoch {checkpoint.get('epoch')}) on the test split\n{report(labels, predictions)}")
@@ -989,13 +1015,20 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
     )
     mirrored = (logits.softmax(dim=1) + predict(model, images.flip(3)).softmax(dim=1)).argmax(dim=1)
     print(f"averaged with the mirror image's answer: {accuracy_score(labels.cpu(), mirrored.cpu()):.4f}")
-    written = ["confusion_matrix.png"]
-    plot_confusion_matrix(labels, predictions, path.parent / written[0])
+    aside = re.match(r"previous-\d+-", path.name)  # an earlier run's, see put_aside
+    matrix, curves, table = (
+        path.with_name(f"{aside[0] if aside else ''}{name}")
+        for name in ("confusion_matrix.png", "curves.png", "history.csv")
+    )
+    plot_confusion_matrix(labels, predictions, matrix)
+    written = [matrix]
     if checkpoint.get("history"):
-        write_history(checkpoint["history"], path.parent)
-        plot_curves(checkpoint["history"], path.parent / "curves.png")
-        written += ["history.csv", "curves.png"]
-    print(f"wrote {', '.join(written)} to {path.parent}")
+        plot_curves(checkpoint["history"], curves)
+        written.append(curves)
+        if not table.exists():  # a run's own may have more epochs than its best checkpoint
+            write_history(checkpoint["history"], table)
+            written.append(table)
+    print(f"wrote {', '.join(file.name for file in written)} to {path.parent}")
     return accuracy
 
 
@@ -1052,16 +1085,20 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     """Every name of `DEFAULTS` with its value: the one given, else the recipe's, else the default.
 
     Raises:
-        TrainingError: there is no such recipe.
+        TrainingError: there is no such recipe, or it sets what is no default.
     """
     defaults = {name: value for name, (value, _) in DEFAULTS.items()}
     recipe = given.get("recipe", defaults["recipe"])
     if recipe not in RECIPES:
         raise TrainingError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    if unknown := RECIPES[recipe].keys() - DEFAULTS.keys():
+        raise TrainingError(f"the recipe {recipe} sets {', '.join(sorted(unknown))}, and there is no such default")
     return defaults | RECIPES[recipe] | given
 
 
 def main() -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may have letters that this terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser, args = parse_flags()
     given = vars(args)
     resume, checkpoint_to_evaluate = given.pop("resume", False), given.pop("evaluate", None)
@@ -1101,10 +1138,14 @@ def main() -> None:
         print("train.py: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (TrainingError, CheckpointError, dataset.DataError, ValueError, OSError) as error:
-        raise SystemExit(f"train.py: error: {error}") from None
+        raise SystemExit(f"train.py: error: {dataset.one_line(error)}") from None
     except MemoryError:
         raise SystemExit("train.py: error: not enough memory: give a smaller --batch-size or model") from None
     except RuntimeError as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).splitlines()[0][:300]
+            advice = "install a C++ compiler, or train with --no-compile"
+            raise SystemExit(f"train.py: error: --compile does not work here ({reason}): {advice}") from None
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             raise SystemExit("train.py: error: not enough memory: give a smaller --batch-size or model") from None
         lost = is_one_of_several() and ("gloo" in str(error) or isinstance(error, dist.DistError))

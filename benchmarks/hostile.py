@@ -4,9 +4,10 @@
     python benchmarks/hostile.py checkpoints pictures     some kinds of: checkpoints, fuzz, positions, data, pictures,
                                                           flags, disk
 
-Each case is one start of train.py or Visulization.py. It must end well, or be refused: a non-zero exit status and one
-line on the error output that says what to do, without a traceback. Anything else is called BROKEN, and this script
-fails. The memory is the largest that the process had. Killed runs are in kill_resume.py.
+Each case is one start of train.py or Visulization.py; the two of fuzz are 2,000 files each. It must end well, or be
+refused: a non-zero exit status and one line on the error output that says what to do, without a traceback. Anything
+else is called BROKEN, and this script fails. The memory is the largest that the process had. Killed runs are in
+kill_resume.py.
 """
 
 import argparse
@@ -58,6 +59,8 @@ SMALL = dict(stem_dims=(4, 8), stem_blocks=(0, 1, 1), embed_dim=16, depth=1, num
 SHORT_RUN = """--train-size 640 --val-size 200 --epochs 2 --batch-size 64 --device cpu --precision float32 --quiet
     --stem-dims 4 8 --stem-blocks 0 1 1 --embed-dim 16 --depth 1 --num-heads 2""".split()
 MUTATIONS = 2000  # of the fuzz test
+# One of these is in each line that says what to do.
+ADVICE = [*"choose give leave make mend name put remove scale start train use".split(), "number from"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,9 +77,10 @@ class Outcome:
     peak: float
 
     def refused(self) -> bool:
-        """Whether it gave up in one line that is no traceback."""
+        """Whether it gave up in one line that is no traceback and says what to do."""
         lines = [line for line in self.errors.strip().splitlines() if not line.startswith("dataset: ")]  # what it does
-        return self.status > 0 and len(lines) == 1 and "error: " in lines[0]
+        is_advice = any(f" {words} " in f" {lines[0]} " for words in ADVICE) if lines else False
+        return self.status > 0 and len(lines) == 1 and "error: " in lines[0] and is_advice
 
 
 # Starts a command from a process that is small itself: a child's memory is counted from its parent's on.
@@ -273,6 +277,13 @@ def checkpoints(folder: Path, data_dir: Path) -> Iterator[Row]:
         yield row(name, outcome, "refused")
     if (folder / "touched").exists():
         raise SystemExit("hostile.py: BROKEN: the code of a checkpoint was executed")
+    model = load_checkpoint(good)[0]
+    with torch.no_grad():
+        model.head.weight.fill_(3e38)
+    save_checkpoint(folder / "huge.pt", model)
+    for name, flags in (("train.py", ["--evaluate"]), ("Visulization.py", ["--index", 0, "--checkpoint"])):
+        outcome = script(name, *flags, folder / "huge.pt", "--data-dir", data_dir, cwd=folder)
+        yield row(f"{name}: weights so large that no answer is a number", outcome, "refused")
     yield row(
         "Visulization.py: a checkpoint that runs code",
         script("Visulization.py", "--checkpoint", folder / "a-checkpoint-that-runs-code.pt", cwd=folder),
@@ -411,7 +422,7 @@ def bad_positions(folder: Path) -> Iterator[tuple[str, Path]]:
     yield changed("a random generator's state of another length", dict(generator=torch.zeros(3, dtype=torch.uint8)))
     yield changed("a history of other epochs", history=[])
     odd = [("batch_size", 0), ("epochs", 10**9), ("lr", float("nan")), ("data_dir", 3), ("data_dir", "no such folder")]
-    odd += [("optimizer", [1]), ("seed", torch.zeros(2, 2))]
+    odd += [("optimizer", [1]), ("seed", torch.zeros(2, 2)), ("lr", [0.01]), ("stem_dims", 5), ("teacher", ["a\nb"])]
     for name, value in odd:
         yield changed(f"{name} {value}".replace("\n", ""), train_config=saved["train_config"] | {name: value})
 
@@ -604,6 +615,7 @@ def odd_pictures(folder: Path, garment: np.ndarray) -> Iterator[tuple[str, Path,
         large.save(odd)
         yield "a name that is not UTF-8", odd, "fine"
     yield "a name of 200 letters", save(f"{'a' * 196}.png", large), "fine"
+    yield "a name of 300 letters, longer than a file's can be", folder / ("c" * 300), "refused"
     yield "a name of 255 letters, too long for its heatmap's", save(f"{'b' * 251}.png", large), "fine"
 
 
@@ -693,7 +705,7 @@ def strays(folder: Path) -> list[str]:
 
 
 def disk(folder: Path, data_dir: Path) -> Iterator[Row]:
-    """full disks, read-only folders, a folder that is deleted meanwhile, two runs into one folder"""
+    """full disks, read-only folders, a folder that is deleted meanwhile, two runs into one, names that cannot be"""
 
     def run(path: Path, *flags: object) -> Outcome:
         return script("train.py", "--data-dir", data_dir, "--output-dir", path, *flags, cwd=folder)
@@ -721,6 +733,7 @@ def disk(folder: Path, data_dir: Path) -> Iterator[Row]:
             yield checked("less room than a checkpoint takes when another run saves", outcome, "refused", earlier)
             fill(disk)
             outcome = run(disk / "new", *SHORT_RUN)
+            outcome.status = -1 if (disk / "new").exists() else outcome.status
             yield checked("the disk is full from the start", outcome, "refused", earlier)
             flags = ["--index", 0, "--data-dir", data_dir, "--output-dir", disk / "maps"]
             outcome = script("Visulization.py", *flags, cwd=folder)
@@ -740,22 +753,37 @@ def disk(folder: Path, data_dir: Path) -> Iterator[Row]:
             yield checked(
                 "heatmaps in a read-only folder", script("Visulization.py", *flags, cwd=folder), "refused", []
             )
-    with long_run(folder / "deleted", data_dir) as process:
-        (folder / "deleted").rename(folder / "gone")  # at once, whatever is being written there
-        shutil.rmtree(folder / "gone")
-        while not (folder / "deleted" / "last.pt").exists() and process.poll() is None:
-            time.sleep(0.01)
-        process.terminate()
-        output, errors = process.communicate()
-        expected = 128 + signal.SIGTERM  # it went on until it was told to stop
-        outcome = Outcome(0 if process.returncode == expected else process.returncode, output, errors, 0)
-        said = errors.strip().replace(f"{folder}/", "").removeprefix("train.py: ")
-        whole = [folder / "deleted" / name for name in ("best.pt", "last.pt")]
-        yield checked("the folder is deleted meanwhile", outcome, "fine", whole, said)
+    for name, moment in (("meanwhile", "history.csv"), ("while a checkpoint is written there", ".*.part")):
+        with long_run(folder / "deleted", data_dir) as process:
+            whole = [folder / "deleted" / name for name in ("best.pt", "last.pt")]
+            while not list((folder / "deleted").glob(moment)) and process.poll() is None:
+                pass
+            (folder / "deleted").rename(folder / "gone")
+            shutil.rmtree(folder / "gone")
+            while not all(path.exists() for path in whole) and process.poll() is None:
+                time.sleep(0.01)
+            second = run(folder / "deleted", *SHORT_RUN)
+            process.terminate()
+            output, errors = process.communicate()
+            expected = 128 + signal.SIGTERM  # it went on until it was told to stop
+            outcome = Outcome(0 if process.returncode == expected else process.returncode, output, errors, 0)
+            said = errors.strip().replace(f"{folder}/", "").removeprefix("train.py: ")
+            yield checked(f"the folder is deleted {name}", outcome, "fine", whole, said)
+            yield row("… then a second run into the new one", second, "refused")
+        shutil.rmtree(folder / "deleted")
     with long_run(folder / "shared", data_dir):
         yield row("a second run into a folder that one writes to", run(folder / "shared", *SHORT_RUN), "refused")
     (folder / "file").write_text("")
-    yield row("the folder is a file", run(folder / "file", *SHORT_RUN), "refused")
+    (folder / "ring").symlink_to("ring")
+    long = "a" * 300
+    cases = [("train.py", flag, long) for flag in ("--output-dir", "--data-dir", "--evaluate", "--teacher")]
+    cases += [("Visulization.py", flag, long) for flag in ("--output-dir", "--data-dir", "--checkpoint")]
+    cases += [("train.py", flag, "ring") for flag in ("--output-dir", "--data-dir", "--evaluate", "--teacher")]
+    cases += [(name, "--output-dir", "file") for name in ("train.py", "Visulization.py")]
+    what = {long: "300 letters", "ring": "a link to itself", "file": "a file"}
+    for (name, flag, value), outcome in in_parallel(cases, lambda case: script(*case, cwd=folder)):
+        outcome.errors = outcome.errors.replace(long, "aaa…")
+        yield row(f"{name} {flag}: {what[value]}", outcome, "refused")
 
 
 @contextmanager

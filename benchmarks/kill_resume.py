@@ -4,10 +4,11 @@
     python benchmarks/kill_resume.py --kills 10 --seed 3
 
 Every run is a short real training by `python train.py` on the CPU. Half of the SIGKILLs come at a random moment of the
-process, half in the middle of a save: as soon as its temporary file is there, or a random few milliseconds later. After
-every kill, what lies in the folder must be whole: each checkpoint can be loaded, and the history has no gap. A run that
-is over is followed by another one, until all kills are made. At the end each run must be what the one left alone is:
-the same weights, averages, optimiser state and history (but for the seconds), bit for bit, and no file more.
+process, half aim at the middle of a save: as soon as its temporary file is there, or a random few milliseconds later,
+when it may be over. After every kill, what lies in the folder must be whole: each checkpoint can be loaded, and the
+history has no gap. A run that is over is followed by another one, until all kills are made. At the end each run must be
+what the one left alone is: the same weights, averages, optimiser state and history (but for the seconds), bit for bit,
+and no file more.
 
 The exit status is not 0 if anything differs.
 """
@@ -142,6 +143,7 @@ def kill_runs(folder: Path, data_dir: Path, kills: int, generator: random.Random
         run = folder / f"killed{counts['runs']}"
         is_over = False
         while not is_over and counts["kills"] < kills:
+            left_before = set(temporary_files(run))
             process = start(data_dir, run)
             if counts["kills"] % 2:
                 was_killed = kill_in_save(process, run, generator.randint(1, 4), generator.choice((0, 0, 0.002, 0.01)))
@@ -151,7 +153,7 @@ def kill_runs(folder: Path, data_dir: Path, kills: int, generator: random.Random
             is_over = not was_killed
             if was_killed:
                 counts["kills"] += 1
-                counts["left a temporary file"] += bool(temporary_files(run))
+                counts["left a temporary file"] += bool(set(temporary_files(run)) - left_before)
                 counts["before the first position was saved"] += not (run / "last.pt").exists()
                 check_folder(run)
         finish(data_dir, run)

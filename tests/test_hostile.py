@@ -1,5 +1,6 @@
 """Damaged, foreign and hostile input, full disks and killed runs: the cases of the two benchmarks that list them."""
 
+import os
 import random
 import shutil
 import sys
@@ -123,6 +124,48 @@ def test_every_number_is_checked_before_any_data_is_loaded(refusal, monkeypatch,
         assert all(flag in line and f"from {low:,} to {high:,}" in line for line in said)
 
 
+@pytest.mark.parametrize("name, value", [("stem_dims", 5), ("lr", [0.01]), ("epochs", "30"), ("flip", 1)])
+def test_a_default_that_was_edited_to_another_kind_is_refused(refusal, monkeypatch, name, value):
+    monkeypatch.setitem(train.DEFAULTS, name, (value, ""))
+    assert name in refusal().replace("--", "").replace("-", "_")
+
+
+def test_a_recipe_that_sets_what_is_no_default_is_refused(refusal, monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "fast", dict(epoch=3))
+    assert "sets epoch," in refusal("--recipe", "fast")
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--teacher", "--evaluate"])
+@pytest.mark.parametrize("value", ["a" * 300, "ring", "a\nb"])
+def test_a_name_that_cannot_be_is_refused_and_leaves_nothing(refusal, monkeypatch, tmp_path, flag, value):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ring").symlink_to("ring")
+    if (flag, value) == ("--output-dir", "a\nb"):  # this one can be
+        value = "ring/a\nb"
+    said = refusal(flag, value)
+    assert any(f"{advice} " in said for advice in ("name", "choose"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "ring"]
+
+
+def test_a_refused_run_leaves_no_new_folder(tmp_path, monkeypatch):
+    with pytest.raises(ValueError), train.claim(tmp_path / "a" / "b"):
+        raise ValueError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "own").mkdir()
+    with pytest.raises(ValueError), train.claim(tmp_path / "own"):
+        raise ValueError
+    assert list(tmp_path.iterdir()) == [tmp_path / "own"]
+
+
+def test_weights_that_give_no_finite_answer_are_refused(good, refusal, data_dir):
+    model = load_checkpoint(good)[0]
+    with torch.no_grad():
+        model.head.weight.fill_(3e38)
+    train.save_checkpoint(good, model)
+    assert "not finite" in refusal("--evaluate", good, "--data-dir", data_dir)
+    assert [path.name for path in good.parent.iterdir()] == ["good.pt"]
+
+
 def test_a_default_that_was_edited_to_a_whole_number_takes_fractions_still(monkeypatch):
     monkeypatch.setitem(train.DEFAULTS, "warmup_epochs", (1, ""))
     assert vars(train.parse_flags(["--warmup-epochs", "0.5"])[1]) == {"warmup_epochs": 0.5}
@@ -145,19 +188,27 @@ def test_a_full_disk_leaves_the_earlier_checkpoints_whole(run_config, tmp_path):
             pass
 
 
-def test_a_folder_that_is_deleted_meanwhile_is_made_anew(run_config, tmp_path, monkeypatch, capsys):
-    write_history = train.write_history
+@pytest.mark.parametrize("write", [1, 2, 3, 4, 5])  # position, best checkpoint, history; then of the second epoch
+def test_a_folder_that_is_deleted_during_a_write_is_made_anew_and_locked_again(
+    run_config, tmp_path, monkeypatch, capsys, write
+):
+    run, writes, fsync = tmp_path / "run", [], os.fsync
 
-    def write_and_delete(history, output_dir):
-        write_history(history, output_dir)
-        if len(history) == 1:
-            shutil.rmtree(output_dir)
+    def delete_and_sync(handle):
+        writes.append(handle)
+        if len(writes) == write:
+            shutil.rmtree(run)
+        fsync(handle)
 
-    monkeypatch.setattr(train, "write_history", write_and_delete)
-    train.train(run_config(epochs=3))
-    assert f"{tmp_path / 'run'} was removed; making it anew" in capsys.readouterr().err
-    assert len(load_checkpoint(tmp_path / "run" / "last.pt")[1]["history"]) == 3
-    assert load_checkpoint(tmp_path / "run" / "best.pt")[1]["epoch"] > 1
+    monkeypatch.setattr(dataset.os, "fsync", delete_and_sync)
+    with train.claim(run):
+        train.train(run_config(val_size=0))
+        with pytest.raises(train.TrainingError, match="another run"), train.claim(run):
+            pass
+    assert f"{run} was removed; making it anew" in capsys.readouterr().err
+    assert len(load_checkpoint(run / "last.pt")[1]["history"]) == load_checkpoint(run / "best.pt")[1]["epoch"] == 2
+    assert len((run / "history.csv").read_text().splitlines()) == 3
+    assert {path.name for path in run.iterdir()} == {"last.pt", "best.pt", "history.csv"}
 
 
 def test_a_run_has_its_folder_to_itself(refusal, tmp_path):
@@ -184,14 +235,50 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_ones_is_not(tmp_path)
     assert target.read_bytes() == b"first" and list(tmp_path.iterdir()) == [target]
 
 
-def test_a_run_that_is_killed_before_its_best_checkpoint_is_saved_makes_it_again(run_config, tmp_path):
-    train.train(run_config(val_size=0))
-    best = tmp_path / "run" / "best.pt"
-    whole = load_checkpoint(best)[1]["model"]
-    best.unlink()
+def kill_before_best(monkeypatch, epoch):
+    """Make a run end between the position of an epoch and its best checkpoint."""
+    save_checkpoint = train.save_checkpoint
+
+    def save(path, model, **contents):
+        if path.name == "best.pt" and contents["epoch"] == epoch:
+            raise KeyboardInterrupt
+        save_checkpoint(path, model, **contents)
+
+    monkeypatch.setattr(train, "save_checkpoint", save)
+
+
+def test_a_run_that_is_killed_before_its_best_checkpoint_is_saved_makes_it_again(run_config, tmp_path, monkeypatch):
+    best = train.train(run_config(val_size=0, output_dir=str(tmp_path / "whole")))
+    whole, killed = load_checkpoint(best)[1]["model"], tmp_path / "run" / "best.pt"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        kill_before_best(patch, epoch=2)
+        train.train(run_config(val_size=0))
+    assert load_checkpoint(killed)[1]["epoch"] == 1
     train.train(run_config(val_size=0), resume=True)
-    again = load_checkpoint(best)[1]["model"]
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    again = load_checkpoint(killed)[1]
+    assert again["epoch"] == 2 and all(torch.equal(whole[name], again["model"][name]) for name in whole)
+
+
+def test_the_best_of_what_is_left_is_kept_where_a_person_moved_the_best_checkpoint_away(
+    run_config, tmp_path, monkeypatch
+):
+    best = tmp_path / "run" / "best.pt"
+    accuracies = iter(number for val in (0.5, 0.3, 0.4, 0.35) for number in (0.1, val))  # after each of the training
+    monkeypatch.setattr(train, "accuracy_score", lambda *_: next(accuracies))
+    write_history = train.write_history
+
+    def write_and_move(history, path):
+        write_history(history, path)
+        if len(history) == 1:
+            best.unlink()
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "write_history", write_and_move)
+        kill_before_best(patch, epoch=3)
+        train.train(run_config(epochs=4))
+    assert load_checkpoint(best)[1]["epoch"] == 2
+    train.train(run_config(epochs=4), resume=True)
+    assert load_checkpoint(best)[1]["epoch"] == 3
 
 
 def test_a_run_that_is_killed_while_it_saves_ends_like_one_left_alone(data_dir, tmp_path):

@@ -161,6 +161,28 @@ def test_a_new_run_puts_earlier_ones_aside(run_config, tmp_path):
     assert [(tmp_path / "run" / name).read_bytes() for name in names] == kept
 
 
+def test_evaluating_an_earlier_run_leaves_the_files_of_the_later_one_alone(run_config, data_dir, tmp_path):
+    run = tmp_path / "run"
+    for epochs in (1, 2):
+        best = train.train(run_config(epochs=epochs, seed=epochs))
+        train.evaluate(best, str(data_dir), torch.device("cpu"))
+    kinds = ("best.pt", "confusion_matrix.png", "curves.png", "history.csv")
+    assert {path.name for path in run.glob("previous-*")} == {f"previous-1-{name}" for name in (*kinds, "last.pt")}
+    before = {path.name: path.read_bytes() for path in run.iterdir() if not path.name.startswith("previous-")}
+    (run / "previous-1-history.csv").unlink()
+    train.evaluate(run / "previous-1-best.pt", str(data_dir), torch.device("cpu"))
+    assert all((run / name).read_bytes() == content for name, content in before.items())
+    assert len((run / "previous-1-history.csv").read_text().splitlines()) == 2
+
+
+def test_evaluating_the_best_epoch_leaves_the_history_of_later_ones(run_config, data_dir, tmp_path):
+    run = tmp_path / "run"
+    train.train(run_config(epochs=1))
+    (run / "history.csv").write_text("longer\n")
+    train.evaluate(run / "best.pt", str(data_dir), torch.device("cpu"))
+    assert (run / "history.csv").read_text() == "longer\n"
+
+
 def test_without_a_validation_split_the_last_weights_are_kept(run_config, tmp_path):
     path = train.train(run_config(val_size=0))
     best, last = load_checkpoint(path)[1], load_checkpoint(tmp_path / "run" / "last.pt")[1]
