@@ -177,16 +177,15 @@ def check_settings(settings: dict[str, Any]) -> None:
             values = value if name in SEVERAL and isinstance(value, tuple | list) else [value]
             problem = next((p for p in (complaint(name, v) for v in values) if p), None)
         elif name in CHOICES:
-            problem = (
-                None if isinstance(value, str) and value in CHOICES[name] else f"is none of {', '.join(CHOICES[name])}"
-            )
+            is_choice = isinstance(value, str) and value in CHOICES[name]
+            problem = None if is_choice else f"is unknown: give one of {', '.join(CHOICES[name])}"
         elif name == "teacher":
             if not isinstance(value, tuple | list) or not all(isinstance(path, str) for path in value):
-                problem = "is no list of checkpoints"
+                problem = "is no row of checkpoints: give their names as texts"
         elif name in ("data_dir", "output_dir"):
             problem = None if isinstance(value, str) and value else "is no folder: give its name as text"
         elif not isinstance(value, bool):
-            problem = "is neither True nor False"
+            problem = "is neither: make it True or False"
         if problem is None and name in ("val_size", "train_size") and 0 < value < len(dataset.CLASS_NAMES):
             problem = f"is too small: give 0, or at least {len(dataset.CLASS_NAMES)}, one per class"
         if problem:
@@ -1089,10 +1088,12 @@ def choose_settings(given: dict[str, Any]) -> dict[str, Any]:
     """
     defaults = {name: value for name, (value, _) in DEFAULTS.items()}
     recipe = given.get("recipe", defaults["recipe"])
-    if recipe not in RECIPES:
-        raise TrainingError(f"--recipe {recipe!r} is none of {', '.join(RECIPES)}")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise TrainingError(f"--recipe {recipe!r} is unknown: give one of {', '.join(RECIPES)}")
     if unknown := RECIPES[recipe].keys() - DEFAULTS.keys():
-        raise TrainingError(f"the recipe {recipe} sets {', '.join(sorted(unknown))}, and there is no such default")
+        raise TrainingError(
+            f"the recipe {recipe} sets {', '.join(sorted(unknown))}, which is no default: mend the name"
+        )
     return defaults | RECIPES[recipe] | given
 
 

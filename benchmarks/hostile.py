@@ -834,7 +834,7 @@ def main() -> None:
                     said = said.replace(f"{path}/", "").replace(str(path), ".")
                 case, said = (text.replace("|", "\\|").replace("\n", " ") for text in (case, said))
                 said = said if len(said) <= 200 else f"{said[:200]}…"
-                print(f"| {case} | {happened} | {said} | {memory:.0f} |", flush=True)
+                print(f"| {case} | {happened} | {said} | {f'{memory:.0f}' if memory else 'not measured'} |", flush=True)
                 counts[happened.split(":")[0]] += 1
                 peak = max(peak, memory)
         broken += counts["BROKEN"]
