@@ -79,7 +79,7 @@ class Outcome:
     def refused(self) -> bool:
         """Whether it gave up in one line that is no traceback and says what to do."""
         lines = [line for line in self.errors.strip().splitlines() if not line.startswith("dataset: ")]  # what it does
-        is_advice = any(f" {words} " in f" {lines[0]} " for words in ADVICE) if lines else False
+        is_advice = any(f" {words} " in f" {lines[0].lower()} " for words in ADVICE) if lines else False
         return self.status > 0 and len(lines) == 1 and "error: " in lines[0] and is_advice
 
 
