@@ -181,11 +181,11 @@ def check_settings(settings: dict[str, Any]) -> None:
             problem = None if is_choice else f"is unknown: give one of {', '.join(CHOICES[name])}"
         elif name == "teacher":
             if not isinstance(value, tuple | list) or not all(isinstance(path, str) for path in value):
-                problem = "is no row of checkpoints: give their names as texts"
+                problem = "is no list of checkpoints: give their names as texts"
         elif name in ("data_dir", "output_dir"):
             problem = None if isinstance(value, str) and value else "is no folder: give its name as text"
         elif not isinstance(value, bool):
-            problem = "is neither: make it True or False"
+            problem = "is neither True nor False: make it one of them"
         if problem is None and name in ("val_size", "train_size") and 0 < value < len(dataset.CLASS_NAMES):
             problem = f"is too small: give 0, or at least {len(dataset.CLASS_NAMES)}, one per class"
         if problem:
