@@ -79,7 +79,7 @@ def read_image(path: str | Path) -> np.ndarray:
     Raises:
         ValueError: the file is missing, no picture, damaged, too large, or of one even colour.
     """
-    if not Path(path).is_file():  # opening a pipe would wait for ever
+    if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise ValueError("is not a file: name a picture")
     if Path(path).stat().st_size > MAX_IMAGE_BYTES:
         raise ValueError(f"is larger than {MAX_IMAGE_BYTES >> 20} MiB: scale it down first")

@@ -9,6 +9,7 @@ Read it from top to bottom: the configuration, the parts, the model, the checkpo
 """
 
 import io
+import os
 import pickle
 import pickletools
 import warnings
@@ -422,7 +423,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
             what is no tensor.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # a name that cannot be is no file either
         raise CheckpointError(f"{path} is not a file: name a checkpoint that train.py wrote (checkpoints/…/*.pt)")
     if path.stat().st_size > MAX_CHECKPOINT_BYTES:
         raise CheckpointError(f"{path} is larger than any checkpoint of this project: name one that train.py wrote")
