@@ -753,7 +753,7 @@ def disk(folder: Path, data_dir: Path) -> Iterator[Row]:
             yield checked(
                 "heatmaps in a read-only folder", script("Visulization.py", *flags, cwd=folder), "refused", []
             )
-    for name, moment in (("meanwhile", "history.csv"), ("while a checkpoint is written there", ".*.part")):
+    for name, moment in (("meanwhile", "history.csv"), ("while a checkpoint is written there", ".last.pt.*.part")):
         with long_run(folder / "deleted", data_dir) as process:
             whole = [folder / "deleted" / name for name in ("best.pt", "last.pt")]
             while not list((folder / "deleted").glob(moment)) and process.poll() is None:

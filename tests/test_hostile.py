@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import subprocess
 import sys
 
 import hostile
@@ -147,7 +148,7 @@ def test_a_name_that_cannot_be_is_refused_and_leaves_nothing(refusal, monkeypatc
     assert list(tmp_path.iterdir()) == [tmp_path / "ring"]
 
 
-def test_a_refused_run_leaves_no_new_folder(tmp_path, monkeypatch):
+def test_a_refused_run_leaves_no_new_folder(tmp_path):
     with pytest.raises(ValueError), train.claim(tmp_path / "a" / "b"):
         raise ValueError
     assert not list(tmp_path.iterdir())
@@ -155,6 +156,27 @@ def test_a_refused_run_leaves_no_new_folder(tmp_path, monkeypatch):
     with pytest.raises(ValueError), train.claim(tmp_path / "own"):
         raise ValueError
     assert list(tmp_path.iterdir()) == [tmp_path / "own"]
+
+
+def test_a_machine_without_a_compiler_is_told_so(run_script, data_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache")
+    )  # what an earlier run has compiled is not here
+    flags = ["--compile", "--data-dir", data_dir, "--output-dir", tmp_path / "run", *hostile.SHORT_RUN]
+    result = run_script("train.py", *flags)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "train.py: error: --compile does not work here" in result.stderr and "--no-compile" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_leaves_ends_the_script_in_one_line(good, data_dir):
+    command = [sys.executable, ROOT / "train.py", "--evaluate", good, "--data-dir", data_dir]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    said = process.stderr.read()
+    assert process.wait() == 1
+    assert said == "train.py: error: what reads the output has ended: let it read to the end, or write to a file\n"
 
 
 def test_weights_that_give_no_finite_answer_are_refused(good, refusal, data_dir):
