@@ -44,6 +44,7 @@ except ImportError as error:  # libGL.so.1, which opencv-python needs, is missin
 import dataset
 from gradcam import METHODS, GradCAM
 from model import CheckpointError, HybridClassifier, load_checkpoint
+from training.processes import set_threads
 
 SHIPPED_CHECKPOINT = Path(__file__).parent / "checkpoints" / "shipped" / "model.pt"
 METHOD = "layercam"
@@ -794,6 +795,7 @@ def main() -> None:
     if args.worst and args.target_class is not None:
         parser.error("--worst shows the predicted and the true class of each error: leave --target-class out")
     failures = 0
+    set_threads()
     try:
         model, _ = load_checkpoint(args.checkpoint)
         args.target_layer = args.target_layer or default_layers(model)

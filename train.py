@@ -52,6 +52,7 @@ from model import (
     load_checkpoint,
     save_checkpoint,
 )
+from training.processes import set_threads
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The defaults. Edit a value here, or override it on the command line: stem_dims is --stem-dims, and so on.
@@ -1102,6 +1103,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     parser, args = parse_flags()
     given = vars(args)
+    set_threads()
     resume, checkpoint_to_evaluate = given.pop("resume", False), given.pop("evaluate", None)
     if resume and checkpoint_to_evaluate is not None:
         parser.error("--resume trains and --evaluate does not: give one of them")

@@ -11,9 +11,11 @@ import torch
 import dataset
 import train
 from model import HybridClassifier, ModelConfig
+from training.processes import set_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))  # some tests use its cases; at the end: it has a gradcam.py of its own
+set_threads()
 SMALL_MODEL = ModelConfig(
     stem_dims=(4, 8),
     stem_blocks=(0, 1, 1),
