@@ -11,32 +11,25 @@ The data set: Xiao, Rasul & Vollgraf 2017, "Fashion-MNIST: a Novel Image Dataset
 Algorithms", arXiv 1708.07747 (MIT licence).
 """
 
-import glob
 import gzip
 import hashlib
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+from urllib.request import urlopen
 
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import download_url
 
 CLASS_NAMES = tuple(FashionMNIST.classes)  # label 0 is the first
 IMAGE_SIZE = 28  # pixels, both ways
@@ -50,233 +43,136 @@ FILES = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-MAX_FILE_BYTES = 48 << 20  # the largest of them has 47,040,016 bytes: reading stops here, whatever a file claims to be
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-NETWORK_TIMEOUT = 20  # seconds without an answer
 
 
-class DataError(RuntimeError):
-    """The data set cannot be had or trusted; the message is one line that says what to do."""
+class UserError(RuntimeError):
+    """Something that the person at the keyboard can mend; the message is one line that says how."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing files: the data set's, and those of every other part of this project
+class DataError(UserError):
+    """The data set cannot be found, fetched or trusted."""
 
 
-def lock(handle: int) -> bool | None:
-    """Take an open file or folder for this process until it is closed, or until the process ends in any way.
-
-    Returns:
-        True, or False if another process has it, or None where it cannot be known: on Windows, on some network drives.
-    """
+@contextmanager
+def errors_in_one_line(script: str) -> Iterator[None]:
+    """End the script with one line on stderr for what its user can mend, and for Ctrl-C; a bug keeps its traceback."""
     try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return None
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong and what to do about it, on one line."""
-    message = str(error)
-    if isinstance(error, BrokenPipeError):
-        message = "what reads the output has ended: let it read to the end, or write to a file"
-    elif isinstance(error, OSError) and error.errno:
-        where = f"{error.filename}: " if error.filename else ""
-        message = f"{where}{error.strerror}; mend that, or name another file or folder"
-    return " ".join(message.splitlines())
+        yield
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        raise SystemExit(f"{script}: error: the program that reads the output has ended") from None
+    except UserError as error:
+        raise SystemExit(f"{script}: error: {' '.join(str(error).split())}") from None
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file to write that gets its name when it is complete: at any moment `path` is the old file or the new one.
+    """Open a file for writing that gets its name only when it is complete: `path` is the old file or the new one.
 
-    Until then it has a name of its own, so that two processes may write the same file. If this process is killed
-    meanwhile, the next one that writes `path` removes what is left (not on Windows, which has no such locks).
+    Until then it is a hidden file beside it, `.NAME.PROCESS.part`, so that two processes may write the same file.
 
     Raises:
-        OSError: it cannot be written; an older file is as it was.
+        UserError: it cannot be written; an older file is as it was.
     """
-    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
-    prefix = f".{path.name[:40]}."  # a name may be as long as the system allows, and this one is longer
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        for left_behind in path.parent.glob(f"{glob.escape(prefix)}*.part"):
-            with suppress(OSError), open(left_behind, "r+b") as file:  # network drives lock only what can be written
-                if lock(file.fileno()):
-                    left_behind.unlink(missing_ok=True)
-        while True:
-            handle, part = tempfile.mkstemp(prefix=prefix, suffix=".part", dir=path.parent)
-            file = os.fdopen(handle, "wb")
-            if lock(handle) is not False and os.path.exists(part):
-                break
-            file.close()  # another process took it for left behind, in the moment before it was locked
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with file:
+            with open(part, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(handle)
-                umask = os.umask(0o077)  # it can only be read by setting it
-                os.umask(umask)
-                with suppress(OSError):  # some drives have no such modes
-                    os.chmod(part, 0o666 & ~umask)
-                if fcntl:
-                    os.replace(part, path)
-            if not fcntl:  # Windows renames no open file
-                os.replace(part, path)
+                os.fsync(file.fileno())
+            os.replace(part, path)
         finally:
-            Path(part).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; make room or choose another folder") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another folder") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Getting the files. Each source ends in a folder that should hold the files, compressed or not.
-
-
-def _from_mirrors(names: list[str], scratch: Path) -> Path:
-    """Download the files from torchvision's mirrors into `scratch`."""
-    for name in names:
-        errors = []
-        for mirror in FashionMNIST.mirrors:
-            try:
-                download_url(f"{mirror}{name}.gz", str(scratch))
-                if hashlib.sha256(_read(scratch / f"{name}.gz")).hexdigest() == FILES[name]:
-                    break
-                errors.append(f"{mirror} sent something else")
-            except (OSError, RuntimeError, HTTPException) as error:
-                errors.append(f"{mirror}: {error}")
-            (scratch / f"{name}.gz").unlink(missing_ok=True)
-        else:
-            raise DataError("; ".join(errors))
-    return scratch
-
-
-def _from_apt(names: list[str], scratch: Path) -> Path:
-    """Fetch Debian's package with apt and unpack it into `scratch`; nothing is installed, so root is not needed."""
-    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
-        raise DataError("this machine has no apt")
-
-    def run(*command: str) -> None:
-        result = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=300)
-        if result.returncode:
-            raise DataError((result.stderr.strip() or f"{command[0]} failed").splitlines()[-1])
-
-    def download(*options: str) -> None:
-        run("apt-get", *options, "-o", "APT::Sandbox::User=root", "download", DEBIAN_PACKAGE)
-
-    try:
-        download()
-    except DataError:  # the machine's own package lists may be missing or old: make private ones
-        for folder in ("lists/partial", "cache/archives/partial"):
-            (scratch / folder).mkdir(parents=True, exist_ok=True)
-        private = ("-o", f"Dir::State::lists={scratch}/lists", "-o", f"Dir::Cache={scratch}/cache")
-        run("apt-get", *private, "-o", "APT::Sandbox::User=root", "update")
-        download(*private)
-    for package in scratch.glob("*.deb"):
-        run("dpkg-deb", "-x", package.name, ".")
-    return scratch / DEBIAN_FOLDER.relative_to("/")
-
-
-def _has_content(path: Path, sha256: str) -> bool:
-    """Whether a file exists and holds exactly the expected bytes."""
-    if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
-        return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+# Getting the files
 
 
 def _read(source: Path) -> bytes:
     """The content of a file, unpacked if it is compressed; empty if it cannot be read or unpacked."""
     try:
         with gzip.open(source) if source.suffix == ".gz" else open(source, "rb") as file:
-            return file.read(MAX_FILE_BYTES + 1)
+            return file.read()
     except (OSError, EOFError, zlib.error):  # unreadable, truncated, not gzip at all
         return b""
 
 
-def _take(folder: Path, name: str, target: Path) -> bool:
-    """Put the file `name` from `folder`, compressed or not, at `target` if its content is right."""
-    for source in (folder / name, folder / f"{name}.gz"):
-        if source == target or not source.is_file():
-            continue
-        content = _read(source)
-        if hashlib.sha256(content).hexdigest() != FILES[name]:
-            _say(f"{source} is damaged: its content is not that of the published data set")
-            continue
-        with whole_file(target) as file:
-            file.write(content)
-        return True
-    return False
+def _is_published(name: str, content: bytes) -> bool:
+    return hashlib.sha256(content).hexdigest() == FILES[name]
 
 
 def _say(message: str) -> None:
     print(f"dataset: {message}", file=sys.stderr, flush=True)
 
 
-def prepare(data_dir: str | Path) -> None:
-    """Make sure that the four files lie, checked, in `data_dir`/FashionMNIST/raw, where torchvision reads them.
+def _find(name: str, data_dir: Path) -> bytes | None:
+    """The content of a file as it was published, from the data folder or an installed Debian package."""
+    # FashionMNIST/raw is where torchvision keeps the files.
+    for folder in (data_dir, data_dir / "FashionMNIST" / "raw", DEBIAN_FOLDER):
+        for source in (folder / name, folder / f"{name}.gz"):
+            if source.is_file():
+                if _is_published(name, content := _read(source)):
+                    return content
+                _say(f"{source} is damaged: its content is not that of the published data set; remove it")
+    return None
 
-    A file that is missing or damaged is fetched: from elsewhere in the data folder (`data_dir` itself, compressed or
-    not), from Debian's package if that is installed, from torchvision's mirrors, or with apt.
+
+def _from_mirror(mirror: str, name: str, scratch: Path) -> Path:
+    """Download a file from one of torchvision's mirrors into `scratch`."""
+    _say(f"downloading {mirror}{name}.gz")
+    with urlopen(f"{mirror}{name}.gz", timeout=20) as answer:  # seconds without an answer
+        (scratch / f"{name}.gz").write_bytes(answer.read())
+    return scratch / f"{name}.gz"
+
+
+def _from_apt(name: str, scratch: Path) -> Path:
+    """Fetch Debian's package with apt and unpack it into `scratch`; nothing is installed, so root is not needed."""
+    for folder in ("lists/partial", "cache/archives/partial"):  # lists of its own: the machine's may be missing or old
+        (scratch / folder).mkdir(parents=True)
+    options = ("-o", "APT::Sandbox::User=root", "-o", f"Dir::State::lists={scratch}/lists")
+    apt = ("apt-get", *options, "-o", f"Dir::Cache={scratch}/cache")
+    for command in ((*apt, "update"), (*apt, "download", DEBIAN_PACKAGE)):
+        subprocess.run(command, cwd=scratch, capture_output=True, check=True, timeout=300)
+    (package,) = scratch.glob("*.deb")
+    subprocess.run(("dpkg-deb", "-x", package, scratch), capture_output=True, check=True, timeout=300)
+    return scratch / DEBIAN_FOLDER.relative_to("/") / f"{name}.gz"
+
+
+def _fetch(name: str, data_dir: Path) -> bytes:
+    """Fetch a file, keep it compressed in `data_dir`, and return its content.
 
     Raises:
-        DataError: the folder cannot be written, or none of the four ways gave every file.
+        DataError: no source has it.
+        UserError: the folder cannot be written.
     """
-    data_dir = Path(data_dir)
-    raw = data_dir / FashionMNIST.__name__ / "raw"
-    if (data_dir / FashionMNIST.__name__ / "processed").exists():
-        raise DataError(
-            f"{data_dir / FashionMNIST.__name__ / 'processed'} comes from an old torchvision, which would be read "
-            f"unchecked: remove that folder and start again"
-        )
-    missing = [name for name, sha256 in FILES.items() if not _has_content(raw / name, sha256)]
-    if not missing:
-        return
-    for name in missing:
-        if (raw / name).exists():
-            _say(f"{raw / name} is damaged: its content is not that of the published data set; getting it anew")
-
-    sources: dict[str, Callable[[list[str], Path], Path]] = {
-        f"the data folder {raw}": lambda names, scratch: raw,
-        f"the data folder {data_dir}": lambda names, scratch: data_dir,
-        f"Debian's package in {DEBIAN_FOLDER}": lambda names, scratch: DEBIAN_FOLDER,
-        "torchvision's download mirrors": _from_mirrors,
-        f"the package {DEBIAN_PACKAGE} fetched with apt": _from_apt,
-    }
     failures = []
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)
-    try:
-        raw.mkdir(parents=True, exist_ok=True)
-        for description, get_folder in sources.items():
-            with tempfile.TemporaryDirectory() as scratch:
-                try:
-                    folder = get_folder(missing, Path(scratch))
-                except (DataError, OSError, subprocess.SubprocessError) as error:
-                    failures.append(f"{description} ({str(error).splitlines()[0] if str(error) else 'failed'})")
-                    continue
-                taken = [name for name in missing if _take(folder, name, raw / name)]
-            if taken:
-                _say(f"{len(taken)} of {len(FILES)} files from {description}")
-            missing = [name for name in missing if name not in taken]
-            if not missing:
-                return
-            failures.append(f"{description} (lacks {', '.join(missing)})")
-    except OSError as error:
-        problem = f"cannot write to {raw}: {error.strerror}; choose another folder with --data-dir"
-        raise DataError(problem if error.strerror else str(error)) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
+    for fetch in (*(partial(_from_mirror, mirror) for mirror in FashionMNIST.mirrors), _from_apt):
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                fetched = fetch(name, Path(scratch))
+                if not _is_published(name, content := _read(fetched)):
+                    raise DataError("what came is not the published file")
+            except (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
+                failures.append(" ".join(str(error).split())[:200])
+                continue
+            for file in fetched.parent.glob("*-ubyte.gz"):  # Debian's package has all four
+                with whole_file(data_dir / file.name) as copy:
+                    copy.write(file.read_bytes())
+            return content
     raise DataError(
-        f"Fashion-MNIST is not here and could not be fetched; tried {'; '.join(failures)}. "
-        f"Put the four .gz files of https://github.com/zalandoresearch/fashion-mnist into {data_dir}, "
-        f"or run 'apt-get install {DEBIAN_PACKAGE}'"
+        f"no good copy of {name} is in {data_dir}, and none could be fetched ({'; '.join(failures)}): put the four .gz "
+        f"files of https://github.com/zalandoresearch/fashion-mnist there, or run 'apt-get install {DEBIAN_PACKAGE}'"
     )
 
 
@@ -285,18 +181,27 @@ def prepare(data_dir: str | Path) -> None:
 
 
 def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the training split (60,000 images) or the test split (10,000), fetching and checking the files first.
+    """Read the training split (60,000 images) or the test split (10,000); find or fetch the files, and check them.
+
+    Args:
+        data_dir: a folder with the files, compressed or not, which may be read-only; "~" is the home folder. Debian's
+            package is found where it is installed. What is not found is fetched into this folder.
+        train: which split.
 
     Returns:
         images: uint8 tensor of shape (N, 1, 28, 28); 0 is the dark background.
         labels: int64 tensor of shape (N,), an index into `CLASS_NAMES`.
 
     Raises:
-        DataError: the files cannot be had, see `prepare`.
+        DataError: a file is neither there nor to be fetched, or the folder cannot be written.
     """
-    prepare(data_dir)
-    split = FashionMNIST(str(data_dir), train=train)
-    return split.data.unsqueeze(1), split.targets
+    data_dir, arrays = Path(data_dir).expanduser(), []
+    for name, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):  # bytes before the values
+        name = f"{'train' if train else 't10k'}-{name}"
+        content = _find(name, data_dir) or _fetch(name, data_dir)
+        arrays.append(np.frombuffer(content, np.uint8, offset=header).copy())
+    images, labels = map(torch.from_numpy, arrays)
+    return images.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE), labels.long()
 
 
 def split_indices(labels: torch.Tensor, val_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,9 +214,6 @@ def split_indices(labels: torch.Tensor, val_size: int, seed: int) -> tuple[torch
 
     Returns:
         Two int64 tensors of indices, both ascending: training and validation.
-
-    Raises:
-        ValueError: `val_size` is not one of those.
     """
     everything = np.arange(len(labels))
     if val_size == 0:

@@ -4,20 +4,26 @@ import os
 import time
 
 import torch
+import torch.distributed as dist
+
+from dataset import UserError
 
 
-def set_threads(threads: int = 0) -> None:
+def set_threads(threads: int = 0) -> int:
     """Use so many CPU threads; 0 takes one per core, or only one where other work keeps the cores busy.
 
     PyTorch's threads wait for each other after every operation and spin meanwhile. Where one of them shares its core
     with another program, all the others wait: two threads are then slower than one (`benchmarks/busy_cores.py`). The
     load average is a minute late, and in a container it is the host's, so this measures for 0.4 s which is faster.
     A user's own OMP_NUM_THREADS, which torchrun also sets, is left alone.
+
+    Returns:
+        The number of threads.
     """
     most = torch.get_num_threads()
     if threads or "OMP_NUM_THREADS" in os.environ or most == 1:
         torch.set_num_threads(threads or most)
-        return
+        return threads or most
     matrix, done = torch.rand(256, 256), {1: 0, most: 0}
     for number in (most, 1, most, 1):
         torch.set_num_threads(number)
@@ -29,4 +35,71 @@ def set_threads(threads: int = 0) -> None:
     torch.set_num_threads(most)
     if done[most] < 1.3 * done[1]:  # 1.6 to 1.9 on two idle cores, below 1.1 where one of them is busy
         torch.set_num_threads(1)
-        print(f"note: other work keeps the CPU busy: using 1 thread, not {most} (OMP_NUM_THREADS={most} insists)")
+        print(
+            f"note: other work keeps the CPU busy: using 1 thread, not {most} (--threads or OMP_NUM_THREADS sets them)"
+        )
+    return torch.get_num_threads()
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn a setting into a device; "auto" takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there[name]:
+        raise UserError(f"--device {name}: PyTorch sees no such device on this machine; try --device auto")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """Turn a setting into the type that matrix products and convolutions compute in, "float32" or "bfloat16".
+
+    "auto" takes bfloat16 only where the hardware has instructions for it. On a CPU without them a bfloat16 matrix
+    product is some hundred times slower than a float32 one.
+    """
+    if name != "auto":
+        return name
+    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bfloat16" if fast else "float32"
+
+
+def join(device: torch.device) -> tuple[int, int]:
+    """Meet the other processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
+
+    Returns:
+        This process's rank and the number of processes; (0, 1) if torchrun did not start it.
+    """
+    if not dist.is_torchelastic_launched():
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def count() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(rows: torch.Tensor) -> torch.Tensor:
+    """Put every process's rows (N, ...) together, first those that are first in each: (N * processes, ...)."""
+    if count() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(count())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def leave() -> None:
+    """Part from the other processes. No DistributedDataParallel may be left: it would wait for ever."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

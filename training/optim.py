@@ -1,0 +1,129 @@
+"""The optimiser: Muon and AdamW, their learning rate, and the moving average of the weights."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+
+# Matrices that face the image or the answer, not other hidden layers: AdamW suits them better than Muon.
+FIRST_AND_LAST = ("stem.first.", "pool.score.", "head.")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Convolution filters count as matrices of shape (out, in * height * width). The update is scaled as Liu et al. 2025
+    (arXiv 2502.16982) propose, to the size of AdamW's, so that both take the same learning rate and weight decay.
+    `torch.optim.Muon` takes no filters and computes in bfloat16, which many CPUs only emulate; this one is float32.
+    """
+
+    def __init__(self, params: list[torch.Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            lr, momentum, same_shape = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - momentum)
+                same_shape.setdefault(p.flatten(1).shape, []).append(p)
+            for shape, params in same_shape.items():
+                updates = [p.grad.lerp(self.state[p]["momentum"], momentum).flatten(1).float() for p in params]
+                scale = 0.2 * max(shape) ** 0.5
+                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(update.view_as(p), alpha=-lr * scale)
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """Bring the singular values of each matrix close to 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
+
+    A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so they are multiplied
+    with each other first, in the smaller dimension, and with the matrix once.
+
+    Args:
+        matrices: float32 (K, M, N), K matrices of one shape.
+        steps: of the iteration; the singular values end between 0.7 and 1.2, those near 0 below.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    gram = x @ x.mT
+    identity = torch.eye(len(gram[0]), device=x.device)
+    product = identity.expand_as(gram)
+    for _ in range(steps):
+        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
+    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+
+
+def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden linear layers and filters, AdamW (Loshchilov & Hutter 2019) for everything else.
+
+    Only the weights of linear layers and filters decay; norms, biases and positions do not. With kind "adamw", AdamW
+    takes the hidden ones, too. The learning rate is set at each step, by `take_step`.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    weights = [m.weight for m in layers.values()]
+    hidden = [m.weight for n, m in layers.items() if kind == "muon" and not f"{n}.".startswith(FIRST_AND_LAST)]
+    ids, hidden_ids = {id(p) for p in weights}, {id(p) for p in hidden}
+    groups = [
+        dict(params=[p for p in weights if id(p) not in hidden_ids], weight_decay=weight_decay),
+        dict(params=[p for p in model.parameters() if id(p) not in ids], weight_decay=0.0),
+    ]
+    fused = next(model.parameters()).device.type != "mps"
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=fused)]
+    if hidden:
+        optimizers.append(Muon(hidden, lr=0.0, weight_decay=weight_decay))
+    return optimizers
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
+    """Linear warm-up to `peak`, then half a cosine down to 0 (Loshchilov & Hutter 2017); `step` counts from 0."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Move the averaged weights, and batch norm's statistics, a little towards the current ones.
+
+    The first steps average over a shorter window, so that the random initial weights are soon forgotten.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
+    averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+    for a, c in pairs:
+        if not a.is_floating_point():
+            a.copy_(c)  # batch norm's counters
+
+
+def take_step(
+    model: nn.Module,
+    ema: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    lr: float,
+    step: int,
+    config: SimpleNamespace,
+) -> None:
+    """Take step number `step` of the run, from 0, along the gradients, which are used up; let the average follow."""
+    if config.grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    model.zero_grad()
+    update_ema(ema, model, config.ema_decay, step)

@@ -1,0 +1,111 @@
+"""A run on the disk: its folder, `last.pt` to go on from, `best.pt` to keep, and `history.csv`."""
+
+import itertools
+import os
+import platform
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn as nn
+
+from dataset import UserError
+from model import HybridClassifier, load_checkpoint, save_checkpoint
+from training import processes
+from training.report import write_history
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder are not noticed
+    fcntl = None
+
+History = list[dict[str, float]]  # a row of numbers for each epoch
+State = tuple[nn.Module, HybridClassifier, list[torch.optim.Optimizer]]  # model, averaged model, optimisers
+
+
+@contextmanager
+def reserve_folder(folder: Path) -> Iterator[None]:
+    """Make the folder of a run, and keep other runs out of it meanwhile.
+
+    Raises:
+        UserError: another run has it, or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {folder}: give this one another --output-dir") from None
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir") from error
+    with lock:
+        for part in folder.glob(".*.part"):  # of a run that was killed while it saved
+            part.unlink()
+        yield
+
+
+def put_aside(folder: Path) -> None:
+    """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
+    # last.pt first: if this is interrupted, no run can be resumed whose best.pt is elsewhere.
+    earlier = [path for pattern in ("last*", "best*", "history.csv") for path in sorted(folder.glob(pattern))]
+    number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous-{n}-*")))
+    for path in earlier:
+        os.replace(path, path.with_name(f"previous-{number}-{path.name}"))
+    if earlier:
+        print(f"an earlier run's {', '.join(path.name for path in earlier)} are now {folder}/previous-{number}-*")
+
+
+def is_best(history: History) -> bool:
+    """Whether the latest epoch has the highest validation accuracy so far; without a validation split it always is."""
+    best = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))
+    return best is history[-1]
+
+
+def save_run(folder: Path, config: SimpleNamespace, history: History, state: State) -> None:
+    """Save all that the next epoch needs as last.pt, the averaged weights as best.pt if they are, and history.csv."""
+    environment = f"torch {torch.__version__}, {platform.machine()}, {config.device}, {config.precision}"
+    environment += f", {config.threads} CPU threads, {processes.count()} processes"
+    contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
+    model, ema, optimizers = state
+    training = dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    if is_best(history):  # first: a run that is killed before last.pt repeats this epoch, bit for bit
+        save_checkpoint(folder / "best.pt", ema, **contents)
+    save_checkpoint(folder / "last.pt", ema, **contents, training=training | dict(processes=processes.count()))
+    write_history(history, folder / "history.csv")
+
+
+def resume_run(folder: Path, state: State) -> History:
+    """Load what `save_run` saved into `state`, and return the history.
+
+    Raises:
+        UserError: the run had another number of processes.
+    """
+    model, ema, optimizers = state
+    checkpoint = load_checkpoint(folder / "last.pt")[1]
+    training = checkpoint["training"]
+    if (before := training["processes"]) != processes.count():  # batch norm would see other batches
+        raise UserError(f"the run to resume had {before} processes, not {processes.count()}: start as many again")
+    ema.load_state_dict(checkpoint["model"])
+    model.load_state_dict(training["model"])
+    for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return checkpoint["history"]
+
+
+def advice_to_resume(folder: Path) -> str:
+    """How to go on with a run that stops now."""
+    if not (folder / "last.pt").exists():
+        return "no epoch was finished, so nothing was saved"
+    launcher = "python" if processes.count() == 1 else f"torchrun --nproc-per-node={processes.count()}"
+    return f"go on from the last whole epoch with: {launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
+
+
+def finish_run(folder: Path, history: History) -> None:
+    """Give best.pt the whole history, so that `--evaluate` can draw it wherever the file goes."""
+    model, best = load_checkpoint(folder / "best.pt")
+    contents = {name: best[name] for name in ("train_config", "epoch", "environment")}
+    save_checkpoint(folder / "best.pt", model, **contents, history=history)

@@ -1,0 +1,106 @@
+"""One table of settings, one check of them: for flags, edited defaults and resumed runs alike.
+
+A table has a row for each setting, `name=(default, allowed, meaning)`. `allowed` is a range (lowest, highest) of
+numbers, a tuple of words to choose from, or None for anything of the default's type.
+"""
+
+import argparse
+import math
+from types import SimpleNamespace
+from typing import Any
+
+from dataset import UserError
+
+INF = math.inf
+Table = dict[str, tuple[Any, Any, str]]
+
+
+def flag(name: str) -> str:
+    """The command line's name of a setting: stem_dims is --stem-dims."""
+    return f"--{name.replace('_', '-')}"
+
+
+def element_type(default: Any, allowed: Any) -> type:
+    """The type of a setting's value, or of each value in a row of them; words where the default says nothing."""
+    if allowed:
+        return type(allowed[0])
+    first = next(iter(default), None) if isinstance(default, tuple | list) else default
+    return str if first is None else type(first)
+
+
+def check(table: Table, name: str, value: Any) -> None:
+    """Refuse a value that its row of the table does not allow.
+
+    Raises:
+        UserError: the message names the flag, the value, and what it may be.
+    """
+    default, allowed, _ = table[name]
+    if value is None and default is None:
+        return
+    kind, is_row = element_type(default, allowed), isinstance(default, tuple | list)
+    values = value if is_row and isinstance(value, tuple | list) else [value]
+    is_good = is_row == isinstance(value, tuple | list)
+    is_good = is_good and all(type(v) is kind or (kind is float and type(v) is int) for v in values)
+    what = f"a value of type {kind.__name__}"
+    if kind is str and allowed:
+        what = f"one of {', '.join(allowed)}"
+        is_good = is_good and all(v in allowed for v in values)
+    elif allowed:
+        what = f"a {'whole ' if kind is int else ''}number from {allowed[0]:,}"
+        what += f" to {allowed[1]:,}" if allowed[1] < INF else " upwards"
+        is_good = is_good and all(allowed[0] <= v <= allowed[1] for v in values)  # not a number fails this, too
+    if is_row and kind is not str:
+        what = f"{len(default)} times {what}"
+        is_good = is_good and len(values) == len(default)
+    if not is_good:
+        raise UserError(f"{flag(name)} {value!r}: give {what}")
+
+
+def choose_settings(table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]) -> SimpleNamespace:
+    """Every setting of the table with its value: the one given, else the recipe's, else the default.
+
+    Raises:
+        UserError: a name that is not in the table, a recipe that there is not, a value that is not allowed.
+    """
+    settings = {name: default for name, (default, _, _) in table.items()}
+    if (recipe := given.get("recipe", settings["recipe"])) not in recipes:
+        raise UserError(f"--recipe {recipe}: give one of {', '.join(recipes)}")
+    settings |= recipes[recipe] | given
+    if unknown := settings.keys() - table.keys():
+        raise UserError(f"there is no setting {', '.join(sorted(unknown))}: correct the name")
+    for name, value in settings.items():
+        check(table, name, value)
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    return SimpleNamespace(**settings)
+
+
+def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
+    """A parser with a flag for each setting; what it parses holds only the flags that were given."""
+    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without a page of usage
+    for name, (default, allowed, meaning) in table.items():
+        kind = element_type(default, allowed)
+        options: dict[str, Any] = dict(dest=name, help=f"{meaning} (default: {default})".replace("%", "%%"))
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
+            if isinstance(default, tuple | list):
+                options["nargs"] = "*" if kind is str else len(default)
+        parser.add_argument(flag(name), **options)
+    return parser
+
+
+def resumed_settings(table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]) -> dict:
+    """The settings of a run to resume, with those replaced that were given and may change.
+
+    Raises:
+        UserError: a flag differs from the run, or the table has gained or lost a setting since; it is named.
+    """
+    if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
+        raise UserError(f"the run to resume and train.py do not have the same settings, {other}: start anew")
+    for name, value in given.items():
+        if name not in may_change and value not in ("auto", saved[name]):
+            advice = "leave the flag out, or start anew without --resume"
+            raise UserError(f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}: {advice}")
+    return saved | {name: value for name, value in given.items() if name in may_change}
