@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
@@ -74,29 +74,25 @@ def errors_in_one_line(script: str) -> Iterator[None]:
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that gets its name only when it is complete: `path` is the old file or the new one.
 
-    Until then it is a hidden file beside it, `.NAME.PROCESS.part`, so that two processes may write the same file.
-
-    Raises:
-        UserError: it cannot be written; an older file is as it was.
+    Until then it is `.NAME.PROCESS.part` beside it. A UserError if it cannot be written; an older file is as it was.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another folder") from error
+    finally:
+        with suppress(OSError):  # it has its name by now, unless something failed
+            part.unlink()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Getting the files
+# ---- Getting the files ----------------------------------------------------------------------------------------------
 
 
 def _read(source: Path) -> bytes:
@@ -150,12 +146,7 @@ def _from_apt(name: str, scratch: Path) -> Path:
 
 
 def _fetch(name: str, data_dir: Path) -> bytes:
-    """Fetch a file, keep it compressed in `data_dir`, and return its content.
-
-    Raises:
-        DataError: no source has it.
-        UserError: the folder cannot be written.
-    """
+    """Fetch a file, keep it compressed in `data_dir`, and return its content; a DataError if no source has it."""
     failures = []
     for fetch in (*(partial(_from_mirror, mirror) for mirror in FashionMNIST.mirrors), _from_apt):
         with tempfile.TemporaryDirectory() as scratch:
@@ -176,8 +167,7 @@ def _fetch(name: str, data_dir: Path) -> bytes:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From files to tensors
+# ---- From files to tensors ------------------------------------------------------------------------------------------
 
 
 def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,8 +199,7 @@ def split_indices(labels: torch.Tensor, val_size: int, seed: int) -> tuple[torch
 
     Args:
         labels: int64 tensor of shape (N,).
-        val_size: 0 (nothing held out, train on everything), or from the number of classes to N minus that number.
-        seed: any whole number from 0.
+        val_size: 0, or from the number of classes to N minus that number.
 
     Returns:
         Two int64 tensors of indices, both ascending: training and validation.
@@ -223,31 +212,19 @@ def split_indices(labels: torch.Tensor, val_size: int, seed: int) -> tuple[torch
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images of shape (N, 1, 28, 28) into the float32 tensor, mean 0 and deviation 1, that the model takes.
-
-    Raises:
-        ValueError: another type or shape.
-    """
+    """Turn uint8 images (N, 1, 28, 28) into the float32 tensor, mean 0 and deviation 1, that the model takes."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(
-            f"expected uint8 images of shape (N, 1, {IMAGE_SIZE}, {IMAGE_SIZE}), "
-            f"not {str(images.dtype).removeprefix('torch.')} of shape {tuple(images.shape)}"
-        )
+        raise ValueError(f"expected uint8 images of shape (N, 1, 28, 28), not {images.dtype} {tuple(images.shape)}")
     return images.float().div_(255).sub_(MEAN).div_(STD)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Augmentation: batched, on the device, drawn from the given generator
+# ---- Augmentation: batched, on the device, drawn from the given generator -------------------------------------------
 
 
 def augment(
-    images: torch.Tensor,
-    generator: torch.Generator,
-    flip: bool = True,
-    shift: int = 2,
-    erase: float = 0.25,
+    images: torch.Tensor, generator: torch.Generator, flip: bool = True, shift: int = 2, erase: float = 0.25
 ) -> torch.Tensor:
-    """Draw a random variant of each image: mirrored, shifted, partly erased. Every image gets a draw of its own.
+    """Draw a random variant of each image, of the same shape and type: mirrored, shifted, partly erased.
 
     Args:
         images: uint8 tensor of shape (N, 1, 28, 28), left as it is.
@@ -255,9 +232,6 @@ def augment(
         flip: mirror half of the images, left to right.
         shift: move each by up to that many pixels each way, 0 to 27; what comes in is background.
         erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see `random_erase`).
-
-    Returns:
-        A uint8 tensor of the same shape.
     """
     n, _, height, width = images.shape
     device = images.device
@@ -280,17 +254,9 @@ def augment(
 
 
 def random_erase(images: torch.Tensor, generator: torch.Generator, probability: float) -> torch.Tensor:
-    """Replace a random rectangle by noise (Zhong et al. 2017, arXiv 1708.04896).
+    """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv 1708.04896).
 
-    It takes 2 to 33 % of the area; one side is at most 3.3 times the other.
-
-    Args:
-        images: uint8 tensor of shape (N, 1, H, W), left as it is.
-        generator: the source of randomness, on the images' device.
-        probability: that of an image to be changed, 0 to 1.
-
-    Returns:
-        A uint8 tensor of the same shape.
+    It takes 2 to 33 % of the area; one side is at most 3.3 times the other. The probability is that of an image.
     """
     n, _, height, width = images.shape
     chance, area, aspect, top, left = torch.rand(5, n, 1, 1, generator=generator, device=images.device)

@@ -19,9 +19,7 @@ import torch.nn.functional as F
 
 
 def tokens_to_grid(activation: torch.Tensor) -> torch.Tensor:
-    """Bring a layer's output to the shape (N, C, H, W).
-
-    Convolutional maps have it; a token sequence (N, T, C) is laid out row by row as a square grid.
+    """Bring a layer's output to the shape (N, C, H, W); a token sequence (N, T, C) is laid out row by row as a square.
 
     Raises:
         ValueError: the output is neither, so it has no places to show.
@@ -37,8 +35,7 @@ def tokens_to_grid(activation: torch.Tensor) -> torch.Tensor:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The methods: activations and gradients, both (N, C, H, W), to one map (N, H, W) that is never negative
+# ---- The methods: activations and gradients (N, C, H, W) -> one map (N, H, W), never negative -----------------------
 
 
 def gradcam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
@@ -86,25 +83,21 @@ METHODS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The hooks
+# ---- The hooks ------------------------------------------------------------------------------------------------------
 
 
 class GradCAM:
     """Heatmaps from one layer of a model, or the mean of several layers' heatmaps.
 
     In a `with` block, or during a single call, the model has one forward hook per layer, is in evaluation mode, and its
-    parameters ask for no gradient. On the way out, also after an error, all three are as they were.
+    parameters ask for no gradient. On the way out, also after an error, all three are as they were. `logits` holds
+    those of the latest call, (N, classes), detached.
 
     Args:
         model: maps a float tensor (N, 1, H, W) to logits (N, classes).
-        target_layer: a module of `model`, or its name as `model.named_modules()` gives it, like "blocks.0"; or a
-            sequence of them.
+        target_layer: a module of `model` or its name, like "blocks.0", or a sequence of them.
         method: a key of `METHODS`.
         reshape: turns a layer's output into (N, C, H', W').
-
-    Attributes:
-        logits: those of the latest call, (N, classes), detached.
 
     Raises:
         ValueError: no such layer or method.
@@ -183,8 +176,7 @@ class GradCAM:
             layers with grids of any size are averaged.
 
         Raises:
-            ValueError: a class that does not exist, not one class per image, a layer without places, or one that the
-                forward pass does not go through.
+            ValueError: no such class, a layer without places, or one that the forward pass does not go through.
         """
         if not self._hooks:
             with self:

@@ -23,41 +23,28 @@ GRID_SIZE = IMAGE_SIZE // STEM_STRIDE
 FUSED_ATTENTION = False  # PyTorch's CPU kernel is made for long sequences; 49 tokens are faster without it
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model; one that cannot be raises a `UserError` that says what to change.
+    """The shape of the model; one that cannot be raises a `UserError` that says what to change."""
 
-    Attributes:
-        stem_dims: channels of the stem at 28x28 and at 14x14.
-        stem_blocks: residual blocks of the stem at 28x28, at 14x14 and at 7x7.
-        embed_dim: channels of the stem at 7x7, which is the width of a token.
-        depth: number of Transformer blocks; 0 leaves a purely convolutional network.
-        num_heads: attention heads per block; divides `embed_dim`.
-        mlp_ratio: hidden width of a block's MLP, in units of `embed_dim`.
-        pool: "attention" (a learned weighted mean of the tokens) or "mean".
-        drop_path: stochastic depth of the last Transformer block, in [0, 1); earlier blocks get less, linearly.
-    """
-
-    stem_dims: tuple[int, int]
-    stem_blocks: tuple[int, int, int]
-    embed_dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float
-    pool: str
-    drop_path: float
+    stem_dims: tuple[int, int]  # channels of the stem at 28x28 and at 14x14
+    stem_blocks: tuple[int, int, int]  # residual blocks of the stem at 28x28, at 14x14 and at 7x7
+    embed_dim: int  # channels of the stem at 7x7, which is the width of a token
+    depth: int  # number of Transformer blocks; 0 leaves a purely convolutional network
+    num_heads: int  # attention heads per block; divides embed_dim
+    mlp_ratio: float  # hidden width of a block's MLP, in units of embed_dim
+    pool: str  # "attention" (a learned weighted mean of the tokens) or "mean"
+    drop_path: float  # stochastic depth of the last block, 0 to 1 (excluded); earlier blocks get less, linearly
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
             raise UserError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}: make it one")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts
+# ---- The parts ------------------------------------------------------------------------------------------------------
 
 
 def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
@@ -141,8 +128,7 @@ class Pool(nn.Module):
         return (weights.to(x.dtype).transpose(1, 2) @ x).squeeze(1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
+# ---- The model ------------------------------------------------------------------------------------------------------
 
 
 class HybridClassifier(nn.Module):
@@ -214,12 +200,8 @@ class CheckpointError(UserError):
 def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
     """Write the model's configuration and weights, and whatever else is given, so that `load_checkpoint` reads them.
 
-    Args:
-        path: the file; its folder must exist.
-        contents: further entries of the dictionary: numbers, strings, tensors, and lists and dictionaries of them.
-
-    Raises:
-        UserError: the file cannot be written; an older one is as it was.
+    The contents may be numbers, strings, tensors, and lists and dictionaries of them. A UserError if the file cannot be
+    written; an older one is as it was.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     checkpoint = dict(format=CHECKPOINT_FORMAT, model_config=asdict(model.config), model=weights, **contents)

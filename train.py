@@ -105,17 +105,15 @@ MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet")
 EVALUATION_USES = ("data_dir", "device", "threads")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data and teachers
+# ---- Data and teachers ----------------------------------------------------------------------------------------------
 
 
 def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     """Put the data on the device, and hold images out.
 
     Returns:
-        images, labels: uint8 (60000, 1, 28, 28) and int64 (60000,).
-        train_index: int64 (N,), the images to train on.
-        held_out: images and labels of the splits to report on, by name: "val" and "test", as the settings ask.
+        Images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), the indices of those to train on, int64 (N,), and the
+        images and labels of the splits to report on by name, "val" and "test", as the settings ask.
     """
     images, labels = dataset.load(config.data_dir, train=True)
     classes, left = len(dataset.CLASS_NAMES), len(labels) - config.val_size
@@ -145,8 +143,7 @@ def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.d
     return teachers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
+# ---- The loss -------------------------------------------------------------------------------------------------------
 
 
 def training_loss(
@@ -190,8 +187,7 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 500) -> to
     return logits
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The training loop
+# ---- The training loop ----------------------------------------------------------------------------------------------
 
 
 def stream(*numbers: int) -> int:
@@ -205,9 +201,6 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     Args:
         config: every setting with its value, as `choose_settings(SETTINGS, RECIPES, {...})` makes it.
         resume: go on from `config.output_dir`/last.pt, which the configuration was read from.
-
-    Raises:
-        UserError: bad data, an impossible model, a loss that is no longer finite, a folder that cannot be written.
     """
     device, output_dir = processes.choose_device(config.device), Path(config.output_dir).expanduser()
     rank, world_size = processes.join(device)
@@ -282,11 +275,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
 
 def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
-    """Evaluate a checkpoint on the test split; print the report, draw its curves and confusion matrix beside it.
-
-    Returns:
-        The test accuracy, 0 to 1.
-    """
+    """Test a checkpoint: print the report, draw curves and confusion matrix beside it; return the accuracy, 0 to 1."""
     model, checkpoint = load_checkpoint(path, device)
     images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=False))
     print(f"\n{path} (epoch {checkpoint['epoch']})")
@@ -301,8 +290,7 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
     return row["test_accuracy"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line -----------------------------------------------------------------------------------------------
 
 
 def main() -> None:

@@ -46,13 +46,8 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
     A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so they are multiplied
     with each other first, in the smaller dimension, and with the matrix once.
-
-    Args:
-        matrices: float32 (K, M, N), K matrices of one shape.
-        steps: of the iteration; the singular values end between 0.7 and 1.2, those near 0 below.
-
-    Returns:
-        A tensor of the same shape.
+    Takes and returns K matrices of one shape, float32 (K, M, N). After five steps the singular values lie between 0.7
+    and 1.2, those near 0 below.
     """
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

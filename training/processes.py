@@ -15,30 +15,23 @@ def set_threads(threads: int = 0) -> int:
     PyTorch's threads wait for each other after every operation and spin meanwhile. Where one of them shares its core
     with another program, all the others wait: two threads are then slower than one (`benchmarks/busy_cores.py`). The
     load average is a minute late, and in a container it is the host's, so this measures for 0.4 s which is faster.
-    A user's own OMP_NUM_THREADS, which torchrun also sets, is left alone.
-
-    Returns:
-        The number of threads.
+    A user's own OMP_NUM_THREADS, which torchrun also sets, is left alone. Returns the number of threads.
     """
     most = torch.get_num_threads()
-    if threads or "OMP_NUM_THREADS" in os.environ or most == 1:
-        torch.set_num_threads(threads or most)
-        return threads or most
-    matrix, done = torch.rand(256, 256), {1: 0, most: 0}
-    for number in (most, 1, most, 1):
-        torch.set_num_threads(number)
-        matrix @ matrix  # starts the threads
-        end = time.perf_counter() + 0.1
-        while time.perf_counter() < end:
-            (matrix @ matrix).relu_()
-            done[number] += 1
-    torch.set_num_threads(most)
-    if done[most] < 1.3 * done[1]:  # 1.6 to 1.9 on two idle cores, below 1.1 where one of them is busy
-        torch.set_num_threads(1)
-        print(
-            f"note: other work keeps the CPU busy: using 1 thread, not {most} (--threads or OMP_NUM_THREADS sets them)"
-        )
-    return torch.get_num_threads()
+    if not threads and most > 1 and "OMP_NUM_THREADS" not in os.environ:
+        matrix, done = torch.rand(256, 256), {1: 0, most: 0}
+        for number in (most, 1, most, 1):
+            torch.set_num_threads(number)
+            matrix @ matrix  # starts the threads
+            end = time.perf_counter() + 0.1
+            while time.perf_counter() < end:
+                (matrix @ matrix).relu_()
+                done[number] += 1
+        if done[most] < 1.3 * done[1]:  # 1.6 to 1.9 on two idle cores, below 1.1 where one of them is busy
+            threads = 1
+            print(f"note: other work keeps the CPU busy, so 1 thread is used, not {most} (see --threads)")
+    torch.set_num_threads(threads or most)
+    return threads or most
 
 
 def choose_device(name: str) -> torch.device:
@@ -48,8 +41,7 @@ def choose_device(name: str) -> torch.device:
         UserError: the named device is not there.
     """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
+    name = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[name]:
         raise UserError(f"--device {name}: PyTorch sees no such device on this machine; try --device auto")
     return torch.device(name)
@@ -71,17 +63,12 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def join(device: torch.device) -> tuple[int, int]:
-    """Meet the other processes that torchrun started, over NCCL on GPUs and gloo on CPUs.
-
-    Returns:
-        This process's rank and the number of processes; (0, 1) if torchrun did not start it.
-    """
+    """Meet the processes that torchrun started, over NCCL on GPUs, gloo on CPUs; return the rank and their number."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
 

@@ -39,11 +39,8 @@ def epoch_line(history: Sequence[dict[str, float]], epochs: int, images: int) ->
         if f"{split}_loss" in row:
             words.append(f"{name} loss {row[f'{split}_loss']:.4f} accuracy {row[f'{split}_accuracy']:.4f}")
     words += [f"last lr {row['lr']:.3g}", f"{images / seconds:.0f} images/s"]
-    remaining = seconds * (epochs - len(history))
-    words += [
-        f"{name} {timedelta(seconds=round(s))}" for name, s in (("elapsed", row["seconds"]), ("remaining", remaining))
-    ]
-    return "  ".join(words)
+    elapsed, remaining = (timedelta(seconds=round(s)) for s in (row["seconds"], seconds * (epochs - len(history))))
+    return "  ".join([*words, f"elapsed {elapsed}", f"remaining {remaining}"])
 
 
 def write_history(history: Sequence[dict[str, float]], path: Path) -> None:

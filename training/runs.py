@@ -28,11 +28,7 @@ State = tuple[nn.Module, HybridClassifier, list[torch.optim.Optimizer]]  # model
 
 @contextmanager
 def reserve_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run, and keep other runs out of it meanwhile.
-
-    Raises:
-        UserError: another run has it, or nothing can be written there.
-    """
+    """Make the folder of a run, and keep other runs out of it meanwhile; a UserError if another one has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
@@ -61,8 +57,7 @@ def put_aside(folder: Path) -> None:
 
 def is_best(history: History) -> bool:
     """Whether the latest epoch has the highest validation accuracy so far; without a validation split it always is."""
-    best = max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))
-    return best is history[-1]
+    return history[-1] is max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))
 
 
 def save_run(folder: Path, config: SimpleNamespace, history: History, state: State) -> None:
@@ -79,11 +74,7 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
 
 
 def resume_run(folder: Path, state: State) -> History:
-    """Load what `save_run` saved into `state`, and return the history.
-
-    Raises:
-        UserError: the run had another number of processes.
-    """
+    """Load what `save_run` saved into `state`, and return the history."""
     model, ema, optimizers = state
     checkpoint = load_checkpoint(folder / "last.pt")[1]
     training = checkpoint["training"]

@@ -29,11 +29,7 @@ def element_type(default: Any, allowed: Any) -> type:
 
 
 def check(table: Table, name: str, value: Any) -> None:
-    """Refuse a value that its row of the table does not allow.
-
-    Raises:
-        UserError: the message names the flag, the value, and what it may be.
-    """
+    """Refuse a value that its row of the table does not allow, by a UserError that says what it may be."""
     default, allowed, _ = table[name]
     if value is None and default is None:
         return
@@ -57,11 +53,7 @@ def check(table: Table, name: str, value: Any) -> None:
 
 
 def choose_settings(table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]) -> SimpleNamespace:
-    """Every setting of the table with its value: the one given, else the recipe's, else the default.
-
-    Raises:
-        UserError: a name that is not in the table, a recipe that there is not, a value that is not allowed.
-    """
+    """Every setting of the table with its value, checked: the one given, else the recipe's, else the default."""
     settings = {name: default for name, (default, _, _) in table.items()}
     if (recipe := given.get("recipe", settings["recipe"])) not in recipes:
         raise UserError(f"--recipe {recipe}: give one of {', '.join(recipes)}")
@@ -92,11 +84,7 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
 
 
 def resumed_settings(table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]) -> dict:
-    """The settings of a run to resume, with those replaced that were given and may change.
-
-    Raises:
-        UserError: a flag differs from the run, or the table has gained or lost a setting since; it is named.
-    """
+    """The settings of a run to resume, with those replaced that were given and may change; others are refused."""
     if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
         raise UserError(f"the run to resume and train.py do not have the same settings, {other}: start anew")
     for name, value in given.items():
