@@ -185,7 +185,7 @@ def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]
     Raises:
         DataError: a file is neither there nor to be fetched, or the folder cannot be written.
     """
-    data_dir, arrays = Path(data_dir).expanduser(), []
+    data_dir, arrays = Path(os.path.expanduser(data_dir)), []
     for name, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):  # bytes before the values
         name = f"{'train' if train else 't10k'}-{name}"
         content = _find(name, data_dir) or _fetch(name, data_dir)

@@ -6,6 +6,7 @@ relates the 49 tokens to each other; a pooled head turns them into 10 logits:
     image (N, 1, 28, 28) -> stem (N, embed_dim, 7, 7) -> tokens (N, 49, embed_dim) -> blocks -> pool -> logits (N, 10)
 """
 
+import os
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -218,7 +219,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     Raises:
         CheckpointError: the file is missing, damaged, not of this project, or of another model than the present code's.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     try:
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # torch.load compares no check sums: a flipped bit would be another weight

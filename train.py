@@ -202,7 +202,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         config: every setting with its value, as `choose_settings(SETTINGS, RECIPES, {...})` makes it.
         resume: go on from `config.output_dir`/last.pt, which the configuration was read from.
     """
-    device, output_dir = processes.choose_device(config.device), Path(config.output_dir).expanduser()
+    device, output_dir = processes.choose_device(config.device), Path(os.path.expanduser(config.output_dir))
     rank, world_size = processes.join(device)
     config = copy.copy(config)  # a resumed run must compute as it began, so what "auto" means is saved
     config.device, config.threads = device.type, processes.set_threads(config.threads)
@@ -306,11 +306,11 @@ def main() -> None:
             if unused := [flag(name) for name in given if name not in EVALUATION_USES] + ["--resume"] * resume:
                 raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")
         elif resume:
-            last = Path(given.get("output_dir", SETTINGS["output_dir"][0])).expanduser() / "last.pt"
+            last = Path(os.path.expanduser(given.get("output_dir", SETTINGS["output_dir"][0])), "last.pt")
             given = resumed_settings(SETTINGS, load_checkpoint(last)[1]["train_config"], given, MAY_CHANGE_ON_RESUME)
         config = choose_settings(SETTINGS, RECIPES, given)
         if checkpoint is None:
-            folder = Path(config.output_dir).expanduser()
+            folder = Path(os.path.expanduser(config.output_dir))
             with runs.reserve_folder(folder) if is_first else nullcontext():
                 try:
                     checkpoint = train(config, resume)
@@ -322,7 +322,7 @@ def main() -> None:
         else:
             processes.set_threads(config.threads)
         if is_first:
-            evaluate(Path(checkpoint).expanduser(), config.data_dir, processes.choose_device(config.device))
+            evaluate(Path(os.path.expanduser(checkpoint)), config.data_dir, processes.choose_device(config.device))
 
 
 if __name__ == "__main__":

@@ -1,34 +1,58 @@
 """The gallery that `--html` writes, in a real browser without a network."""
 
+import base64
+import io
 import re
 import shutil
-import subprocess
-import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT
+import torch
+from matplotlib import colormaps
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
 
+from gradcam import GradCAM
+from model import load_checkpoint
+
 pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
+import Visulization
+from drawing import gallery
+
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
+INDEX = [1917, 0, 3531, 2920, 1, 23]
+HOSTILE_NAME = "<img src=x onerror=alert(1)> & \"my\" 'shoe' $x.png"
 
 
-@pytest.fixture
-def browser(tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, test_split):
+    """A gallery of six test images, some of them errors, and of a picture with a name that is markup."""
+    model = load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[0]
+    cam = GradCAM(model, Visulization.default_layers(model), "layercam")
+    images, labels = (part[INDEX] for part in test_split)
+    explanations = Visulization.explain(cam, images, labels, INDEX, None)
+    (own,) = Visulization.explain(cam, images[1:2], torch.tensor([-1]), [-1], None)
+    own.name, own.heatmaps = HOSTILE_NAME, {own.target: np.zeros((28, 28), np.float32)}
+    path = tmp_path_factory.mktemp("gallery") / "index.html"
+    gallery.save_gallery([*explanations, own], "a <b>/model.pt", "layercam", ["stem.x"], path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
     if not (BROWSER and DRIVER):
         pytest.skip("no Chromium with its driver here (apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-sync"):
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-sync", "--disable-background-networking"):
         options.add_argument(flag)
-    options.add_argument("--disable-background-networking")
+    options.add_argument("--disable-dev-shm-usage")
     options.add_argument("--window-size=1200,900")
-    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     try:
         driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
@@ -36,15 +60,6 @@ def browser(tmp_path):
         pytest.fail(f"{BROWSER} does not start: {error.msg}")
     yield driver
     driver.quit()
-
-
-@pytest.fixture(scope="module")
-def gallery(tmp_path_factory, data_dir):
-    folder = tmp_path_factory.mktemp("gallery")
-    flags = ["--html", "--index", 1917, 0, 3531, 2920, 1, 23, "--data-dir", data_dir, "--output-dir", folder]
-    command = [sys.executable, ROOT / "Visulization.py", *flags]
-    subprocess.run([str(word) for word in command], check=True, timeout=300)
-    return folder / "index.html"
 
 
 def shown(browser):
@@ -57,18 +72,42 @@ def choose(browser, name, text):
     Select(browser.find_element(By.ID, name)).select_by_visible_text(text)
 
 
-def test_the_page_stands_alone(gallery):
-    page = gallery.read_text(encoding="utf-8")
-    assert len(page) < 60_000  # for six images
-    sources = re.findall(r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')>]+)', page)
-    assert len(sources) >= 12 and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "http://" not in page and "https://" not in page and "default-src 'none'" in page
+def complaints(browser):
+    """What the browser has to say against the page: scripts that fail, or something from outside."""
+    return [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def test_images_are_filtered_by_class_and_result(browser, gallery):
-    browser.get(gallery.as_uri())
+def test_the_page_stands_alone(page):
+    text = page.read_text(encoding="utf-8")
+    sources = re.findall(
+        r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')>]+)', text.replace("src=x", "").replace("&lt;img", "")
+    )
+    assert len(sources) >= 14 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http://" not in text and "https://" not in text and "default-src 'none'" in text
+    assert len(text) < 70_000
+
+
+def test_its_pictures_have_the_right_pixels(page, test_split):
+    sources = re.findall(
+        r'class="(?:input|heat)" src="data:image/png;base64,([^"]+)"', page.read_text(encoding="utf-8")
+    )
+    image, shirt, _, coat = (Image.open(io.BytesIO(base64.b64decode(source))) for source in sources[:4])
+    assert np.array_equal(np.asarray(image), test_split[0][1917, 0].numpy())
+    shirt, coat = np.asarray(shirt).astype(int), np.asarray(coat).astype(int)
+    # The largest share of the two maps has the last colour of "inferno", a light yellow, and nine tenths of opacity.
+    hottest = coat.reshape(-1, 4)[coat[..., 3].argmax()]
+    assert hottest[:3].tolist() == [252, 254, 164] and hottest[3] == 230
+    assert shirt[..., 3].max() < 200  # on the same scale
+    # From an opacity follows the share, from the share the colour.
+    share = (shirt[..., 3] / 255 / 0.9) ** 2
+    assert np.abs(colormaps["inferno"](share)[..., :3] * 255 - shirt[..., :3]).max() < 6
+
+
+def test_images_are_filtered_by_class_and_result(browser, page):
+    browser.get(page.as_uri())
     everything = shown(browser)
-    assert len(everything) == 6 and "6 of 6 images" in browser.page_source
+    assert len(everything) == 7 and "7 of 7 images, a <b>/model.pt" not in browser.page_source
+    assert "7 images, a <b>/model.pt, layercam heatmaps of stem.x." in browser.find_element(By.TAG_NAME, "p").text
     # The pictures are really there, and a heatmap lies exactly over its image.
     script = "return [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().toJSON()])"
     pictures = browser.execute_script(script)
@@ -77,12 +116,15 @@ def test_images_are_filtered_by_class_and_result(browser, gallery):
 
     choose(browser, "result", "wrong")
     wrong = shown(browser)
-    assert len(wrong) == browser.page_source.count('data-result="wrong"') and 3 <= len(wrong) < 6
-    assert browser.find_element(By.ID, "shown").text == f"{len(wrong)} of 6 images"
+    assert 3 <= len(wrong) < 6
+    for line in wrong:  # "test image 1917: true Coat 3%, predicted Shirt 96%"
+        true, predicted = re.search(r"true (\D+) \d+%, predicted (\D+) \d", line).groups()
+        assert true != predicted
+    assert browser.find_element(By.ID, "shown").text == f"{len(wrong)} of 7 images"
     choose(browser, "true", "Coat")
     assert [line.split(",")[0] for line in shown(browser)] == ["test image 1917: true Coat 3%"]
-    choose(browser, "predicted", "Dress")
-    assert shown(browser) == [] and browser.find_element(By.ID, "shown").text == "0 of 6 images"
+    choose(browser, "predicted", "Ankle boot")
+    assert shown(browser) == [] and browser.find_element(By.ID, "shown").text == "0 of 7 images"
     for name in ("result", "true", "predicted"):
         choose(browser, name, "all")
     assert shown(browser) == everything
@@ -90,14 +132,22 @@ def test_images_are_filtered_by_class_and_result(browser, gallery):
     script = "const s = document.getElementById('opacity'); s.value = 0; s.dispatchEvent(new Event('input'))"
     browser.execute_script(script)
     assert browser.find_element(By.CLASS_NAME, "heat").value_of_css_property("opacity") == "0"
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    assert complaints(browser) == []
 
 
-def test_the_name_of_a_picture_is_text_not_markup(browser, run_script, test_split, tmp_path):
-    name = "<img src=x onerror=alert(1)> & 'shoe'.png"
-    Image.fromarray(test_split[0][0, 0].numpy()).save(tmp_path / name)
-    result = run_script("Visulization.py", "--html", "--image", name)
-    assert result.returncode == 0, result.stderr
-    browser.get((tmp_path / "HeapImg" / "index.html").as_uri())
-    assert shown(browser)[0].startswith(name) and len(browser.find_elements(By.TAG_NAME, "img")) == 2
-    assert Select(browser.find_element(By.ID, "true")).options[0].text == "all"
+def test_the_name_of_a_picture_is_text_not_markup(browser, page):
+    browser.get(page.as_uri())
+    assert shown(browser)[-1].startswith(f"{HOSTILE_NAME}: predicted Ankle boot ")
+    *_, own = browser.find_elements(By.TAG_NAME, "figure")
+    images = own.find_elements(By.TAG_NAME, "img")
+    assert len(images) == 2 and images[0].get_attribute("alt") == HOSTILE_NAME
+    assert "no evidence" in own.text
+    options = [option.text for option in Select(browser.find_element(By.ID, "true")).options]
+    assert options[0] == "all" and "" not in options  # it has no true class
+    assert complaints(browser) == []
+
+
+def test_the_template_opens_in_a_browser_on_its_own(browser):
+    browser.get((Visulization.SHIPPED_CHECKPOINT.parents[2] / "drawing" / "gallery.html").as_uri())
+    assert browser.find_element(By.TAG_NAME, "h1").text == "What the model looks at"
+    assert "$figures" in browser.find_element(By.TAG_NAME, "main").text and complaints(browser) == []

@@ -1,0 +1,169 @@
+"""Heatmaps as pictures: one image enlarged, or many on a sheet."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from dataset import CLASS_NAMES, whole_file
+
+COLOR_MAP = "inferno"  # equal steps of evidence look equally large
+OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
+SCALE = 12  # an image pixel becomes so many picture pixels, both ways
+FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
+LEAST_EVIDENCE = 1e-3  # logits: less of it in a whole map is rounding, not evidence
+Row = tuple[str, list["Cell"]]  # of a sheet: what stands at its left, and its cells
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a file name may be in any script
+
+
+@dataclass
+class Explanation:
+    """An image, the model's answer, and where the evidence for a class lies."""
+
+    name: str  # "test image 1917", or the file name of a person's own picture
+    stem: str  # what its file's name begins with
+    index: int  # in the test split; -1 for a person's own picture
+    image: np.ndarray  # uint8 (28, 28)
+    label: int  # the true class; -1 where it is not known
+    probabilities: np.ndarray  # of the classes, float (10,)
+    target: int  # the class that was to be explained
+    heatmaps: dict[int, np.ndarray]  # of `target`, and of `label` where it is another: (28, 28), in logits per pixel
+
+    @property
+    def predicted(self) -> int:
+        """The likeliest class."""
+        return int(self.probabilities.argmax())
+
+    def answer(self) -> str:
+        """What the image is and what the model takes it for: "true Coat 3%, predicted Shirt 96%"."""
+        p, words = self.probabilities, f"predicted {CLASS_NAMES[self.predicted]} {self.probabilities.max():.0%}"
+        if self.label < 0:
+            return words
+        percent = "" if self.label == self.predicted else f" {p[self.label]:.0%}"
+        return f"true {CLASS_NAMES[self.label]}{percent}, {words}"
+
+    def role(self, label: int) -> str:
+        """A class's name, and what it is to this image: "for Coat (true)"."""
+        roles = ["predicted"] * (label == self.predicted) + ["true"] * (label == self.label)
+        return f"for {CLASS_NAMES[label]}" + (f" ({' and '.join(roles)})" if roles else "")
+
+
+def shares(heatmap: np.ndarray) -> np.ndarray:
+    """Each place's share of the whole evidence: a heatmap that adds up to 1, or zeros where there is next to none.
+
+    Two classes' evidence differs in size for a reason that is no explanation: a class that has won already has less to
+    gain from any place than one that has not. What compares is where it lies.
+    """
+    total = heatmap.sum()
+    return heatmap / total if total >= LEAST_EVIDENCE else np.zeros_like(heatmap)
+
+
+def on_one_scale(heatmaps: dict) -> dict:
+    """Heatmaps of shares, from 0 to 1, where 1 is the largest share in any of them."""
+    heatmaps = {key: shares(heatmap) for key, heatmap in heatmaps.items()}
+    peak = max(float(heatmap.max()) for heatmap in heatmaps.values()) or 1.0
+    return {key: heatmap / peak for key, heatmap in heatmaps.items()}
+
+
+def paint(image: np.ndarray, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), 0 to 1, and lay one over the other.
+
+    Returns:
+        Three uint8 RGB arrays (28 * SCALE, 28 * SCALE, 3): the image, with its pixels sharp; the heatmap in colours;
+        and the overlay, which is the more opaque the hotter it is. A heatmap of zeros is labelled "no evidence".
+    """
+    size = tuple(side * SCALE for side in image.shape[::-1])
+    gray = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB)
+    heat = cv2.resize(heatmap.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
+    colored = (colormaps[COLOR_MAP](heat)[..., :3] * 255).astype(np.uint8)
+    opacity = OPACITY * heat[..., None] ** 0.5
+    overlay = (gray * (1 - opacity) + colored * opacity).astype(np.uint8)
+    if not heatmap.any():
+        font, font_scale, thin = cv2.FONT_HERSHEY_SIMPLEX, 0.17 * SCALE, SCALE // 3
+        for text, y in (("no", 0.45), ("evidence", 0.65)):
+            (width, _), _ = cv2.getTextSize(text, font, font_scale, thin)
+            where = ((size[0] - width) // 2, int(y * size[1]))
+            for panel in (colored, overlay):
+                cv2.putText(panel, text, where, font, font_scale, (0, 0, 0), SCALE)  # an edge around the letters
+                cv2.putText(panel, text, where, font, font_scale, (255, 255, 255), thin)
+    return gray, colored, overlay
+
+
+@dataclass
+class Cell:
+    """One place of a sheet: panels side by side, a caption above, labels below the panels."""
+
+    panels: Sequence[np.ndarray]
+    caption: str
+    labels: Sequence[str] = ()
+    color: str = "black"
+
+
+def make_cell(explanation: Explanation, caption: str) -> Cell:
+    """An image on a sheet: input, heatmap, overlay; or input and the overlays of two classes where they differ."""
+    heatmaps = on_one_scale(explanation.heatmaps)
+    panels, *others = [paint(explanation.image, heatmap) for heatmap in heatmaps.values()]
+    color = "black" if explanation.label in (-1, explanation.predicted) else "crimson"
+    if not others:
+        return Cell(panels, caption, color=color)
+    labels = ["", *(f"for {CLASS_NAMES[label]}" for label in heatmaps)]
+    return Cell([panels[0], panels[2], others[0][2]], caption, labels, color)
+
+
+def in_rows(cells: list[Cell], columns: int) -> list[Row]:
+    """Cells in rows of `columns`, with nothing at the left, for `save_sheet`."""
+    return [("", cells[i : i + columns]) for i in range(0, len(cells), columns)]
+
+
+def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
+    """Write the picture of one image: the input, and a row of heatmap and overlay for each explained class."""
+    rows = []
+    for label, heatmap in on_one_scale(e.heatmaps).items():
+        gray, colored, overlay = paint(e.image, heatmap)
+        first = Cell([np.full_like(gray, 255)], "") if rows else Cell([gray], "input")  # once is enough
+        row = [first, Cell([colored], f"heatmap {e.role(label)}"), Cell([overlay], f"overlay {e.role(label)}")]
+        rows.append(("", row))
+    title, scale = f"{e.name}: {e.answer()}", "share of the evidence (1 = largest)"
+    save_sheet(rows, title, scale, model_name, path, width=3.3)
+
+
+def save_sheet(
+    rows: list[Row], title: str, scale: str, model_name: str, path: Path, gamma: float = 1, width: float = 4.3
+) -> None:
+    """Write a PNG file of rows, `width` inches a column; the colours of the heatmaps are of share ** gamma."""
+    columns = max(len(row) for _, row in rows)
+    panels = max(len(cell.panels) for _, row in rows for cell in row)
+    lines = [1 + max(cell.caption.count("\n") + any(cell.labels) for cell in row) for _, row in rows]
+    heights = [width / panels + 0.27 * n for n in lines]
+    size = (width * columns + 1.4, sum(heights) + 0.7 + 0.3 * title.count("\n"))
+    figure = Figure(figsize=size, layout="constrained")
+    all_axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for (name, row), row_axes in zip(rows, all_axes, strict=True):
+        for axes in row_axes:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        row_axes[0].set_ylabel(name, fontsize=FONT_SIZE + 1)
+        for axes, cell in zip(row_axes, row, strict=False):
+            gap = np.full((cell.panels[0].shape[0], SCALE, 3), 255, np.uint8)
+            joined = np.hstack([part for panel in cell.panels for part in (gap, panel)][1:])
+            axes.imshow(joined, interpolation="nearest")
+            axes.set_title(cell.caption, fontsize=FONT_SIZE, color=cell.color, parse_math=False)
+            if any(cell.labels):
+                step = joined.shape[1] / len(cell.panels)
+                axes.set_xticks([step * (i + 0.5) for i in range(len(cell.panels))], cell.labels, fontsize=FONT_SIZE)
+                axes.tick_params(length=0)
+    colors = ScalarMappable(PowerNorm(gamma, vmin=0, vmax=1), COLOR_MAP)
+    bar = figure.colorbar(colors, ax=all_axes, fraction=0.03, pad=0.01, aspect=30)
+    bar.set_label(scale, fontsize=FONT_SIZE)
+    bar.ax.tick_params(labelsize=FONT_SIZE)
+    figure.suptitle(title, fontsize=FONT_SIZE + 2, parse_math=False)  # a file name may hold a $
+    figure.supxlabel(model_name, fontsize=FONT_SIZE, color="gray", parse_math=False)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,144 @@
+"""A person's picture becomes 28x28: what comes out is worked out by hand."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset import UserError
+
+pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
+from drawing.photo import read_image
+
+# 40 pixels tall and 20 wide, one quarter of it darker: scaled by 0.7 it is 28 tall, 14 wide, and 7 from the left.
+GARMENT = np.zeros((60, 60), np.uint8)
+GARMENT[10:50, 15:35] = 200
+GARMENT[10:20, 15:25] = 100
+EXPECTED = np.zeros((28, 28), np.int64)
+EXPECTED[:, 7:21] = 200
+EXPECTED[:7, 7:14] = 100
+
+
+@pytest.mark.parametrize(
+    "garment, background, is_cut_out, expected",
+    [
+        (255, 230, False, 255),  # (255 - 230) / (255 - 230), of 255
+        (200, 110, False, 158),  # (200 - 110) / (255 - 110)
+        (20, 110, False, 209),  # (110 - 20) / 110
+        (0, 255, False, 255),
+        (255, 0, True, 255),  # white and cut out: on black
+        (0, 0, True, 255),  # black and cut out: on white
+        (128, 0, True, 127),
+    ],
+)
+def test_a_garment_may_be_lighter_or_darker_than_any_background(tmp_path, garment, background, is_cut_out, expected):
+    pixels = np.where(GARMENT > 0, garment, background).astype(np.uint8)
+    picture = Image.fromarray(pixels)
+    if is_cut_out:
+        picture.putalpha(Image.fromarray(255 * (GARMENT > 0).astype(np.uint8)))
+    picture.save(tmp_path / "a.png")
+    assert np.array_equal(read_image(tmp_path / "a.png"), np.where(EXPECTED > 0, expected, 0))
+
+
+def variants():
+    """The garment in many kinds of files: what kind, the picture, the file's ending, and how to save it."""
+    gray = Image.fromarray(GARMENT)
+    sideways = Image.Exif()
+    sideways[0x112] = 6  # the camera was held on its side: to be turned by 90 degrees
+    cut_off = b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6"
+    wide = Image.new("RGB", (700, 300), "white")
+    wide.paste(Image.fromarray(255 - GARMENT).convert("RGB"), (600, 200))
+    clear = Image.merge("LA", (Image.fromarray(255 - GARMENT), Image.fromarray(255 * (GARMENT > 0).astype(np.uint8))))
+    yield "8 bits", gray, "png", {}
+    yield "palette", gray.convert("P"), "gif", {}
+    yield "moving", gray, "gif", dict(save_all=True, append_images=[gray.rotate(90)])
+    yield "16 bits", Image.fromarray(GARMENT.astype(np.uint16) * 257), "png", {}
+    yield "32 bits", Image.fromarray(GARMENT.astype(np.int32) * 257), "tiff", {}
+    yield "floating point", Image.fromarray(GARMENT.astype(np.float32) / 255), "tiff", {}
+    yield "floating point to 255", Image.fromarray(GARMENT.astype(np.float32)), "tiff", {}
+    yield "CMYK", gray.convert("RGB").convert("CMYK"), "tiff", {}
+    yield "off-centre, in colour, on white", wide, "png", {}
+    yield "cut out", clear, "png", {}
+    yield "turned by the camera", gray.rotate(90), "png", dict(exif=sideways)
+    yield "JPEG with a damaged note", gray, "jpg", dict(exif=cut_off, quality=100)
+
+
+@pytest.mark.parametrize("kind, picture, ending, options", [pytest.param(*case, id=case[0]) for case in variants()])
+def test_files_of_every_kind_come_out_alike(tmp_path, kind, picture, ending, options):
+    path = tmp_path / f"a.{ending}"
+    picture.save(path, **options)
+    found = read_image(path).astype(int)
+    assert found.shape == (28, 28) and np.abs(found - EXPECTED).max() <= (8 if ending == "jpg" else 1)
+
+
+def test_16_bits_with_the_big_end_first(tmp_path):
+    tags = [(256, 60), (257, 60), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 60), (279, 7200)]
+    directory = struct.pack(">H", len(tags)) + b"".join(struct.pack(">HHII", tag, 4, 1, value) for tag, value in tags)
+    pixels = (GARMENT.astype(np.uint16) * 257).astype(">u2").tobytes()
+    (tmp_path / "a.tiff").write_bytes(struct.pack(">2sHI", b"MM", 42, 8 + 7200) + pixels + directory + bytes(4))
+    assert np.abs(read_image(tmp_path / "a.tiff") - EXPECTED).max() <= 1
+
+
+def test_a_large_picture_is_averaged_not_sampled(tmp_path):
+    pixels = np.zeros((60, 60), np.uint8)
+    pixels[2:58, 2:58] = np.random.default_rng(0).integers(100, 256, (56, 56))
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    means = pixels[2:58, 2:58].reshape(28, 2, 28, 2).mean(axis=(1, 3))
+    assert np.abs(read_image(tmp_path / "a.png") - means).max() < 0.51  # rounded
+
+
+@pytest.mark.parametrize("haze, is_cut_away", [(9, True), (11, False)])  # a twentieth of 200 is 10
+def test_what_is_as_faint_as_a_shadow_is_background(tmp_path, haze, is_cut_away):
+    pixels = GARMENT.copy()
+    pixels[10:50, 40:50] = haze
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    found = read_image(tmp_path / "a.png")
+    assert np.array_equal(found, EXPECTED) == is_cut_away
+    assert is_cut_away or (found[0, 2] == 100 and found[0, 25] == haze)  # 35 wide: 24.5 pixels, from 2 on
+
+
+def png(width, height):
+    """A PNG file that says it is so large, and has no pixels."""
+    pieces = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"")))
+    chunks = [struct.pack(">I", len(x)) + kind + x + struct.pack(">I", zlib.crc32(kind + x)) for kind, x in pieces]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
+    Image.fromarray(GARMENT).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    contents = {
+        "empty.png": b"",
+        "text.png": b"no picture",
+        "photo.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100),
+        "cut.png": whole[: len(whole) * 3 // 4],
+        "bomb.png": png(30_000, 30_000),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    Image.fromarray(GARMENT).convert("RGB").save(tmp_path / "program.eps")
+    Image.new("RGBA", (9, 9)).save(tmp_path / "clear.png")
+    Image.new("L", (9, 9), 77).save(tmp_path / "even.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    reasons = {
+        "missing.png": "is not a file",
+        "": "is not a file",  # the folder
+        "pipe.png": "is not a file",
+        "c" * 300: "is not a file",
+        "empty.png": "of a known format",
+        "text.png": "of a known format",
+        "photo.heic": "of a known format",
+        "program.eps": "of a known format",  # Ghostscript would run it
+        "cut.png": "is damaged",
+        "bomb.png": "too many pixels",
+        "clear.png": "transparent all over",
+        "even.png": "of one even colour",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(UserError, match=reason) as error:
+            read_image(tmp_path / name)
+            pytest.fail(f"{name} was read")
+        assert "\n" not in str(error.value)
