@@ -104,21 +104,16 @@ def _read(source: Path) -> bytes:
         return b""
 
 
-def _is_published(name: str, content: bytes) -> bool:
-    return hashlib.sha256(content).hexdigest() == FILES[name]
-
-
 def _say(message: str) -> None:
     print(f"dataset: {message}", file=sys.stderr, flush=True)
 
 
 def _find(name: str, data_dir: Path) -> bytes | None:
     """The content of a file as it was published, from the data folder or an installed Debian package."""
-    # FashionMNIST/raw is where torchvision keeps the files.
-    for folder in (data_dir, data_dir / "FashionMNIST" / "raw", DEBIAN_FOLDER):
+    for folder in (data_dir, data_dir / "FashionMNIST" / "raw", DEBIAN_FOLDER):  # the second is torchvision's
         for source in (folder / name, folder / f"{name}.gz"):
             if source.is_file():
-                if _is_published(name, content := _read(source)):
+                if hashlib.sha256(content := _read(source)).hexdigest() == FILES[name]:
                     return content
                 _say(f"{source} is damaged: its content is not that of the published data set; remove it")
     return None
@@ -152,7 +147,7 @@ def _fetch(name: str, data_dir: Path) -> bytes:
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 fetched = fetch(name, Path(scratch))
-                if not _is_published(name, content := _read(fetched)):
+                if hashlib.sha256(content := _read(fetched)).hexdigest() != FILES[name]:
                     raise DataError("what came is not the published file")
             except (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
                 failures.append(" ".join(str(error).split())[:200])
@@ -181,9 +176,6 @@ def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]
     Returns:
         images: uint8 tensor of shape (N, 1, 28, 28); 0 is the dark background.
         labels: int64 tensor of shape (N,), an index into `CLASS_NAMES`.
-
-    Raises:
-        DataError: a file is neither there nor to be fetched, or the folder cannot be written.
     """
     data_dir, arrays = Path(os.path.expanduser(data_dir)), []
     for name, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):  # bytes before the values

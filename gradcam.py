@@ -19,11 +19,7 @@ import torch.nn.functional as F
 
 
 def tokens_to_grid(activation: torch.Tensor) -> torch.Tensor:
-    """Bring a layer's output to the shape (N, C, H, W); a token sequence (N, T, C) is laid out row by row as a square.
-
-    Raises:
-        ValueError: the output is neither, so it has no places to show.
-    """
+    """Bring a layer's output to the shape (N, C, H, W); a token sequence (N, T, C) is laid out row by row as a square."""
     if activation.ndim == 4:
         return activation
     if activation.ndim == 3 and math.isqrt(activation.shape[1]) ** 2 == activation.shape[1]:
@@ -100,7 +96,8 @@ class GradCAM:
         reshape: turns a layer's output into (N, C, H', W').
 
     Raises:
-        ValueError: no such layer or method.
+        ValueError: there is no such layer, method or class, the forward pass does not go through the layer, or its output
+            has no places.
     """
 
     def __init__(
@@ -174,9 +171,6 @@ class GradCAM:
             float32 tensor (N, H, W) on the images' device, from 0 to 1; with `normalize=False` from 0 upwards, in
             logits per pixel: a layer's value for a place, shared among the pixels that the place covers. In this unit
             layers with grids of any size are averaged.
-
-        Raises:
-            ValueError: no such class, a layer without places, or one that the forward pass does not go through.
         """
         if not self._hooks:
             with self:

@@ -188,8 +188,7 @@ class HybridClassifier(nn.Module):
         return self.head(self.pool(self.norm(x)))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints: a zip archive of torch.save with one dictionary of plain values and tensors
+# ---- Checkpoints: a zip archive of torch.save with one dictionary of plain values and tensors -----------------------
 
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 3"  # the number changes when older files can no longer be read
 

@@ -253,10 +253,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         # The end of the epoch: its figures, the history, the checkpoints.
         logits = processes.gather(torch.cat(answers))
         if not all(tensor.isfinite().all() for tensor in (logits, *ema.state_dict().values())):
-            advice = f"try a smaller --lr than {config.lr:g}, or --precision float32"
-            raise UserError(
-                f"the loss or a weight is no longer finite in epoch {epoch + 1}, which is not saved: {advice}"
-            )
+            advice = f"it is not saved; try a smaller --lr than {config.lr:g}, or --precision float32"
+            raise UserError(f"the loss or a weight is no longer finite in epoch {epoch + 1}: {advice}")
         if rank:
             continue  # the first process reports and saves
         row = dict(epoch=epoch + 1, lr=lr, **report.summary("train", logits, labels[torch.cat(batches)], config.quiet))
@@ -265,8 +263,6 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         # A number that you add to the row goes to history.csv and the checkpoints.
         row["seconds"] = round(seconds_before + time.perf_counter() - started, 2)
         history.append({name: getattr(value, "item", lambda v=value: v)() for name, value in row.items()})
-        if epoch == 0:
-            runs.put_aside(output_dir)
         runs.save_run(output_dir, config, history, (model, ema, optimizers))
         print(report.epoch_line(history, config.epochs, images=len(order)), flush=True)
     if rank == 0:

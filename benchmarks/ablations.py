@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -24,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 from model import load_checkpoint
+from training.settings import choose_settings, make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "ablations.csv"
@@ -40,9 +40,9 @@ def code_version() -> str:
 
 def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
     """Train with the flags and return the experiment's line."""
-    given = vars(train.parse_flags(flags)[1])
+    given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
     with tempfile.TemporaryDirectory() as folder:
-        config = SimpleNamespace(**train.choose_settings(given | dict(output_dir=folder, quiet=True)))
+        config = choose_settings(train.SETTINGS, train.RECIPES, given | dict(output_dir=folder, quiet=True))
         if not config.val_size:
             raise SystemExit("ablations.py: error: experiments are compared on a validation split: give --val-size")
         train.train(config)

@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 from gradcam import METHODS, GradCAM
 from model import HybridClassifier, load_checkpoint
+from training.processes import set_threads
 from Visulization import METHOD, SHIPPED_CHECKPOINT, default_layers
 
 from quantus import ROAD  # isort: skip - after Visulization, which says what to do where OpenCV cannot be loaded
@@ -270,6 +271,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.split and args.checkpoint != SHIPPED_CHECKPOINT and args.output == TABLE:
         parser.error("the saved table is of the shipped checkpoint: give --output for another one's")
+    set_threads()
     rows: list[dict[str, str]] = []
     if args.output.exists():
         with open(args.output, newline="") as file:

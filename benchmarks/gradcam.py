@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # whose gradcam
 import dataset
 from gradcam import GradCAM
 from model import load_checkpoint
+from training.processes import set_threads
 
 try:
     from captum.attr import LayerAttribution, LayerGradCam
@@ -47,8 +48,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 64, 256])
     args = parser.parse_args()
+    set_threads()
     model, _ = load_checkpoint(args.checkpoint)
-    layer_name = f"stem.{list(dict(model.stem.named_children()))[-1]}"
+    layer_name = model.stage_ends()[-1]
     layer = model.get_submodule(layer_name)
     images, labels = dataset.load(args.data_dir, train=False)
     ours, captums = GradCAM(model, layer), LayerGradCam(model, layer)
@@ -68,12 +70,8 @@ def main() -> None:
     }
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"{args.checkpoint}, layer {layer_name}, {args.rounds} rounds\n")
-    print(
-        "| batch size | "
-        + " | ".join(f"{name}, maps/s" for name in implementations)
-        + " | against the faster of them |"
-    )
-    print("|---:|" + "---:|" * (len(implementations) + 1))
+    columns = ("batch size", *(f"{name}, maps/s" for name in implementations), "against the faster of them")
+    print(f"| {' | '.join(columns)} |\n|{'---:|' * len(columns)}")
     worst = 0.0
     for batch_size in args.batch_sizes:
         x, target = dataset.normalize(images[:batch_size]), labels[:batch_size]
@@ -89,10 +87,7 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - started)
         rates = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
         ratio = rates["this project"] / max(rates["grad-cam"], rates["captum"])
-        print(
-            f"| {batch_size} | " + " | ".join(f"{rate:.0f}" for rate in rates.values()) + f" | {ratio:.2f} |",
-            flush=True,
-        )
+        print(f"| {batch_size} | {' | '.join(f'{rate:.0f}' for rate in rates.values())} | {ratio:.2f} |", flush=True)
     print(f"\nthe maps agree to {worst:.0e}")
 
 

@@ -10,11 +10,9 @@ Training takes the default recipe of `train.py`, for `--epochs`, and its 5,000 v
 import argparse
 import copy
 import csv
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -28,7 +26,8 @@ import step_time
 
 import dataset
 import train
-from model import EncoderBlock, HybridClassifier, Pool
+from model import EncoderBlock, Pool
+from training import optim, processes
 
 TABLE = Path(__file__).resolve().parent / "peers.csv"
 
@@ -43,7 +42,8 @@ def resnet() -> nn.Module:
             shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels))
         layers += [BasicBlock(in_channels, channels, stride, shortcut), BasicBlock(channels, channels)]
         in_channels = channels
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, 10))
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model.add_module("head", nn.Linear(in_channels, 10))  # by this name, `optim.make_optimizers` leaves it to AdamW
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -83,13 +83,8 @@ class CompactConvolutionalTransformer(nn.Module):
         return self.head(self.pool(self.norm(self.blocks(tokens + self.pos_embed))))
 
 
-def hybrid() -> HybridClassifier:
-    """This project's model in the shape of the default recipe."""
-    return HybridClassifier(step_time.shape_of(train.choose_settings({})))
-
-
 PEERS: dict[str, Callable[[], nn.Module]] = {
-    "this model": hybrid,
+    "this model": lambda: step_time.build(step_time.settings_of("default")),
     "ResNet-18": resnet,
     "CCT-4/3x2": CompactConvolutionalTransformer,
 }
@@ -97,42 +92,39 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
 
 def train_peer(name: str, epochs: int, seed: int, data_dir: str) -> dict[str, object]:
     """Train one of `PEERS` and return its line of the table."""
-    config = SimpleNamespace(**train.choose_settings(dict(epochs=epochs, seed=seed)))
-    device = train.choose_device("auto")
-    precision = train.choose_precision("auto", device)
+    device = processes.choose_device("auto")
+    config = step_time.settings_of("default", processes.choose_precision("auto", device), epochs=epochs, seed=seed)
     torch.manual_seed(seed)
     model = PEERS[name]().to(device, memory_format=torch.channels_last)
-    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = train.make_optimizers(model, config.optimizer, config.weight_decay)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = optim.make_optimizers(model, config.optimizer, config.weight_decay)
     generator = torch.Generator(device).manual_seed(seed)
     images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=True))
     train_index, val_index = (i.to(device) for i in dataset.split_indices(labels, config.val_size, seed))
-    steps_per_epoch = math.ceil(len(train_index) / config.batch_size)
-    total_steps = epochs * steps_per_epoch
-    warmup_steps = round(min(config.warmup_epochs, epochs / 4) * steps_per_epoch)
+    steps = len(train_index) // config.batch_size
+    warmup_steps = round(min(config.warmup_epochs, epochs / 4) * steps)
 
     model.train()
-    for step in tqdm(range(total_steps), desc=name, mininterval=5):
-        start = step % steps_per_epoch * config.batch_size
-        if start == 0:
-            order = train_index[torch.randperm(len(train_index), generator=generator, device=device)]
-        index = order[start : start + config.batch_size]
-        x = dataset.normalize(dataset.augment(images[index], generator, config.flip, config.shift, config.erase))
-        lr = train.learning_rate(step, total_steps, warmup_steps, config.lr)
-        loss, _ = train.training_loss(model, [], x, labels[index], precision, config)
-        loss.backward()
-        train.take_step(model, ema_model, optimizers, lr, step, config)
+    for epoch in range(epochs):
+        order = torch.randperm(len(train_index), generator=generator, device=device)[: steps * config.batch_size]
+        batches = tqdm(train_index[order].split(config.batch_size), f"{name}, epoch {epoch + 1}", mininterval=5)
+        for step, index in enumerate(batches, start=epoch * steps):
+            x = dataset.normalize(dataset.augment(images[index], generator, config.flip, config.shift, config.erase))
+            loss, _ = train.training_loss(model, [], x, labels[index], config)
+            loss.backward()
+            lr = optim.learning_rate(step, epochs * steps, warmup_steps, config.lr)
+            optim.take_step(model, ema, optimizers, lr, step, config)
 
-    ema_model.cpu()
-    val_accuracy = (train.predict(ema_model, images[val_index].cpu()).argmax(dim=1) == labels[val_index].cpu()).double()
+    ema.cpu()
+    right = train.predict(ema, images[val_index].cpu()).argmax(dim=1) == labels[val_index].cpu()
     return dict(
         name=name,
         command=f'python benchmarks/peers.py --train "{name}" --epochs {epochs} --seed {seed}',
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
-        million_multiply_adds=round(step_time.multiply_adds(ema_model) / 1e6, 1),
+        million_multiply_adds=round(step_time.multiply_adds(ema) / 1e6, 1),
         seconds_for_60000_images="",
-        val_accuracy=f"{val_accuracy.mean().item():.2%}",
-        **robustness.measure(ema_model, *dataset.load(data_dir, train=False), seed=0),
+        val_accuracy=f"{right.double().mean().item():.2%}",
+        **robustness.measure(ema, *dataset.load(data_dir, train=False), seed=0),
     )
 
 
@@ -144,19 +136,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
+    if args.train or args.time:
+        processes.set_threads()
     row = train_peer(args.train, args.epochs, args.seed, args.data_dir) if args.train else None
-    rows: list[dict] = []
-    if TABLE.exists():  # read after the training, since another one may have ended meanwhile
-        with open(TABLE, newline="") as file:
-            rows = list(csv.DictReader(file))
+    with open(TABLE, newline="") as file:  # after the training, since another one may have ended meanwhile
+        rows: list[dict] = list(csv.DictReader(file))
     if row:
         rows = [*(other for other in rows if other["name"] != row["name"]), row]
-    if not rows:
-        parser.error("no peer was trained yet: begin with --train")
     rows.sort(key=lambda row: list(PEERS).index(row["name"]))
     if args.time:
-        batch_size = train.DEFAULTS["batch_size"][0]
-        steps = {name: (step_time.training_step(build(), batch_size), batch_size) for name, build in PEERS.items()}
+        config = step_time.settings_of("default")
+        steps = {name: (step_time.training_step(build(), config), config.batch_size) for name, build in PEERS.items()}
         rates = step_time.images_per_second(steps, rounds=20)
         for row in rows:
             row["seconds_for_60000_images"] = round(60_000 / rates[row["name"]], 1)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import train
 from model import load_checkpoint
+from training.processes import set_threads
 
 OCCLUSION = 8  # pixels, both ways
 
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    set_threads()
     images, labels = dataset.load(args.data_dir, train=False)
     columns = [measure(load_checkpoint(path)[0], images, labels, args.seed) for path in args.checkpoints]
     print("| | " + " | ".join(args.checkpoints) + " |\n|---|" + "---:|" * len(columns))

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 from gradcam import METHODS, GradCAM
 from model import HybridClassifier, load_checkpoint
+from training.processes import set_threads
 from Visulization import METHOD, SHIPPED_CHECKPOINT, all_layers, default_layers
 
 
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--num-images", type=int, default=200)
     args = parser.parse_args()
+    set_threads()
     model, _ = load_checkpoint(args.checkpoint)
     images = dataset.load(args.data_dir, train=False)[0][: args.num_images]
     x = dataset.normalize(images)

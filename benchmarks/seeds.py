@@ -9,6 +9,7 @@ A run that has its line is not evaluated again.
 import argparse
 import csv
 import itertools
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -21,36 +22,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import train
 from model import load_checkpoint
+from training.processes import set_threads
+from training.settings import choose_settings, flag
 
 TABLE = Path(__file__).resolve().parent / "seeds.csv"
-NOT_IN_COMMAND = ("seed", "device", "precision", *train.NOT_OF_THE_RUN)
+NOT_IN_COMMAND = ("recipe", "seed", "device", "precision", "threads", *train.MAY_CHANGE_ON_RESUME)
 
 
 def command_of(config: dict) -> str:
-    """The command, without the seed, that trains with this configuration."""
-    standard = train.choose_settings({"recipe": config["recipe"]})
+    """The command, without the seed, that trains with these settings of a checkpoint."""
+    standard = vars(choose_settings(train.SETTINGS, train.RECIPES, {"recipe": config["recipe"]}))
     words = ["python train.py"]
+    if config["recipe"] != train.SETTINGS["recipe"][0]:
+        words += ["--recipe", config["recipe"]]
     for name, value in config.items():
-        flag = f"--{name.replace('_', '-')}"
-        if name == "recipe":
-            words += [] if value == train.DEFAULTS["recipe"][0] else [flag, value]
-        elif name in ("teacher_weight", "temperature") and not config["teacher"]:
+        is_unused = name in ("teacher_weight", "temperature") and not config["teacher"]
+        if name in NOT_IN_COMMAND or is_unused or value == standard[name]:
             continue
-        elif name not in NOT_IN_COMMAND and value != standard[name]:
-            if isinstance(value, bool):
-                words.append(flag if value else f"--no-{flag[2:]}")
-            else:
-                words += [flag, *map(str, value if isinstance(value, tuple) else [value])]
+        if isinstance(value, bool):
+            words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        else:
+            words += [flag(name), *map(str, value if isinstance(value, tuple) else [value])]
     return " ".join(words)
 
 
 def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor, known: set[tuple[str, str]]) -> dict[str, object]:
     """One line of the table, for a run that is none of those whose command and seed are `known`."""
     model, checkpoint = load_checkpoint(path)
-    config = checkpoint["train_config"]
+    config, history = checkpoint["train_config"], checkpoint["history"]
     if (command_of(config), str(config["seed"])) in known:
         raise SystemExit(f"seeds.py: error: seed {config['seed']} of {command_of(config)!r} has its line already")
-    if checkpoint["history"][-1]["epoch"] != config["epochs"]:
+    if len(history) != config["epochs"]:
         raise SystemExit(f"seeds.py: error: {path} is of a run that is not over")
     logits = train.predict(model, images)
     mirrored = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
@@ -62,32 +64,17 @@ def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor, known: set[
         command=command_of(config),
         seed=config["seed"],
         parameters=model.num_parameters(),
-        val_accuracy=round(checkpoint["val_accuracy"], 4),
+        val_accuracy=round(history[checkpoint["epoch"] - 1].get("val_accuracy", math.nan), 4),
         test_accuracy=accuracy(logits),
         mirrored_accuracy=accuracy(mirrored),
         test_loss=round(F.cross_entropy(logits, labels).item(), 4),
-        minutes=round(checkpoint["history"][-1]["seconds"] / 60, 1),
+        minutes=round(history[-1]["seconds"] / 60, 1),
         environment=checkpoint["environment"],
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--add", type=Path, metavar="CHECKPOINT", help="evaluate this run and save its line")
-    parser.add_argument("--data-dir", default="data")
-    args = parser.parse_args()
-    rows: list[dict] = []
-    if TABLE.exists():
-        with open(TABLE, newline="") as file:
-            rows = list(csv.DictReader(file))
-    if args.add:
-        known = {(row["command"], row["seed"]) for row in rows}
-        row = evaluate(args.add, *dataset.load(args.data_dir, train=False), known)
-        rows = sorted([*rows, row], key=lambda row: (row["command"], int(row["seed"])))
-        with open(TABLE, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+def print_table(rows: list[dict]) -> None:
+    """Print a line for each run and, below the seeds of one command, their mean and standard deviation."""
     print("| command | parameters | val accuracy | test accuracy | with mirror image | test loss | minutes |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for command, group in itertools.groupby(rows, key=lambda row: row["command"]):
@@ -96,16 +83,34 @@ def main() -> None:
             val = float(row["val_accuracy"])
             print(
                 f"| `{command} --seed {row['seed']}` | {int(row['parameters']):,} "
-                f"| {'' if val != val else f'{val:.2%}'} | {float(row['test_accuracy']):.2%} "
+                f"| {'' if math.isnan(val) else f'{val:.2%}'} | {float(row['test_accuracy']):.2%} "
                 f"| {float(row['mirrored_accuracy']):.2%} | {row['test_loss']} | {row['minutes']} |"
             )
         if len(lines) > 1:
-            means = [
-                f"**{100 * statistics.mean(values):.2f} ± {100 * statistics.stdev(values):.2f} %**"
-                for name in ("test_accuracy", "mirrored_accuracy")
-                for values in [[float(row[name]) for row in lines]]
-            ]
+            means = []
+            for name in ("test_accuracy", "mirrored_accuracy"):
+                values = [100 * float(row[name]) for row in lines]
+                means.append(f"**{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %**")
             print(f"| **mean and standard deviation of {len(lines)} seeds** | | | {' | '.join(means)} | | |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--add", type=Path, metavar="CHECKPOINT", help="evaluate this run and save its line")
+    parser.add_argument("--data-dir", default="data")
+    args = parser.parse_args()
+    with open(TABLE, newline="") as file:
+        rows: list[dict] = list(csv.DictReader(file))
+    if args.add:
+        set_threads()
+        known = {(row["command"], row["seed"]) for row in rows}
+        row = evaluate(args.add, *dataset.load(args.data_dir, train=False), known)
+        rows = sorted([*rows, row], key=lambda row: (row["command"], int(row["seed"])))
+        with open(TABLE, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -29,11 +29,21 @@ import dataset
 import model as model_module
 import train
 from model import HybridClassifier, ModelConfig
+from training import optim, processes, report
+from training.settings import choose_settings
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def shape_of(settings: dict) -> ModelConfig:
-    """The model's configuration among the settings of `train.choose_settings`."""
-    return ModelConfig(**{field.name: settings[field.name] for field in fields(ModelConfig)})
+def settings_of(recipe: str = "default", precision: str = "auto", **changes: object) -> SimpleNamespace:
+    """The settings of a recipe on the CPU, some of them changed."""
+    precision = processes.choose_precision(precision, torch.device("cpu"))
+    return choose_settings(train.SETTINGS, train.RECIPES, dict(recipe=recipe, precision=precision) | changes)
+
+
+def build(config: SimpleNamespace) -> HybridClassifier:
+    """This project's model in the shape that the settings give it."""
+    return HybridClassifier(ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)}))
 
 
 def multiply_adds(model: torch.nn.Module) -> int:
@@ -50,16 +60,15 @@ def multiply_adds(model: torch.nn.Module) -> int:
             total += 2 * output.shape[1] ** 2 * output.shape[2]
 
     hooks = [module.register_forward_hook(count) for module in model.modules()]
-    with torch.no_grad():
-        train.predict(model, torch.zeros(1, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE, dtype=torch.uint8))
+    train.predict(model, torch.zeros(1, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE, dtype=torch.uint8))
     for hook in hooks:
         hook.remove()
     return total
 
 
-def matrix_rate(precision: torch.dtype) -> float:
+def matrix_rate(precision: str) -> float:
     """Operations per second, in units of 1e9, of products of 2048x2048 matrices; a multiply-add is two."""
-    a = torch.randn(2048, 2048).to(precision)
+    a = torch.randn(2048, 2048).to(getattr(torch, precision))
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
@@ -68,12 +77,11 @@ def matrix_rate(precision: torch.dtype) -> float:
     return 2 * 2048**3 / min(seconds) / 1e9
 
 
-def convolution_rate(channels: int, size: int, groups: int, precision: torch.dtype) -> float:
+def convolution_rate(channels: int, size: int, groups: int, precision: str) -> float:
     """Operations per second, in units of 1e9, of a 3x3 convolution of 128 images, forward and backward."""
-    memory = torch.channels_last
-    x = torch.randn(128, channels, size, size).to(precision).to(memory_format=memory).requires_grad_()
-    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False).to(precision)
-    layer = layer.to(memory_format=memory)
+    options = dict(dtype=getattr(torch, precision), memory_format=torch.channels_last)
+    x = torch.randn(128, channels, size, size).to(**options).requires_grad_()
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False).to(**options)
     seconds = []
     for _ in range(8):
         started = time.perf_counter()
@@ -85,50 +93,40 @@ def convolution_rate(channels: int, size: int, groups: int, precision: torch.dty
 
 def training_step(
     model: torch.nn.Module,
-    batch_size: int = train.DEFAULTS["batch_size"][0],
-    precision: torch.dtype | None = None,
-    settings: dict | None = None,
+    config: SimpleNamespace,
     channels_last: bool = True,
     fused_attention: bool = False,
-    compiled: bool = False,
     batches: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Callable[[], None]:
     """One whole step as `train.train` does it, augmentation and average included.
 
     Args:
-        settings: those of `train.choose_settings`; without, the default recipe's.
         batches: returns normalised images and labels, instead of a batch taken from 4,096 images and augmented.
     """
-    device = torch.device("cpu")
-    precision = precision or train.choose_precision("auto", device)
-    config = SimpleNamespace(**(settings or train.choose_settings({})))
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    ema_model = copy.deepcopy(model).requires_grad_(False)
-    forward = torch.compile(model) if compiled else model
-    optimizers = train.make_optimizers(model, config.optimizer, config.weight_decay)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    forward = torch.compile(model) if config.compile else model
+    optimizers = optim.make_optimizers(model, config.optimizer, config.weight_decay)
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4096, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8)
     labels = torch.randint(0, len(dataset.CLASS_NAMES), (4096,))
 
+    def batch() -> tuple[torch.Tensor, torch.Tensor]:
+        index = torch.randint(0, len(images), (config.batch_size,), generator=generator)
+        augmented = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
+        return dataset.normalize(augmented), labels[index]
+
     def step() -> None:
-        with ExitStack() as stack:
-            if fused_attention:
-                stack.enter_context(patch.object(model_module, "FUSED_ATTENTION", True))
-            if batches:
-                x, target = batches()
-            else:
-                index = torch.randint(0, len(images), (batch_size,), generator=generator)
-                augmented = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
-                x, target = dataset.normalize(augmented), labels[index]
-            loss, _ = train.training_loss(forward, [], x, target, precision, config)
+        with patch.object(model_module, "FUSED_ATTENTION", fused_attention):
+            loss, _ = train.training_loss(forward, [], *(batches or batch)(), config)
         loss.backward()
-        train.take_step(model, ema_model, optimizers, 1e-3, 1000, config)
+        optim.take_step(model, ema, optimizers, 1e-3, 1000, config)
 
     return step
 
 
 def images_per_second(steps: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, float]:
-    """The median speed of each of the steps, which take turns."""
+    """The median speed of each of the steps, which take turns; with each its batch size."""
     for step, _ in steps.values():
         step()
         step()
@@ -142,9 +140,9 @@ def images_per_second(steps: dict[str, tuple[Callable[[], None], int]], rounds: 
     return {name: 1 / statistics.median(values) for name, values in seconds.items()}
 
 
-def profile(recipe: dict, precision: torch.dtype, steps: int = 20) -> None:
+def profile(config: SimpleNamespace, steps: int = 20) -> None:
     """Print the parts of a step, PyTorch's operations by the time spent in themselves, and what the start-up takes."""
-    step = training_step(HybridClassifier(shape_of(recipe)), recipe["batch_size"], precision, recipe)
+    step = training_step(build(config), config)
     seconds: dict[str, float] = {}
 
     def timed(name: str, function: Callable) -> Callable:
@@ -162,9 +160,9 @@ def profile(recipe: dict, precision: torch.dtype, steps: int = 20) -> None:
         ("forward pass and loss", train, "training_loss"),
         ("backward pass", torch.Tensor, "backward"),
         ("clipping of the gradient", torch.nn.utils, "clip_grad_norm_"),
-        ("Muon", train.Muon, "step"),
+        ("Muon", optim.Muon, "step"),
         ("AdamW", torch.optim.AdamW, "step"),
-        ("average of the weights", train, "update_ema"),
+        ("average of the weights", optim, "update_ema"),
     ]
     for _ in range(3):
         step()
@@ -187,59 +185,59 @@ def profile(recipe: dict, precision: torch.dtype, steps: int = 20) -> None:
     print("\n| operation | share |\n|---|---:|")
     for row in operations[:16]:
         print(f"| {row.key} | {row.self_cpu_time_total / total:.1%} |")
+    profile_start_up()
+
+
+def profile_start_up() -> None:
+    """Print what a run takes besides its steps."""
     code = "import time; t = time.perf_counter(); import train; print(time.perf_counter() - t)"
-    root = Path(__file__).resolve().parent.parent
-    imports = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    imports = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     started = time.perf_counter()
-    _, labels = dataset.load(root / "data", train=True)
+    _, labels = dataset.load(ROOT / "data", train=True)
+    loaded = time.perf_counter()
+    report.class_report(labels, labels)
     print(
-        f"\nimports {float(imports):.1f} s, checking and reading 60,000 images {time.perf_counter() - started:.2f} s",
-        end="",
+        f"\nimports {float(imports):.1f} s, checking and reading 60,000 images {loaded - started:.2f} s, "
+        f"a classification report of them {time.perf_counter() - loaded:.2f} s"
     )
-    started = time.perf_counter()
-    train.report(labels, labels)
-    print(f", a classification report of them {time.perf_counter() - started:.2f} s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--recipe", default="fast", choices=train.RECIPES)
-    parser.add_argument("--precision", default="auto", choices=train.CHOICES["precision"])
+    parser.add_argument("--precision", default="auto", choices=train.SETTINGS["precision"][1])
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which first takes a minute")
     parser.add_argument("--profile", action="store_true", help="the parts of a step instead of other settings")
     args = parser.parse_args()
-    precision = train.choose_precision(args.precision, torch.device("cpu"))
-    recipe = train.choose_settings(dict(recipe=args.recipe))
-    shape = shape_of(recipe)
+    processes.set_threads()
+    config = settings_of(args.recipe, args.precision)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if args.profile:
-        return profile(recipe, precision)
-    own = f"--recipe {args.recipe}, batch size {recipe['batch_size']}"
-    settings: dict[str, dict] = {
-        own: {},
-        "float32": dict(precision=torch.float32),
-        "PyTorch's fused attention kernel": dict(fused_attention=True),
-        "contiguous memory instead of channels-last": dict(channels_last=False),
-        "AdamW instead of Muon": dict(settings=recipe | dict(optimizer="adamw")),
-        "batch size 2": dict(batch_size=2),
-        "batch size 32": dict(batch_size=32),
-        "batch size 128": dict(batch_size=128),
-        "batch size 512": dict(batch_size=512),
-        "no Transformer blocks": dict(config=replace(shape, depth=0)),
-        "two Transformer blocks": dict(config=replace(shape, depth=2)),
-        "the default recipe's model": dict(config=shape_of(train.choose_settings({}))),
+        return profile(config)
+    own = f"--recipe {args.recipe}, batch size {config.batch_size}"
+    shape = {field.name: train.SETTINGS[field.name][0] for field in fields(ModelConfig)}
+    variants: dict[str, tuple[dict, dict]] = {  # settings that change, options of training_step
+        own: ({}, {}),
+        "float32": (dict(precision="float32"), {}),
+        "PyTorch's fused attention kernel": ({}, dict(fused_attention=True)),
+        "contiguous memory instead of channels-last": ({}, dict(channels_last=False)),
+        "AdamW instead of Muon": (dict(optimizer="adamw"), {}),
+        **{f"batch size {size}": (dict(batch_size=size), {}) for size in (2, 32, 128, 512)},
+        "no Transformer blocks": (dict(depth=0), {}),
+        "two Transformer blocks": (dict(depth=2), {}),
+        "the default recipe's model": (shape, {}),
     }
     if args.compile:
-        settings["torch.compile"] = dict(compiled=True)
+        variants["torch.compile"] = (dict(compile=True), {})
     models, steps = {}, {}
-    for name, options in settings.items():
-        models[name] = HybridClassifier(options.pop("config", shape))
-        options = dict(batch_size=recipe["batch_size"], precision=precision, settings=recipe) | options
-        steps[name] = (training_step(models[name], **options), options["batch_size"])
-    ceilings = [matrix_rate(precision)]
+    for name, (changes, options) in variants.items():
+        changed = SimpleNamespace(**vars(config) | changes)
+        models[name] = build(changed)
+        steps[name] = training_step(models[name], changed, **options), changed.batch_size
+    ceilings = [matrix_rate(config.precision)]
     rates = images_per_second(steps, args.rounds)
-    ceilings.append(matrix_rate(precision))
+    ceilings.append(matrix_rate(config.precision))
     print("\n| setting | images/s | ratio | M multiply-adds |\n|---|---:|---:|---:|")
     for name, rate in rates.items():
         print(f"| {name} | {rate:.0f} | {rate / rates[own]:.2f} | {multiply_adds(models[name]) / 1e6:.1f} |")
@@ -247,10 +245,9 @@ def main() -> None:
     used = rates[own] * 3 * 2 * multiply_adds(models[own]) / 1e9  # the backward pass costs twice the forward pass
     print(
         f"\n{own} computes {used:.0f} GFLOP/s, {used / ceiling:.0%} of the {ceiling:.0f} GFLOP/s that large "
-        f"{str(precision).removeprefix('torch.')} matrix products reach; float32 ones reach "
-        f"{matrix_rate(torch.float32):.0f} GFLOP/s"
+        f"{config.precision} matrix products reach; float32 ones reach {matrix_rate('float32'):.0f} GFLOP/s"
     )
-    dense, depthwise = (convolution_rate(96, 14, groups, precision) for groups in (1, 96))
+    dense, depthwise = (convolution_rate(96, 14, groups, config.precision) for groups in (1, 96))
     print(f"a 3x3 convolution of 96 channels at 14x14: dense {dense:.0f}, depthwise {depthwise:.0f} GFLOP/s")
 
 

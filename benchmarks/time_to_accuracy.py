@@ -34,6 +34,8 @@ import step_time
 
 import train
 from model import load_checkpoint
+from training.processes import choose_precision, set_threads
+from training.settings import make_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "time_to_accuracy.json"
@@ -79,8 +81,8 @@ def measure(seed: int, processes: int, flags: list[str]) -> dict[str, object]:
     """Train once in processes of their own and return what it took."""
     flags = [*flags, "--seed", str(seed)]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    device = torch.device("cpu")
-    precision = train.choose_precision(vars(train.parse_flags(flags)[1]).get("precision", "auto"), device)
+    given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
+    precision = choose_precision(given.get("precision", "auto"), torch.device("cpu"))
     ceilings = [step_time.matrix_rate(precision)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, "--quiet", "--output-dir", folder]
@@ -96,14 +98,15 @@ def measure(seed: int, processes: int, flags: list[str]) -> dict[str, object]:
         ceilings.append(step_time.matrix_rate(precision))
         model, checkpoint = load_checkpoint(Path(folder) / "best.pt")
     config, history = checkpoint["train_config"], checkpoint["history"]
-    epoch_images = config["train_size"] or 60_000 - config["val_size"]
+    images = config["train_size"] or 60_000 - config["val_size"]
+    images_per_second = len(history) * (images - images % config["batch_size"]) / history[-1]["seconds"]
     return dict(
-        command=shlex.join(["torchrun" if processes > 1 else "python", *launcher[2:], "train.py", *flags]),
+        command=shlex.join(["torchrun" if processes > 1 else "python", *launcher[3:], "train.py", *flags]),
         test_accuracy=float(re.search(r"^test accuracy ([\d.]+)", text, re.MULTILINE)[1]),
         seconds=round(seconds, 1),
         training_seconds=round(history[-1]["seconds"], 1),
-        images_per_second=round(len(history) * epoch_images / history[-1]["seconds"]),
-        gflops=round(len(history) * epoch_images / history[-1]["seconds"] * 6 * step_time.multiply_adds(model) / 1e9),
+        images_per_second=round(images_per_second),
+        gflops=round(images_per_second * 6 * step_time.multiply_adds(model) / 1e9),
         ceiling_gflops=round(statistics.mean(ceilings)),
         # of one process; on Linux the unit is KiB
         peak_megabytes=round(usage.ru_maxrss / 1024) if processes == 1 and sys.platform == "linux" else None,
@@ -113,10 +116,9 @@ def measure(seed: int, processes: int, flags: list[str]) -> dict[str, object]:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        "| command | test accuracy | seconds in all | training | images/s | share of the ceiling | MB | times faster |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    """Print a line for each run, and the mean of each command's seeds on one kind of machine."""
+    columns = "command|test accuracy|seconds in all|training|images/s|share of the ceiling|MB|times faster".split("|")
+    print(f"| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
     for row in rows:
         share = f"{row['gflops']} of {row['ceiling_gflops']} GFLOP/s, {row['gflops'] / row['ceiling_gflops']:.0%}"
         faster = f"{row['times_faster']:.0f}" if row.get("times_faster") else ""
@@ -146,7 +148,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.original and not args.seeds:
         parser.error("--original is measured beside a run: give --seeds, too")
-    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    if args.seeds:
+        set_threads()
+    rows = json.loads(RESULTS.read_text())
     for seed in args.seeds:
         rates = [original_rate(args.original)] if args.original else []
         row = measure(seed, args.processes, args.flags or ["--recipe", "fast"])

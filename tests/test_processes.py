@@ -1,98 +1,196 @@
-"""Several processes through torchrun: one reports and saves, all together do what one alone would do."""
+"""What the machine gives, and several processes by torchrun: together they do what one alone would do."""
 
-import os
+import itertools
+import json
 import re
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
-from test_train import assert_identical, state_of
+import torch
+import torch.nn as nn
+from conftest import ROOT, SMALL_RUN, assert_identical, flags_of, state_of
 
+import dataset
 import train
+from dataset import UserError
 from model import load_checkpoint
+from training import processes
+from training.processes import choose_device, choose_precision, gather, set_threads
 
-FLAGS = """--val-size 500 --batch-size 64 --stem-dims 4 8 --stem-blocks 0 1 1 --embed-dim 32 --depth 1 --num-heads 2
-    --drop-path 0 --shift 0 --device cpu --precision float32 --quiet""".split()
-# The last batch of an epoch has 3 images, 2 for one process and 1 for the other; or 1, less than there are processes.
-UNEVEN = ["--train-size", "1923", "--epochs", "6"]
-LEFT_OUT = ["--train-size", "6401", "--epochs", "3"]
+# ---- Threads, device and precision -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def start(data_dir: Path, tmp_path: Path):
-    """Starts two processes that train into a folder of that name; returns torchrun's own process."""
-    started = []
+def two_threads(monkeypatch):
+    """A machine with two cores, on which two threads are so many times as fast as one."""
 
-    def start(name: str, *flags: str) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        command += [str(ROOT / "train.py"), "--data-dir", str(data_dir), "--output-dir", str(tmp_path / name), *flags]
-        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        started.append(subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options))
-        return started[-1]
+    def make(ratio):
+        # A clock that only the measured work moves: one thread makes a product in a hundredth of a second.
+        now = itertools.accumulate(0.01 / (1 if torch.get_num_threads() == 1 else ratio) for _ in itertools.count())
+        monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: next(now)))
 
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.terminate()  # which ends its children, too
-            process.communicate(timeout=60)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(2)
+    yield make
+    torch.set_num_threads(1)
 
 
-def test_two_processes_train_like_one_and_one_of_them_reports(start, run_config, tmp_path):
-    process = start("two", *FLAGS, *UNEVEN)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert "2 processes" in output
-    assert len(re.findall(r"^epoch \d/6 ", output, re.MULTILINE)) == 6
-    assert output.count("test accuracy") == 1
-    files = {path.name for path in (tmp_path / "two").iterdir()}
-    assert files == {"best.pt", "last.pt", "history.csv", "curves.png", "confusion_matrix.png"}
-
-    given = vars(train.parse_flags([*FLAGS, *UNEVEN])[1])
-    alone = load_checkpoint(train.train(run_config(**given)))[1]["history"]
-    together = load_checkpoint(tmp_path / "two" / "last.pt")[1]["history"]
-    # The same images with the same augmentation in the same steps. What differs is that batch norm sees half a batch.
-    for one, two in zip(alone, together, strict=True):
-        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=0.1)
-    assert together[-1]["val_accuracy"] == pytest.approx(alone[-1]["val_accuracy"], abs=0.1)
-    assert together[-1]["val_accuracy"] > 0.5
+@pytest.mark.parametrize("ratio, threads", [(1.0, 1), (1.2, 1), (1.4, 2), (1.9, 2)])
+def test_one_thread_is_taken_where_two_are_hardly_faster(two_threads, capsys, ratio, threads):
+    two_threads(ratio)
+    assert set_threads() == torch.get_num_threads() == threads
+    assert ("other work keeps the CPU busy" in capsys.readouterr().out) == (threads == 1)
 
 
-def test_two_interrupted_processes_end_bit_for_bit_like_uninterrupted_ones(start, tmp_path):
-    whole = start("whole", *FLAGS, *LEFT_OUT)
-    errors = whole.communicate(timeout=300)[1]
-    assert whole.returncode == 0, errors
-    parts = start("parts", *FLAGS, *LEFT_OUT)
-    while not (tmp_path / "parts" / "history.csv").exists():
-        assert parts.poll() is None, parts.communicate()
-        time.sleep(0.05)
-    time.sleep(0.3)  # an epoch has 100 steps: now the second one is under way
-    parts.send_signal(signal.SIGTERM)
-    output = parts.communicate(timeout=300)[0]
-    assert f"torchrun --nproc-per-node=2 train.py --resume --output-dir {tmp_path / 'parts'}" in output
-    position = load_checkpoint(tmp_path / "parts" / "last.pt")[1]["training"]
-    assert position["epoch"] >= 1 and position["step"] > 0
-    resumed = start("parts", "--resume")
-    output, errors = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, errors
-    assert f"resuming at epoch {position['epoch'] + 1}, step {position['step']} of 100" in output
-    assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_a_number_of_threads_that_is_asked_for_is_not_measured(two_threads, monkeypatch, asked):
+    monkeypatch.setattr(processes, "time", None)
+    assert set_threads(asked) == torch.get_num_threads() == asked
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(start, tmp_path):
-    process = start("refused", *FLAGS, *UNEVEN, "--batch-size", "1")
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode != 0
-    assert "train.py: error: --batch-size 1: give at least 1 image for each of 2 processes" in errors
-    assert not (tmp_path / "refused").exists()
+def test_a_users_own_number_of_threads_is_left_alone(two_threads, monkeypatch):
+    monkeypatch.setattr(processes, "time", None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert set_threads() == torch.get_num_threads() == 2
 
 
-def test_a_run_is_resumed_by_as_many_processes_as_it_had(start, run_config, tmp_path):
+@pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_auto_takes_an_accelerator_where_there_is_one(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device("auto").type == expected and choose_device("cpu").type == "cpu"
+    for name in ("cuda", "mps")[: 2 if expected == "cpu" else 0]:
+        with pytest.raises(UserError, match=f"--device {name}: PyTorch sees no such device"):
+            choose_device(name)
+
+
+@pytest.mark.parametrize(
+    "instructions, expected",
+    [({"avx2": True}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")],
+)
+def test_automatic_precision_never_takes_bfloat16_where_the_cpu_emulates_it(monkeypatch, instructions, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == expected
+    assert choose_precision("float32", cpu) == "float32" and choose_precision("bfloat16", cpu) == "bfloat16"
+
+
+@pytest.mark.parametrize("capability, expected", [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_automatic_precision_takes_bfloat16_on_gpus_that_compute_in_it(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_precision("auto", torch.device("cuda")) == expected
+    assert choose_precision("auto", torch.device("mps")) == "float32"
+
+
+# ---- Several processes -----------------------------------------------------------------------------------------------
+
+
+def test_rows_of_all_processes_are_put_together_in_the_order_of_the_batch(monkeypatch):
+    rows = torch.arange(12).view(6, 2)
+    assert torch.equal(gather(rows), rows)  # alone
+    parts = [rows[rank::3] for rank in range(3)]
+
+    def all_gather(received, own):
+        for target, part in zip(received, parts, strict=True):
+            target.copy_(part)
+
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes.dist, "all_gather", all_gather)
+    assert torch.equal(gather(parts[1]), rows)
+
+
+@pytest.fixture
+def together(small_data, tmp_path):
+    """Runs train.py in two processes on the small data set, with some lines of Python before it starts."""
+
+    def run(*flags, first=""):
+        script = tmp_path / "train_small.py"
+        lines = [f"import json, sys; sys.path.insert(0, {str(ROOT)!r})", "import dataset, train"]
+        lines += [f"dataset.FILES = json.loads({json.dumps(dataset.FILES)!r})", first, "train.main()"]
+        script.write_text("\n".join(lines))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *flags]
+        environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+        options = dict(env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        return subprocess.run([str(word) for word in command], **options)
+
+    return run
+
+
+@pytest.fixture
+def flags(small_data):
+    return [*flags_of(SMALL_RUN), "--data-dir", str(small_data)]
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_and_one_of_them_reports(together, run_config, flags, tmp_path, monkeypatch):
+    # Batch norm sees half a batch in each process. Without its statistics, the two do exactly what one does.
+    plain = "train.nn.BatchNorm2d.forward = lambda n, x: x * n.weight[:, None, None] + n.bias[:, None, None]"
+    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda n, x: x * n.weight[:, None, None] + n.bias[:, None, None])
+    result = together(*flags, "--drop-path", 0, "--output-dir", "two", first=plain)
+    assert result.returncode == 0, result.stderr
+    assert "160 training images, 2 processes" in result.stdout
+    assert len(re.findall(r"^epoch \d/2 ", result.stdout, re.MULTILINE)) == 2
+    assert result.stdout.count("test accuracy") == 1
+    made = {"best.pt", "last.pt", "history.csv", "best_curves.png", "best_confusion_matrix.png"}
+    assert {path.name for path in (tmp_path / "two").glob("[!.]*")} == made
+    alone = load_checkpoint(train.train(run_config(drop_path=0.0)))[1]
+    two = load_checkpoint(tmp_path / "two" / "best.pt")[1]
+    assert len(alone["history"]) == len(two["history"]) == 2
+    for a, b in zip(alone["history"], two["history"], strict=True):
+        for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr"):
+            assert b[name] == pytest.approx(a[name], rel=1e-3), name
+    head = alone["model"]["head.weight"]
+    torch.testing.assert_close(two["model"]["head.weight"], head, rtol=1e-2, atol=1e-3)
+
+
+STOP = """
+import os, time
+take_step, calls = train.take_step, []
+def stopping(*arguments):
+    take_step(*arguments)
+    calls.append(1)
+    if len(calls) == {step}:
+        if os.environ["RANK"] == "0":
+            os.kill(os.getppid(), {number})
+        time.sleep(60)
+train.take_step = stopping
+"""
+
+
+@pytest.mark.slow
+def test_two_stopped_processes_end_bit_for_bit_like_uninterrupted_ones(together, flags, tmp_path):
+    whole = together(*flags, "--output-dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+    # The first process asks torchrun to stop all within the second epoch: as a queue does, and as Ctrl-C does.
+    for start, step, number in ((flags, 13, signal.SIGTERM), (["--resume"], 3, signal.SIGINT)):
+        parts = together(*start, "--output-dir", "parts", first=STOP.format(step=step, number=int(number)))
+        assert parts.returncode != 0
+        assert "go on from the last whole epoch with: torchrun --nproc-per-node=2 train.py --resume" in parts.stdout
+        assert len(load_checkpoint(tmp_path / "parts" / "last.pt")[1]["history"]) == 1
+    resumed = together("--resume", "--output-dir", "parts")
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("last.pt", "best.pt"):
+        assert_identical(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_share_the_work_are_refused_in_one_line(together, run_config, flags, tmp_path):
+    result = together(*flags, "--batch-size", 15)
+    assert result.returncode != 0
+    assert "train.py: error: --batch-size 15: give at most 160, a multiple of 2 processes" in result.stderr
     train.train(run_config(epochs=1))
-    process = start("run", "--resume")
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode != 0
-    assert "train.py: error: the run to resume has 1 processes, not 2" in errors
+    result = together("--resume", "--output-dir", tmp_path / "run")
+    assert result.returncode != 0
+    assert "train.py: error: the run to resume had 1 processes, not 2: start as many again" in result.stderr
+
+
+def test_a_run_of_two_processes_is_not_resumed_by_one(run_config, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "count", lambda: 2)
+        patch.setattr(processes, "gather", lambda rows: rows)
+        train.train(run_config(epochs=1))
+    with pytest.raises(UserError, match="the run to resume had 2 processes, not 1: start as many again"):
+        train.train(run_config(epochs=1), resume=True)

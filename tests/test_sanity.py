@@ -8,11 +8,12 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, SMALL_MODEL
+from conftest import SMALL_MODEL
 
 import dataset
 from gradcam import METHODS, GradCAM
 from model import HybridClassifier, load_checkpoint
+from train import SHIPPED_CHECKPOINT
 
 try:
     from sanity import randomized_from_the_top, rank_correlation
@@ -22,27 +23,28 @@ except SystemExit as missing:  # OpenCV without libGL.so.1: the message says wha
 
 @pytest.fixture(scope="module")
 def shipped():
-    return load_checkpoint(ROOT / "checkpoints" / "shipped" / "model.pt")[0]
+    return load_checkpoint(SHIPPED_CHECKPOINT)[0]
 
 
 # Not Grad-CAM++: with another head its maps stay as they were (0.96). benchmarks/README.md says so.
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"gradcam++"}))
 def test_maps_change_when_weights_are_randomised_from_the_top_down(shipped, test_split, method):
-    images = test_split[0][:40]
+    images = test_split[0][:20]
     x, layers = dataset.normalize(images), shipped.stage_ends()[:2]
     cam = GradCAM(shipped, layers, method)
     maps = cam(x)
     classes = cam.logits.argmax(dim=1)
     similarity = {}
     for part, changed in randomized_from_the_top(shipped):
-        similarity[part] = rank_correlation(maps, GradCAM(changed, layers, method)(x, classes), images)
+        if part in ("head", "blocks.0", "stem.first"):
+            similarity[part] = rank_correlation(maps, GradCAM(changed, layers, method)(x, classes), images)
     assert similarity["head"] < 0.8  # the last layer alone
     assert similarity["blocks.0"] < 0.6
     assert abs(similarity["stem.first"]) < 0.25  # everything
 
 
 def test_maps_of_one_image_differ_between_classes(shipped, test_split):
-    images = test_split[0][:40]
+    images = test_split[0][:20]
     x = dataset.normalize(images)
     with GradCAM(shipped, shipped.stage_ends()[:2], "layercam") as cam:
         maps = cam(x)
@@ -59,7 +61,7 @@ def memorize(images: torch.Tensor, labels: torch.Tensor) -> HybridClassifier:
     model = HybridClassifier(dataclasses.replace(SMALL_MODEL, embed_dim=32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     x = dataset.normalize(images)
-    for _ in range(100):
+    for _ in range(50):
         loss = F.cross_entropy(model.train()(x), labels)
         optimizer.zero_grad()
         loss.backward()
@@ -69,13 +71,14 @@ def memorize(images: torch.Tensor, labels: torch.Tensor) -> HybridClassifier:
     return model
 
 
-@pytest.mark.parametrize("method", ["gradcam", "layercam"])
-def test_maps_change_when_labels_are_randomised(test_split, method):
-    images, labels = (part[:100] for part in test_split)
+def test_maps_change_when_labels_are_randomised(test_split):
+    images, labels = (part[:40] for part in test_split)
     shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-    maps = {}
-    for name, targets in (("true", labels), ("random", shuffled)):
-        model = memorize(images, targets)
-        maps[name] = GradCAM(model, model.stage_ends()[:2], method)(dataset.normalize(images), targets)
     # The same images, first weights, and steps: only the labels differ.
-    assert rank_correlation(maps["true"], maps["random"], images) < 0.5
+    models = [(memorize(images, targets), targets) for targets in (labels, shuffled)]
+    for method in ("gradcam", "layercam"):
+        true, other = (
+            GradCAM(model, model.stage_ends()[:2], method)(dataset.normalize(images), targets)
+            for model, targets in models
+        )
+        assert rank_correlation(true, other, images) < 0.5, method

@@ -1,354 +1,653 @@
 import csv
 import math
 import os
+import re
 import signal
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn as nn
+from conftest import ROOT, SMALL_RUN, assert_identical, flags_of, state_of
+from torchmetrics.functional.classification import multiclass_accuracy
 
 import dataset
 import train
+from dataset import UserError
 from model import load_checkpoint
-from train import DEFAULTS, TrainingError
+from training import report, runs
+from training.settings import choose_settings
 
-TEACHER = str(ROOT / "checkpoints" / "shipped" / "model.pt")
-
-
-def state_of(run: Path) -> dict:
-    """Everything that decides how a run goes on, without the times."""
-    checkpoint = load_checkpoint(run / "last.pt")[1]
-    history = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint["history"]]
-    training = {k: v for k, v in checkpoint["training"].items() if k != "seconds"}
-    return dict(model=checkpoint["model"], history=history, training=training)
+# ---- The loss --------------------------------------------------------------------------------------------------------
 
 
-def assert_identical(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_identical(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_identical(x, y)
-    else:
-        assert a == b
+class Fixed(nn.Module):
+    """A model whose answer is given."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x):
+        return self.logits[: len(x)]
+
+
+ROWS = np.random.default_rng(0).normal(size=(4, 3, 10)) * 2  # four models' logits of three images
+MODEL, *TEACHERS = (Fixed(*rows.tolist()) for rows in ROWS)
+X, LABELS = torch.zeros(3, 1, 28, 28), torch.tensor([4, 0, 9])
+
+
+def log_softmax(rows):
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+
+def loss_settings(**changes):
+    plain = dict(precision="float32", label_smoothing=0.0, teacher_weight=0.9, temperature=1.0)
+    return SimpleNamespace(**plain | changes)
+
+
+def cross_entropy(smoothing):
+    """Of the first model, by the formula: the right class has 1 - smoothing of the target, and every class a tenth."""
+    target = (1 - smoothing) * np.eye(10)[LABELS.numpy()] + smoothing / 10
+    return -(target * log_softmax(ROWS[0])).sum(axis=1).mean()
+
+
+def divergence(teachers, temperature):
+    """Kullback and Leibler's, of the teachers' mean softened answer from the first model's."""
+    p = np.mean([np.exp(log_softmax(rows / temperature)) for rows in teachers], axis=0)
+    return (p * (np.log(p) - log_softmax(ROWS[0] / temperature))).sum(axis=1).mean()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
+def test_cross_entropy_against_smoothed_labels(smoothing):
+    loss, logits = train.training_loss(MODEL, [], X, LABELS, loss_settings(label_smoothing=smoothing))
+    assert loss.item() == pytest.approx(cross_entropy(smoothing), rel=1e-5)
+    assert torch.equal(logits, MODEL.logits)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("weight", [0.9, 0.25, 0.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_labels_keep_their_part_beside_the_mean_of_the_teachers(count, weight, temperature):
+    settings = loss_settings(label_smoothing=0.1, teacher_weight=weight, temperature=temperature)
+    loss, _ = train.training_loss(MODEL, TEACHERS[:count], X, LABELS, settings)
+    distance = divergence(ROWS[1 : 1 + count], temperature) * temperature**2
+    assert loss.item() == pytest.approx((1 - weight) * cross_entropy(0.1) + weight * distance, rel=1e-5)
+    loss.backward()
+    assert all(teacher.logits.grad is None for teacher in TEACHERS)
+    MODEL.zero_grad()
+
+
+class Matrix(nn.Module):
+    """One matrix product, whose precision shows in its answer."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(784, 10, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_model_and_teachers_compute_in_the_precision_asked_for(precision):
+    x, dtype = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(2)), getattr(torch, precision)
+    model, teacher = Matrix(0), Matrix(1)
+    expected = [(x.flatten(1).to(dtype) @ m.weight.detach().to(dtype)).double().numpy() for m in (model, teacher)]
+    settings = loss_settings(precision=precision, teacher_weight=1.0, temperature=8.0)
+    loss, logits = train.training_loss(model, [teacher], x, LABELS, settings)
+    assert logits.dtype == loss.dtype == model.weight.dtype == torch.float32
+    np.testing.assert_allclose(logits.detach().numpy(), expected[0], rtol=1e-5, atol=1e-5)
+    p, log_q = np.exp(log_softmax(expected[1] / 8)), log_softmax(expected[0] / 8)
+    assert loss.item() == pytest.approx((p * (np.log(p) - log_q)).sum(axis=1).mean() * 64, rel=1e-3)
+
+
+def test_predict_answers_in_evaluation_mode_and_leaves_the_mode(small_model, test_split):
+    expected = small_model(dataset.normalize(test_split[0][:7]))
+    small_model.train()
+    logits = train.predict(small_model, test_split[0][:7], batch_size=3)
+    assert small_model.training and not logits.requires_grad
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def stop_at_step(monkeypatch):
-    """Sends this process a signal after so many optimiser steps, as a person's Ctrl-C would arrive."""
+def watch(monkeypatch):
+    """Keeps the arguments and the result of every call of a function."""
 
-    def arm(step: int, number: int) -> None:
-        update_ema, calls = train.update_ema, []
+    def watch(module, name):
+        function, calls = getattr(module, name), []
+
+        def watched(*arguments):
+            result = function(*arguments)
+            calls.append((arguments, result))
+            return result
+
+        monkeypatch.setattr(module, name, watched)
+        return calls
+
+    return watch
+
+
+def splits_of(config):
+    """Images and labels of the training and the validation split of a run."""
+    images, labels = dataset.load(config.data_dir, train=True)
+    train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
+    return images[train_index], labels[train_index], images[val_index], labels[val_index]
+
+
+def history_of(folder):
+    with (folder / "history.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("train_size", [0, 200])
+def test_an_epoch_has_each_training_image_once_with_its_label_in_an_order_of_its_own(run_config, watch, train_size):
+    config = run_config(flip=False, shift=0, erase=0.0, train_size=train_size, batch_size=50)
+    calls = watch(train, "training_loss")
+    train.train(config)
+    images, labels, val_images, _ = splits_of(config)
+    number = {image.tobytes(): i for i, image in enumerate(dataset.normalize(torch.cat([images, val_images])).numpy())}
+    steps = (train_size or 400) // 50
+    epochs = []
+    for epoch in range(2):
+        batches = [arguments[2:4] for arguments, _ in calls[epoch * steps : (epoch + 1) * steps]]
+        order = [number[image.tobytes()] for x, _ in batches for image in x.numpy()]
+        assert len(set(order)) == len(order) == steps * 50 and max(order) < 400  # none of the validation images
+        assert torch.equal(torch.cat([y for _, y in batches]), labels[order])
+        epochs.append(order)
+    assert len(calls) == 2 * steps and epochs[0] != epochs[1]
+    if train_size:
+        assert set(epochs[0]) == set(epochs[1])  # the same part of the images in every epoch
+        assert labels[epochs[0]].bincount().tolist() == pytest.approx((labels.bincount() / 2).tolist(), abs=1)
+
+
+def test_images_left_over_wait_for_the_order_of_the_next_epoch(run_config, watch):
+    calls = watch(train, "training_loss")
+    train.train(run_config(train_size=25, batch_size=16))
+    assert [len(arguments[3]) for arguments, _ in calls] == [16, 16]
+
+
+def test_images_are_augmented_as_the_settings_say(run_config, watch):
+    calls = watch(dataset, "augment")
+    train.train(run_config(flip=False, shift=3, erase=0.75))
+    assert len(calls) == 20 and {arguments[2:] for arguments, _ in calls} == {(False, 3, 0.75)}
+    variants = [result.numpy().tobytes() for _, result in calls]
+    assert len(set(variants)) == 20
+
+
+def test_every_step_has_the_learning_rate_of_the_schedule(run_config, watch):
+    calls = watch(train, "take_step")
+    train.train(run_config(lr=0.5, warmup_epochs=1.0))
+    # A whole epoch of warm-up would be half the run: it gets a quarter of the 20 steps.
+    cosine = [0.25 * (1 + math.cos(math.pi * step / 15)) for step in range(15)]
+    assert [arguments[3] for arguments, _ in calls] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, *cosine])
+    assert [arguments[4] for arguments, _ in calls] == list(range(20))
+
+
+def test_a_shorter_warm_up_has_its_own_length(run_config, watch):
+    calls = watch(train, "take_step")
+    train.train(run_config(lr=0.5, warmup_epochs=0.2))
+    assert [arguments[3] for arguments, _ in calls][:3] == pytest.approx([0.25, 0.5, 0.5])
+
+
+def test_bfloat16_trains_too(run_config):
+    checkpoint = load_checkpoint(train.train(run_config(precision="bfloat16", train_size=48)))[1]
+    assert "bfloat16" in checkpoint["environment"]
+    assert all(tensor.dtype != torch.bfloat16 for tensor in checkpoint["model"].values())
+    assert math.isfinite(checkpoint["history"][-1]["train_loss"])
+
+
+def test_losses_of_the_history_are_plain_cross_entropy_of_all_three_splits(run_config, watch, tmp_path):
+    teacher = train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
+    calls = watch(train, "training_loss")
+    config = run_config(teacher=(str(teacher),), label_smoothing=0.3, epochs=1, report_test=True)
+    model = load_checkpoint(train.train(config))[0]
+    (row,) = history_of(tmp_path / "run")
+    *_, val_images, val_labels = splits_of(config)
+    test_images, test_labels = dataset.load(config.data_dir, train=False)
+    answers = torch.cat([result[1] for _, result in calls]), torch.cat([arguments[3] for arguments, _ in calls])
+    expected = dict(train=answers, val=(train.predict(model, val_images), val_labels))
+    expected["test"] = train.predict(model, test_images), test_labels
+    for split, (logits, labels) in expected.items():
+        loss = -log_softmax(logits.detach().double().numpy())[np.arange(len(labels)), labels.numpy()].mean()
+        assert row[f"{split}_loss"] == pytest.approx(loss, rel=1e-4)
+        accuracy = multiclass_accuracy(logits, labels, num_classes=10, average="micro")
+        assert row[f"{split}_accuracy"] == pytest.approx(accuracy.item())
+    assert len(answers[1]) == 160 and list(row)[-1] == "seconds"
+
+
+def test_the_kept_weights_are_the_averaged_ones(run_config, watch):
+    calls = watch(train, "take_step")
+    kept = load_checkpoint(train.train(run_config(epochs=1)))[1]["model"]
+    model, ema = calls[-1][0][:2]
+    assert_identical(kept, dict(ema.state_dict()))
+    assert not torch.equal(kept["head.weight"], model.head.weight)
+
+
+def test_without_averaging_the_kept_weights_are_the_models_own(run_config, watch):
+    calls = watch(train, "take_step")
+    kept = load_checkpoint(train.train(run_config(epochs=1, ema_decay=0.0)))[1]["model"]
+    assert_identical(kept, dict(calls[-1][0][0].state_dict()))
+
+
+def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch, tmp_path):
+    summary, accuracies, weights = report.summary, iter([0.5, 0.7, 0.7, 0.6]), []
+
+    def told(split, *arguments):
+        return summary(split, *arguments) | (dict(val_accuracy=next(accuracies)) if split == "val" else {})
+
+    def save_run(folder, config, history, state):
+        weights.append({name: tensor.clone() for name, tensor in state[1].state_dict().items()})
+        original(folder, config, history, state)
+
+    original = runs.save_run
+    monkeypatch.setattr(report, "summary", told)
+    monkeypatch.setattr(runs, "save_run", save_run)
+    best = load_checkpoint(train.train(run_config(epochs=4)))[1]
+    assert best["epoch"] == 2
+    assert_identical(best["model"], weights[1])
+    assert [row["val_accuracy"] for row in best["history"]] == [0.5, 0.7, 0.7, 0.6]  # the whole run's
+    last = load_checkpoint(tmp_path / "run" / "last.pt")[1]
+    assert last["epoch"] == 4
+    assert_identical(last["model"], weights[3])
+
+
+def test_without_a_validation_split_the_latest_weights_are_kept_and_nothing_is_not_a_number(
+    run_config, tmp_path, capsys
+):
+    best = load_checkpoint(train.train(run_config(val_size=0, quiet=False)))[1]
+    last = load_checkpoint(tmp_path / "run" / "last.pt")[1]
+    assert best["epoch"] == 2
+    assert_identical(best["model"], last["model"])
+    text = capsys.readouterr().out + (tmp_path / "run" / "history.csv").read_text()
+    assert "nan" not in text.lower() and "val_loss" not in text and "train split, as augmented" in text
+
+
+def test_the_screen_and_the_table_show_the_same_seconds(run_config, monkeypatch, capsys, tmp_path):
+    times = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    train.train(run_config())
+    out = capsys.readouterr().out
+    assert [row["seconds"] for row in history_of(tmp_path / "run")] == [100, 200]
+    assert "2 images/s  elapsed 0:01:40  remaining 0:01:40" in out and "elapsed 0:03:20  remaining 0:00:00" in out
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(val_size=9), "--val-size 9: give 0, or 10 to 490"),
+        (dict(val_size=491), "--val-size 491: give 0, or 10 to 490"),
+        (dict(train_size=9), "--train-size 9: give 0, or 10 to 390"),
+        (dict(train_size=391), "--train-size 391: give 0, or 10 to 390"),
+        (dict(batch_size=161), "--batch-size 161: give at most 160"),
+        (dict(num_heads=3), "multiple of num_heads"),
+        (dict(teacher=("nothing.pt",)), "cannot read nothing.pt"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(run_config, tmp_path, changes, words):
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        train.train(run_config(**changes))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+# ---- Seeds and interruptions -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_same_seed_and_threads_give_the_same_weights(run_config, tmp_path, threads):
+    for name in ("one", "two"):
+        torch.rand(3)  # whatever happens in between
+        train.train(run_config(output_dir=str(tmp_path / name), threads=threads, train_size=48, epochs=1))
+    torch.set_num_threads(1)
+    assert_identical(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
+    assert f"{threads} CPU threads" in state_of(tmp_path / "one")["environment"]
+
+
+def test_another_seed_has_another_split_and_another_start(run_config, watch):
+    parts, models = watch(train, "load_data"), watch(train, "make_optimizers")
+    for seed in (0, 1):
+        train.train(run_config(seed=seed, lr=0.0, epochs=1))
+    assert len(set(parts[0][1][2].tolist()) & set(parts[1][1][2].tolist())) < 100  # of the 160 of each
+    assert not torch.equal(models[0][0][0].head.weight, models[1][0][0].head.weight)
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """Raises an exception, or calls a function, after so many steps."""
+
+    def stop(at, what=KeyboardInterrupt):
+        take_step, calls = train.take_step, []
 
         def counting(*arguments):
-            update_ema(*arguments)
+            take_step(*arguments)
             calls.append(1)
-            if len(calls) == step:
-                os.kill(os.getpid(), number)
+            if len(calls) == at:
+                if isinstance(what, type):
+                    raise what
+                what(*arguments)
 
-        monkeypatch.setattr(train, "update_ema", counting)
+        monkeypatch.setattr(train, "take_step", counting)
 
-    return arm
+    return stop
 
 
-@pytest.mark.parametrize("step", [3, 10, 14])  # within the first epoch, at its very end, within the second
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
-    run_config, stop_at_step, tmp_path, monkeypatch, capsys, step, optimizer
-):
-    whole, parts = (run_config(output_dir=str(tmp_path / name), optimizer=optimizer) for name in ("whole", "parts"))
+@pytest.mark.parametrize("changes", [dict(optimizer="muon"), dict(optimizer="adamw", val_size=0, report_test=True)])
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(run_config, stop, tmp_path, changes):
+    options = changes | dict(epochs=3)
+    whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))
     train.train(whole)
-    stop_at_step(step, signal.SIGINT if step < 10 else signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        train.train(parts)
-    assert stopped.value.code == (130 if step < 10 else 143)
-    assert f"python train.py --resume --output-dir {parts.output_dir}" in capsys.readouterr().out
-    monkeypatch.undo()
-    torch.rand(5)  # the state of the global generator must come from the checkpoint
+    for step in (14, 4):  # in the second epoch; then, in the run that goes on, in the second again
+        stop(step)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(parts, resume=step == 4)
+        assert len(load_checkpoint(tmp_path / "parts" / "last.pt")[1]["history"]) == 1
+        torch.rand(5)
+    stop(1000)
     train.train(parts, resume=True)
-    assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
-    assert_identical(
-        load_checkpoint(tmp_path / "whole" / "best.pt")[1]["model"],
-        load_checkpoint(tmp_path / "parts" / "best.pt")[1]["model"],
-    )
+    for name in ("last.pt", "best.pt"):
+        assert_identical(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
     files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "parts")]
     assert files[0] == files[1] == ["best.pt", "history.csv", "last.pt"]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_same_seed_and_number_of_threads_give_the_same_weights(run_config, tmp_path, threads):
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for name in ("one", "two"):
-            train.train(run_config(output_dir=str(tmp_path / name), compile=False))
-            torch.rand(3)  # whatever happens in between
-    finally:
-        torch.set_num_threads(threads_before)
-    one, two = (state_of(tmp_path / name) for name in ("one", "two"))
-    assert_identical(one, two)
-    environment = load_checkpoint(tmp_path / "one" / "best.pt")[1]["environment"]
-    assert f"{threads} CPU threads" in environment  # a checkpoint says with how many
+@pytest.mark.parametrize("killed", ["best.pt", "last.pt", "history.csv"])
+def test_a_run_killed_between_two_files_of_an_epoch_repeats_it_bit_for_bit(run_config, monkeypatch, tmp_path, killed):
+    whole, parts = (run_config(output_dir=str(tmp_path / name), val_size=0) for name in ("whole", "parts"))
+    train.train(whole)
+    with monkeypatch.context() as patch:
+        for name in ("save_checkpoint", "write_history"):
+            calls, original = [], getattr(runs, name)
+
+            def save(*arguments, original=original, calls=calls, **contents):
+                path = next(argument for argument in arguments if hasattr(argument, "name"))
+                calls.append(path)
+                if path.name == killed and calls.count(path) == 2:
+                    raise KeyboardInterrupt
+                original(*arguments, **contents)
+
+            patch.setattr(runs, name, save)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(parts)
+    train.train(parts, resume=True)
+    for name in ("last.pt", "best.pt"):
+        assert_identical(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Makes the batch of one call to `normalize` not a number."""
+def poison_the_loss(monkeypatch, at):
+    training_loss, calls = train.training_loss, []
 
-    def arm(call: int) -> None:
-        normalize, calls = dataset.normalize, []
+    def poisoned(*arguments):
+        calls.append(1)
+        loss, logits = training_loss(*arguments)
+        return (loss, logits * math.nan) if len(calls) == at else (loss, logits)
 
-        def poisoned(images):
-            calls.append(1)
-            return normalize(images) * (math.nan if len(calls) == call else 1)
-
-        monkeypatch.setattr(dataset, "normalize", poisoned)
-
-    return arm
+    monkeypatch.setattr(train, "training_loss", poisoned)
 
 
-def test_a_loss_that_is_not_finite_leaves_an_earlier_run_alone(run_config, tmp_path, poison):
+@pytest.mark.parametrize("kind", ["loss", "weight"])
+def test_what_is_no_longer_finite_is_never_saved(run_config, monkeypatch, stop, tmp_path, kind):
+    def break_a_weight(model, ema, *_):
+        ema.head.weight.data[0, 0] = math.inf  # the epoch's losses were all finite
+
+    if kind == "loss":
+        poison_the_loss(monkeypatch, at=13)
+    else:
+        stop(20, break_a_weight)
+    with pytest.raises(UserError, match=r"epoch 2, which is not saved: try a smaller --lr than 0\.008"):
+        train.train(run_config(val_size=0))
+    for name in ("best.pt", "last.pt"):
+        checkpoint = load_checkpoint(tmp_path / "run" / name)[1]
+        assert checkpoint["epoch"] == len(checkpoint["history"]) == 1
+        assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+def test_a_run_that_fails_in_its_first_epoch_leaves_an_earlier_one_alone(run_config, monkeypatch, tmp_path):
     train.train(run_config(epochs=1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    poison(call=5)
-    with pytest.raises(TrainingError, match="no longer finite in epoch 1"):
+    poison_the_loss(monkeypatch, at=5)
+    with pytest.raises(UserError, match="no longer finite in epoch 1"):
         train.train(run_config(epochs=1))
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoints(run_config, tmp_path, poison):
-    poison(call=10 + 1 + 3)  # ten steps and one validation batch, then the third step of the second epoch
-    with pytest.raises(TrainingError, match="no longer finite in epoch 2"):
-        train.train(run_config())
-    for name in ("best.pt", "last.pt"):
-        assert len(load_checkpoint(tmp_path / "run" / name)[1]["history"]) == 1
-
-
-@pytest.mark.parametrize("step", [4, 10])
-def test_weights_that_are_not_finite_are_never_saved(run_config, stop_at_step, tmp_path, monkeypatch, step):
-    # The loss of a step is looked at before its update: an update that breaks the weights shows only in these.
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def broken(parameters, limit):
-        calls.append(1)
-        parameters = list(parameters)
-        if len(calls) == step:
-            parameters[0].grad.fill_(math.inf)
-        return clip(parameters, limit)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
-    if step == 4:  # the interrupted run is saved within the epoch
-        stop_at_step(step, signal.SIGINT)
-    with pytest.raises(TrainingError, match="no longer finite"):
-        train.train(run_config(val_size=0))
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_a_new_run_puts_earlier_ones_aside(run_config, tmp_path):
-    kept = []
+def test_earlier_runs_are_put_aside_and_nothing_is_overwritten(run_config, tmp_path):
+    kept, run = [], tmp_path / "run"
     for seed in range(3):
         kept.append(train.train(run_config(epochs=1, seed=seed)).read_bytes())
-    names = ["previous-1-best.pt", "previous-2-best.pt", "best.pt"]
-    assert [(tmp_path / "run" / name).read_bytes() for name in names] == kept
+        (run / "best_curves.png").write_text(f"curves of {seed}")
+        (run / "notes.txt").write_text("a person's own")
+    for i, prefix in enumerate(("previous-1-", "previous-2-", "")):
+        assert (run / f"{prefix}best.pt").read_bytes() == kept[i]
+        assert (run / f"{prefix}best_curves.png").read_text() == f"curves of {i}"
+        assert (run / f"{prefix}last.pt").exists() and (run / f"{prefix}history.csv").exists()
+    assert (run / "notes.txt").read_text() == "a person's own" and len(list(run.iterdir())) == 3 * 4 + 1
 
 
-def test_evaluating_an_earlier_run_leaves_the_files_of_the_later_one_alone(run_config, data_dir, tmp_path):
-    run = tmp_path / "run"
-    for epochs in (1, 2):
-        best = train.train(run_config(epochs=epochs, seed=epochs))
-        train.evaluate(best, str(data_dir), torch.device("cpu"))
-    kinds = ("best.pt", "confusion_matrix.png", "curves.png", "history.csv")
-    assert {path.name for path in run.glob("previous-*")} == {f"previous-1-{name}" for name in (*kinds, "last.pt")}
-    before = {path.name: path.read_bytes() for path in run.iterdir() if not path.name.startswith("previous-")}
-    (run / "previous-1-history.csv").unlink()
-    train.evaluate(run / "previous-1-best.pt", str(data_dir), torch.device("cpu"))
-    assert all((run / name).read_bytes() == content for name, content in before.items())
-    assert len((run / "previous-1-history.csv").read_text().splitlines()) == 2
+def test_a_folder_takes_one_run_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with runs.reserve_folder(folder):
+        (folder / ".best.pt.123.part").touch()
+        with pytest.raises(UserError, match=r"another run is writing to .*: give this one another --output-dir"):
+            with runs.reserve_folder(folder):
+                pass
+        assert (folder / ".best.pt.123.part").exists()
+    with runs.reserve_folder(folder):
+        assert not list(folder.glob("*.part"))  # of a run that was killed while it saved
+    (tmp_path / "a file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*; choose another --output-dir"):
+        with runs.reserve_folder(tmp_path / "a file" / "run"):
+            pass
 
 
-def test_evaluating_the_best_epoch_leaves_the_history_of_later_ones(run_config, data_dir, tmp_path):
-    run = tmp_path / "run"
-    train.train(run_config(epochs=1))
-    (run / "history.csv").write_text("longer\n")
-    train.evaluate(run / "best.pt", str(data_dir), torch.device("cpu"))
-    assert (run / "history.csv").read_text() == "longer\n"
+# ---- Teachers --------------------------------------------------------------------------------------------------------
 
 
-def test_without_a_validation_split_the_last_weights_are_kept(run_config, tmp_path):
-    path = train.train(run_config(val_size=0))
-    best, last = load_checkpoint(path)[1], load_checkpoint(tmp_path / "run" / "last.pt")[1]
-    assert best["epoch"] == 2
-    assert_identical(best["model"], last["model"])
-
-
-def test_the_best_epoch_is_the_one_kept(run_config):
-    checkpoint = load_checkpoint(train.train(run_config(epochs=4)))[1]
-    accuracies = [row["val_accuracy"] for row in checkpoint["history"]]
-    assert len(accuracies) == 4
-    assert checkpoint["epoch"] - 1 == accuracies.index(max(accuracies))
-    assert checkpoint["val_accuracy"] == max(accuracies)
-
-
-def test_the_kept_weights_are_the_average_and_give_the_reported_accuracy(run_config, data_dir):
-    config = run_config()
-    model, checkpoint = load_checkpoint(train.train(config))
-    images, labels = dataset.load(data_dir, train=True)
-    val = dataset.split_indices(labels, config.val_size, config.seed)[1]
-    accuracy = (train.predict(model, images[val]).argmax(dim=1) == labels[val]).double().mean().item()
-    assert accuracy == pytest.approx(checkpoint["val_accuracy"])
-
-
-def test_warm_up_then_cosine_down_to_nothing():
-    lrs = [train.learning_rate(step, total_steps=100, warmup_steps=10, peak=0.5) for step in range(100)]
-    assert lrs[9] == max(lrs) == 0.5
-    assert lrs[:10] == sorted(lrs[:10]) and lrs[10:] == sorted(lrs[10:], reverse=True)
-    assert 0 < lrs[-1] < 0.001 and lrs[55] == pytest.approx(0.25)
-
-
-@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (30, 36)])
-def test_muon_makes_updates_nearly_orthogonal(shape):
-    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    updates = train.orthogonalize(matrices)
-    u, singular_values, v = torch.linalg.svd(updates, full_matrices=False)
-    assert singular_values.min() > 0.3 and singular_values.max() < 1.3
-    # Only the singular values change, each matrix's own: its singular vectors stay what they were.
-    torch.testing.assert_close((u.mT @ matrices @ v.mT).diagonal(dim1=1, dim2=2).sum(), matrices.svd()[1].sum())
-
-
-def test_every_parameter_is_optimised_exactly_once(small_model):
-    for kind in train.CHOICES["optimizer"]:
-        optimizers = train.make_optimizers(small_model, kind, weight_decay=0.1)
-        optimised = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        assert sorted(map(id, optimised)) == sorted(map(id, small_model.parameters()))
-
-
-def test_automatic_precision_never_takes_bfloat16_where_the_cpu_emulates_it(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    assert train.choose_precision("auto", cpu) == torch.float32
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": True})
-    assert train.choose_precision("auto", cpu) == torch.bfloat16
-    assert train.choose_precision("float32", cpu) == torch.float32
-
-
-def test_a_teacher_is_matched_where_the_answers_are_the_same(small_model, test_split):
-    x = dataset.normalize(test_split[0][:16])
-    logits = small_model(x)
-    for temperature in (1.0, 4.0):
-        targets = train.teacher_probabilities([small_model, small_model], x, temperature)
-        torch.testing.assert_close(targets.sum(dim=1), torch.ones(16))
-        assert train.distillation_loss(logits, targets, temperature).abs() < 1e-5
-        assert train.distillation_loss(logits.roll(1, dims=1) * 3, targets, temperature) > 1e-3
-
-
-def test_a_model_learns_from_teachers_alone_and_resumes(run_config, stop_at_step, tmp_path, monkeypatch):
-    options = dict(teacher=(TEACHER,), val_size=5000, teacher_weight=1.0, epochs=6)
+def test_a_model_that_learns_from_a_teacher_resumes_bit_for_bit(run_config, stop, tmp_path):
+    teacher = train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
+    options = dict(teacher=(str(teacher),), teacher_weight=1.0, temperature=2.0)
     whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))
-    learned = load_checkpoint(train.train(whole))[1]
-    assert learned["val_accuracy"] > 0.25  # no label was seen; guessing gives 0.1
-    stop_at_step(7, signal.SIGINT)
-    with pytest.raises(SystemExit):
+    train.train(whole)
+    stop(15)
+    with pytest.raises(KeyboardInterrupt):
         train.train(parts)
-    monkeypatch.undo()
+    stop(1000)
     train.train(parts, resume=True)
     assert_identical(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
 
 
-def test_a_teacher_that_saw_the_validation_images_is_refused(run_config, tmp_path):
-    for changes in (dict(val_size=500, seed=1), dict(val_size=6000)):
-        with pytest.raises(
-            TrainingError, match="which would flatter it: give --val-size 0, or --val-size 5000 --seed 0"
-        ):
-            train.train(run_config(teacher=(TEACHER,), **changes))
-    assert not (tmp_path / "run").exists()
+def test_a_model_learns_from_labels_and_another_from_it_alone(run_config, tmp_path):
+    options = dict(train_size=0, batch_size=40, epochs=6, drop_path=0.0, erase=0.0, ema_decay=0.9)
+    teacher = train.train(run_config(output_dir=str(tmp_path / "teacher"), **options))
+    config = run_config(teacher=(str(teacher),), teacher_weight=1.0, **options)
+    images, labels = splits_of(config)[2:]
+    answers = [train.predict(load_checkpoint(path)[0], images).argmax(dim=1) for path in (teacher, train.train(config))]
+    assert all((answer == labels).float().mean() > 0.3 for answer in answers)  # guessing gives 0.1
+    assert (answers[0] == answers[1]).float().mean() > 0.6
 
 
-def test_a_recipe_can_be_asked_for_without_its_teacher():
-    given = vars(train.parse_flags(["--recipe", "taught", "--teacher"])[1])
-    assert train.choose_settings(given)["teacher"] == ()
-    assert train.choose_settings({"recipe": "taught"})["teacher"]
+def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path):
+    saw_some = train.train(run_config(epochs=1, output_dir=str(tmp_path / "some")))
+    saw_all = train.train(run_config(epochs=1, val_size=0, output_dir=str(tmp_path / "all")))
+    for path, changes, advice in (
+        (saw_some, dict(seed=1), "give --val-size 0, or --val-size 100 --seed 0 as it had"),
+        (saw_some, dict(val_size=150), "give --val-size 0, or --val-size 100 --seed 0 as it had"),
+        (saw_all, {}, "give --val-size 0$"),
+    ):
+        with pytest.raises(UserError, match=f"trained on images that are to validate this run: {advice}"):
+            train.train(run_config(teacher=(str(path),), **changes))
+    for path, changes in ((saw_some, {}), (saw_all, dict(val_size=0))):
+        train.train(run_config(teacher=(str(path),), epochs=1, **changes))
 
 
-def test_every_default_is_a_flag_that_help_explains(run_script):
-    text = " ".join(run_script("train.py", "--help").stdout.split())
-    for name, (_, explanation) in DEFAULTS.items():
-        assert f"--{name.replace('_', '-')}" in text
-        assert explanation in text
+def test_the_distilled_recipe_finds_its_teacher_from_any_folder(data_dir, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    given = SMALL_RUN | dict(recipe="distilled", train_size=20, val_size=0, batch_size=10, epochs=1)
+    config = choose_settings(train.SETTINGS, train.RECIPES, given | dict(data_dir=str(data_dir)))
+    teacher = load_checkpoint(train.train(config))[1]["train_config"]["teacher"]
+    assert teacher == (str(ROOT / "checkpoints" / "shipped" / "model.pt"),)
+    # It may validate a run of its own, too: it was chosen on images that it had not seen.
+    assert load_checkpoint(teacher[0])[1]["train_config"]["val_size"] == 5000
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flags(small_data):
+    return [*flags_of(SMALL_RUN), "--data-dir", str(small_data)]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_says_how_to_go_on(main, flags, stop, capsys, tmp_path, number, status):
+    whole, parts = tmp_path / "whole", tmp_path / "the parts"
+    assert main(*flags, "--output-dir", whole) == 0
+    stop(12, lambda *_: os.kill(os.getpid(), number))
+    assert main(*flags, "--output-dir", parts) == status
+    command = f"python train.py --resume --output-dir '{parts}'"
+    assert command in capsys.readouterr().out.splitlines()[-1]
+    stop(1000)
+    assert main("--resume", "--output-dir", parts, "--device", "auto") == 0
+    assert_identical(state_of(whole), state_of(parts))
+    assert "test accuracy" in capsys.readouterr().out
+
+
+def test_a_run_stopped_in_its_first_epoch_has_saved_nothing_and_says_so(main, flags, stop, capsys, tmp_path):
+    stop(3)
+    assert main(*flags) == 130
+    output = capsys.readouterr()
+    assert "no epoch was finished, so nothing was saved" in output.out.splitlines()[-1]
+    assert output.err.splitlines()[-1] == "train.py: interrupted"
+    assert not list((tmp_path / "checkpoints").glob("[!.]*"))
+
+
+def test_training_itself_touches_no_signal(run_config, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a signal's handler was changed"))
+    train.train(run_config(epochs=1))
+
+
+def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(main, flags, capsys, tmp_path):
+    assert main(*flags, "--no-quiet", "--epochs", 1, "--report-test") == 0
+    out = capsys.readouterr().out
+    for words in ("160 training images, 1 processes", "train split, as augmented", "val split", "test split"):
+        assert words in out
+    assert out.count("chooses nothing") == 1 and out.count("test accuracy") == 1
+    made = {"best.pt", "last.pt", "history.csv", "best_curves.png", "best_confusion_matrix.png"}
+    assert {path.name for path in (tmp_path / "checkpoints").glob("[!.]*")} == made
+    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    assert main("--resume") == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_path):
+    assert main("--resume") == (
+        "train.py: error: cannot read checkpoints/last.pt: No such file or directory; "
+        "name a checkpoint that train.py wrote"
+    )
+    assert main(*flags, "--epochs", 1) == 0
+    for change in (["--lr", 0.5], ["--threads", 2], ["--stem-dims", 4, 16], ["--no-flip"], ["--teacher", "a.pt"]):
+        assert f"{change[0].replace('--no-', '--')} " in main("--resume", *change)
+    (tmp_path / "moved").symlink_to(flags[-1])
+    assert main("--resume", "--data-dir", "moved", "--lr", 0.008, "--stem-dims", 4, 8) == 0
+    monkeypatch.setitem(train.SETTINGS, "mix", (0.2, (0.0, 1.0), "a new row"))
+    assert "do not have the same settings, --mix: start anew" in main("--resume")
+
+
+def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_else(main, flags, capsys, tmp_path):
+    assert main(*flags, "--epochs", 1) == 0
+    best, here = tmp_path / "checkpoints" / "best.pt", tmp_path / "here"
+    here.mkdir()
+    (here / "a model.pt").write_bytes(best.read_bytes())
+    (here / "history.csv").write_text("another run's")
+    (here / "best_curves.png").write_text("another model's")
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    capsys.readouterr()
+    assert main("--evaluate", here / "a model.pt", "--data-dir", flags[-1], "--threads", 1, "--device", "cpu") == 0
+    made = {path.name for path in here.iterdir()} - before.keys()
+    assert made == {"a model_curves.png", "a model_confusion_matrix.png"}
+    assert {name: (here / name).read_bytes() for name in before} == before
+    images, labels = dataset.load(flags[-1], train=False)
+    predictions = train.predict(load_checkpoint(best)[0], images).argmax(dim=1)
+    accuracy = multiclass_accuracy(predictions, labels, num_classes=10, average="micro").item()
+    out = capsys.readouterr().out
+    assert f"test accuracy {accuracy:.4f}, loss " in out and "100 images, one forward pass each" in out
+    assert report.class_report(labels, predictions) in out
+
+
+def test_an_evaluation_works_in_a_read_only_folder(main, flags, monkeypatch, capsys):
+    assert main(*flags, "--epochs", 1) == 0
+
+    def refuse(path):
+        raise UserError(f"cannot write {path}")
+
+    monkeypatch.setattr(report, "whole_file", refuse)
+    capsys.readouterr()
+    assert main("--evaluate", "checkpoints/best.pt", "--data-dir", flags[-1], "--threads", 1) == 0
+    out = capsys.readouterr().out
+    assert "test accuracy" in out and "note: no pictures: cannot write checkpoints/best_curves.png" in out
+
+
+def test_an_evaluation_refuses_flags_that_it_does_not_use(main):
+    error = main("--evaluate", "a.pt", "--lr", 0.1, "--seed", 1, "--resume")
+    assert error == "train.py: error: --evaluate does not use --lr, --seed, --resume: leave it out"
+
+
+def test_paths_may_begin_with_the_home_folder(main, flags, small_data, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").symlink_to(small_data)
+    own = [*flags[:-2], "--data-dir=~/x", "--epochs", 1]
+    assert main(*own, "--output-dir=~/run") == 0
+    assert main(*own, "--output-dir", "~/other", "--teacher", "~/run/best.pt") == 0
+    assert main("--resume", "--output-dir=~/run") == 0
+    assert main("--evaluate=~/run/best.pt", "--data-dir", "~/x", "--threads", 1) == 0
+    assert not (tmp_path / "~").exists() and (tmp_path / "other" / "best.pt").exists()
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "words, expected",
     [
-        (["--resume"], "last.pt is not a file"),
-        (["--evaluate", "nothing.pt"], "nothing.pt is not a file"),
-        (["--num-heads", "5"], "multiple of num_heads"),
-        (["--val-size", "3"], "--val-size 3"),
-        (["--train-size", "3"], "--train-size 3"),
-        (["--resume", "--evaluate", "a.pt"], "give one of them"),
-        (["--teacher", "nothing.pt"], "nothing.pt is not a file"),
-        (["--teacher", "checkpoints/best.pt"], "the teacher lies where this run saves"),
-        (["--epoch", "3"], "unrecognized arguments: --epoch"),
-        (["--stem-blocks", "1", "1", "-1"], "--stem-blocks"),
+        (["--epochs", "0"], "--epochs 0: give a whole number from 1 upwards"),
+        (["--recipe", "slow"], "--recipe slow: give one of default, fast, record, distilled"),
+        (["--num-heads", "5", "--embed-dim", "96"], "embed_dim 96 is not a multiple of num_heads 5"),
+        (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),
     ],
 )
-def test_errors_are_one_clear_line(run_script, flags, words):
-    result = run_script("train.py", *flags)
-    assert result.returncode != 0 and result.stdout == ""
-    assert words in result.stderr and len(result.stderr.splitlines()) == 1
-    assert "Traceback" not in result.stderr
+def test_what_a_user_can_mend_is_one_line(main, flags, capsys, words, expected):
+    evaluation = "--evaluate" in words
+    error = main(*([] if evaluation else flags), *words)
+    assert error.startswith("train.py: error: ") and expected in error and "\n" not in error
 
 
-def test_the_script_trains_resumes_tests_and_draws(run_script, data_dir, tmp_path):
-    flags = ["--data-dir", data_dir, "--train-size", 500, "--val-size", 200, "--epochs", 1, "--device", "cpu"]
-    small = ["--stem-dims", 4, 8, "--stem-blocks", 0, 0, 0, "--embed-dim", 16, "--num-heads", 2, "--depth", 1]
-    result = run_script("train.py", *flags, *small, "--report-test")
-    assert result.returncode == 0, result.stderr
-    for words in ("training images as augmented", "validation split", "chooses nothing", "weighted avg", "Ankle boot"):
-        assert words in result.stdout
-    assert "500 training, 200 validation, 10,000 test images" in result.stdout
-    made = {"best.pt", "last.pt", "history.csv", "curves.png", "confusion_matrix.png"}
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == made
-    with (tmp_path / "checkpoints" / "history.csv").open() as file:
-        assert [row["epoch"] for row in csv.DictReader(file)] == ["1"]
-
-    finished = run_script("train.py", "--resume")
-    assert finished.returncode == 0 and "test accuracy" in finished.stdout
-    assert not (tmp_path / "data").exists()  # the run's own data folder is used
-    different = run_script("train.py", "--resume", "--lr", 0.5)
-    assert different.returncode == 2 and "--lr 0.5 differs from the run to resume" in different.stderr
+def test_a_default_edited_to_what_is_not_allowed_is_one_line(main, monkeypatch):
+    monkeypatch.setitem(train.SETTINGS, "lr", (-1.0, *train.SETTINGS["lr"][1:]))
+    assert main() == "train.py: error: --lr -1.0: give a number from 0.0 upwards"
 
 
-def test_the_shipped_checkpoint_beats_the_original(run_script, data_dir, tmp_path):
-    copy = tmp_path / "model.pt"
-    copy.write_bytes((ROOT / "checkpoints" / "shipped" / "model.pt").read_bytes())
-    result = run_script("train.py", "--evaluate", copy, "--data-dir", data_dir)
-    assert result.returncode == 0, result.stderr
-    summary = next(line for line in result.stdout.splitlines() if line.startswith("test accuracy"))
-    assert float(summary.split()[2].rstrip(",")) > 0.95
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "model.pt",
-        "history.csv",
-        "curves.png",
-        "confusion_matrix.png",
-    }
+def test_a_bug_keeps_its_traceback(main, flags, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda *_: [][0])
+    with pytest.raises(IndexError):
+        main(*flags)
+    for bug in (ValueError("a bug"), RuntimeError("a bug"), OSError("a bug")):
+        with pytest.raises(type(bug), match="a bug"), dataset.errors_in_one_line("a script"):
+            raise bug
+    with pytest.raises(SystemExit, match=r"^a script: error: one line$"), dataset.errors_in_one_line("a script"):
+        raise UserError("one\n line")
 
 
-def test_training_imports_neither_opencv_nor_pyplot():
-    code = "import sys, train; assert 'cv2' not in sys.modules and 'matplotlib.pyplot' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_every_setting_is_a_flag_that_help_explains(main, capsys):
+    assert main("--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, (_, _, meaning) in train.SETTINGS.items():
+        assert f"--{name.replace('_', '-')}" in text and " ".join(meaning.split()) in text
 
 
-@pytest.mark.parametrize("recipe", train.RECIPES)
-def test_the_teachers_of_a_recipe_are_there_and_were_chosen_on_validation_images(recipe):
-    for path in train.choose_settings({"recipe": recipe})["teacher"]:
-        checkpoint = load_checkpoint(ROOT / path)[1]
-        assert checkpoint["train_config"]["val_size"] > 0
+@pytest.mark.slow
+def test_the_shipped_checkpoint_has_the_accuracy_that_the_readme_gives(main, data_dir, tmp_path, capsys):
+    (tmp_path / "model.pt").write_bytes(train.SHIPPED_CHECKPOINT.read_bytes())
+    assert main("--evaluate", "model.pt", "--data-dir", data_dir, "--threads", 1) == 0
+    assert "test accuracy 0.9529, loss" in capsys.readouterr().out

@@ -35,11 +35,7 @@ def set_threads(threads: int = 0) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn a setting into a device; "auto" takes CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        UserError: the named device is not there.
-    """
+    """Turn a setting into a device; "auto" takes CUDA, then Apple's MPS, then the CPU. A UserError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[name]:

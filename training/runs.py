@@ -62,6 +62,8 @@ def is_best(history: History) -> bool:
 
 def save_run(folder: Path, config: SimpleNamespace, history: History, state: State) -> None:
     """Save all that the next epoch needs as last.pt, the averaged weights as best.pt if they are, and history.csv."""
+    if len(history) == 1:
+        put_aside(folder)
     environment = f"torch {torch.__version__}, {platform.machine()}, {config.device}, {config.precision}"
     environment += f", {config.threads} CPU threads, {processes.count()} processes"
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
