@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 
 def tokens_to_grid(activation: torch.Tensor) -> torch.Tensor:
-    """Bring a layer's output to the shape (N, C, H, W); a token sequence (N, T, C) is laid out row by row as a square."""
+    """Bring a layer's output to the shape (N, C, H, W); tokens (N, T, C) are laid out row by row as a square grid."""
     if activation.ndim == 4:
         return activation
     if activation.ndim == 3 and math.isqrt(activation.shape[1]) ** 2 == activation.shape[1]:
@@ -96,8 +96,7 @@ class GradCAM:
         reshape: turns a layer's output into (N, C, H', W').
 
     Raises:
-        ValueError: there is no such layer, method or class, the forward pass does not go through the layer, or its output
-            has no places.
+        ValueError: there is no such layer, method or class, or the layer has no part in the answer, or no places.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ relates the 49 tokens to each other; a pooled head turns them into 10 logits:
     image (N, 1, 28, 28) -> stem (N, embed_dim, 7, 7) -> tokens (N, 49, embed_dim) -> blocks -> pool -> logits (N, 10)
 """
 
+import io
 import os
 import zipfile
 from dataclasses import asdict, dataclass
@@ -205,8 +206,10 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     checkpoint = dict(format=CHECKPOINT_FORMAT, model_config=asdict(model.config), model=weights, **contents)
+    buffer = io.BytesIO()  # torch.save turns a file's own error, such as a full disk, into another one
+    torch.save(checkpoint, buffer)
     with whole_file(path) as file:
-        torch.save(checkpoint, file)
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[HybridClassifier, dict[str, Any]]:
@@ -235,7 +238,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     try:
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # a changed model, or odd values
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointError(f"{path} is of another model than model.py now builds ({reason}): train again") from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint

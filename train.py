@@ -134,6 +134,8 @@ def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.d
     """Load the teachers; refuse one that saw this run's validation images, which would flatter the run."""
     val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
     for path in config.teacher:
+        if Path(path).expanduser().resolve().parent == Path(config.output_dir).expanduser().resolve():
+            raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
         teacher, checkpoint = load_checkpoint(path, device)
         val_size, seed = (checkpoint["train_config"][name] for name in ("val_size", "seed"))
         if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
@@ -314,7 +316,6 @@ def main() -> None:
                     if is_first:
                         print(f"\nstopping; {runs.advice_to_resume(folder)}", flush=True)
                     raise
-                processes.leave()
         else:
             processes.set_threads(config.threads)
         if is_first:

@@ -1,5 +1,6 @@
 """What the machine gives: CPU threads, a device and its precision, several processes."""
 
+import atexit
 import os
 import time
 
@@ -35,7 +36,7 @@ def set_threads(threads: int = 0) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn a setting into a device; "auto" takes CUDA, then Apple's MPS, then the CPU. A UserError if it is not there."""
+    """The device of a setting; "auto" takes CUDA, then MPS, then the CPU. A UserError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[name]:
@@ -65,6 +66,7 @@ def join(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -80,9 +82,3 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(rows) for _ in range(count())]
     dist.all_gather(parts, rows.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)
-
-
-def leave() -> None:
-    """Part from the other processes. No DistributedDataParallel may be left: it would wait for ever."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

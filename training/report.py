@@ -38,7 +38,7 @@ def epoch_line(history: Sequence[dict[str, float]], epochs: int, images: int) ->
     for split, name in (("train", "train"), ("val", "val (averaged weights)"), ("test", "test (chooses nothing)")):
         if f"{split}_loss" in row:
             words.append(f"{name} loss {row[f'{split}_loss']:.4f} accuracy {row[f'{split}_accuracy']:.4f}")
-    words += [f"last lr {row['lr']:.3g}", f"{images / seconds:.0f} images/s"]
+    words += [f"last lr {row['lr']:.3g}", f"{images / max(seconds, 0.01):.0f} images/s"]
     elapsed, remaining = (timedelta(seconds=round(s)) for s in (row["seconds"], seconds * (epochs - len(history))))
     return "  ".join([*words, f"elapsed {elapsed}", f"remaining {remaining}"])
 
@@ -69,12 +69,13 @@ def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
     """Cross-entropy, accuracy and learning rate over the epochs."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, accuracies, lr = figure.subplots(1, 3)
-    for split, label in (("train", "training (as augmented)"), ("val", "validation"), ("test", "test")):
+    labels = dict(train="training (as augmented)", val="validation", test="test")
+    for color, (split, label) in enumerate(labels.items()):
         for axes, name, scale in ((loss, f"{split}_loss", 1), (accuracies, f"{split}_accuracy", 100)):
             points = [(row["epoch"], scale * row[name]) for row in history if name in row]
             if points:
-                axes.plot(*zip(*points, strict=True), ".-", label=label)
-    lr.plot([row["epoch"] for row in history], [row["lr"] for row in history], ".-", color="tab:green")
+                axes.plot(*zip(*points, strict=True), ".-", label=label, color=f"C{color}")
+    lr.plot([row["epoch"] for row in history], [row["lr"] for row in history], ".-", color="black")
     titles = ("cross-entropy", "accuracy (%)", "learning rate of the epoch's last step")
     for axes, title in zip((loss, accuracies, lr), titles, strict=True):
         axes.set(title=title, xlabel="epoch")

@@ -69,10 +69,10 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
     model, ema, optimizers = state
     training = dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
-    if is_best(history):  # first: a run that is killed before last.pt repeats this epoch, bit for bit
+    if is_best(history):  # last.pt comes last: a run that is killed before it repeats this epoch, bit for bit
         save_checkpoint(folder / "best.pt", ema, **contents)
-    save_checkpoint(folder / "last.pt", ema, **contents, training=training | dict(processes=processes.count()))
     write_history(history, folder / "history.csv")
+    save_checkpoint(folder / "last.pt", ema, **contents, training=training | dict(processes=processes.count()))
 
 
 def resume_run(folder: Path, state: State) -> History:
@@ -102,3 +102,4 @@ def finish_run(folder: Path, history: History) -> None:
     model, best = load_checkpoint(folder / "best.pt")
     contents = {name: best[name] for name in ("train_config", "epoch", "environment")}
     save_checkpoint(folder / "best.pt", model, **contents, history=history)
+    write_history(history, folder / "history.csv")  # of a run that was killed just before it did

@@ -88,7 +88,8 @@ def resumed_settings(table: Table, saved: dict[str, Any], given: dict[str, Any],
     if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
         raise UserError(f"the run to resume and train.py do not have the same settings, {other}: start anew")
     for name, value in given.items():
-        if name not in may_change and value not in ("auto", saved[name]):
+        is_same = value == saved[name] or (value == "auto" and "auto" in (table[name][1] or ()))
+        if name not in may_change and not is_same:
             advice = "leave the flag out, or start anew without --resume"
             raise UserError(f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}: {advice}")
     return saved | {name: value for name, value in given.items() if name in may_change}
