@@ -165,6 +165,8 @@ def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
     GradCAM(small_model, "blocks.1")(x)
     assert settings(small_model) == before
     with pytest.raises(KeyError), GradCAM(small_model, "blocks.1") as cam:
+        assert not any(module.training for module in small_model.modules())
+        assert not any(parameter.requires_grad for parameter in small_model.parameters())
         cam(x)
         raise KeyError
     assert settings(small_model) == before

@@ -102,7 +102,7 @@ def test_stochastic_depth_drops_whole_branches_only_in_training():
 def test_initial_weights_have_the_sizes_that_the_papers_give():
     torch.manual_seed(0)
     model = HybridClassifier(replace(SMALL_MODEL, embed_dim=64))
-    filters = model.stem.stage2_0.conv1[0].weight
+    filters = model.stem.down2[0][0].weight
     assert filters.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.03)  # He et al., counted at the output
     assert model.blocks[0].mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)

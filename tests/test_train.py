@@ -179,6 +179,19 @@ def test_images_are_augmented_as_the_settings_say(run_config, watch):
     assert len(set(variants)) == 20
 
 
+def test_the_model_is_in_training_mode_and_its_teacher_is_not(run_config, monkeypatch, tmp_path):
+    teacher = train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
+    training_loss, modes = train.training_loss, []
+
+    def noting(model, teachers, *arguments):
+        modes.append((model.training, [teacher.training for teacher in teachers]))
+        return training_loss(model, teachers, *arguments)
+
+    monkeypatch.setattr(train, "training_loss", noting)
+    train.train(run_config(teacher=(str(teacher),)))
+    assert modes == [(True, [False])] * 20
+
+
 def test_every_step_has_the_learning_rate_of_the_schedule(run_config, watch):
     calls = watch(train, "take_step")
     train.train(run_config(lr=0.5, warmup_epochs=1.0))
@@ -235,10 +248,12 @@ def test_without_averaging_the_kept_weights_are_the_models_own(run_config, watch
 
 
 def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch, tmp_path):
-    summary, accuracies, weights = report.summary, iter([0.5, 0.7, 0.7, 0.6]), []
+    summary, weights = report.summary, []
+    accuracies = dict(val=iter([0.5, 0.7, 0.7, 0.6]), test=iter([0.1, 0.2, 0.3, 0.9]))  # the test split chooses nothing
 
     def told(split, *arguments):
-        return summary(split, *arguments) | (dict(val_accuracy=next(accuracies)) if split == "val" else {})
+        told = {f"{split}_accuracy": next(accuracies[split])} if split in accuracies else {}
+        return summary(split, *arguments) | told
 
     def save_run(folder, config, history, state):
         weights.append({name: tensor.clone() for name, tensor in state[1].state_dict().items()})
@@ -247,7 +262,7 @@ def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch,
     original = runs.save_run
     monkeypatch.setattr(report, "summary", told)
     monkeypatch.setattr(runs, "save_run", save_run)
-    best = load_checkpoint(train.train(run_config(epochs=4)))[1]
+    best = load_checkpoint(train.train(run_config(epochs=4, report_test=True)))[1]
     assert best["epoch"] == 2
     assert_identical(best["model"], weights[1])
     assert [row["val_accuracy"] for row in best["history"]] == [0.5, 0.7, 0.7, 0.6]  # the whole run's
@@ -267,10 +282,15 @@ def test_without_a_validation_split_the_latest_weights_are_kept_and_nothing_is_n
     assert "nan" not in text.lower() and "val_loss" not in text and "train split, as augmented" in text
 
 
-def test_the_screen_and_the_table_show_the_same_seconds(run_config, monkeypatch, capsys, tmp_path):
+def test_the_screen_and_the_table_show_the_same_seconds_of_all_parts_of_a_run(
+    run_config, stop, monkeypatch, capsys, tmp_path
+):
     times = iter(range(0, 10_000, 100))
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    train.train(run_config())
+    stop(14)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run_config())
+    train.train(run_config(), resume=True)
     out = capsys.readouterr().out
     assert [row["seconds"] for row in history_of(tmp_path / "run")] == [100, 200]
     assert "2 images/s  elapsed 0:01:40  remaining 0:01:40" in out and "elapsed 0:03:20  remaining 0:00:00" in out
@@ -376,6 +396,7 @@ def test_a_run_killed_between_two_files_of_an_epoch_repeats_it_bit_for_bit(run_c
     train.train(parts, resume=True)
     for name in ("last.pt", "best.pt"):
         assert_identical(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
+    assert [row["epoch"] for row in history_of(tmp_path / "parts")] == [1, 2]
 
 
 def poison_the_loss(monkeypatch, at):
@@ -398,7 +419,7 @@ def test_what_is_no_longer_finite_is_never_saved(run_config, monkeypatch, stop, 
         poison_the_loss(monkeypatch, at=13)
     else:
         stop(20, break_a_weight)
-    with pytest.raises(UserError, match=r"epoch 2, which is not saved: try a smaller --lr than 0\.008"):
+    with pytest.raises(UserError, match=r"no longer finite in epoch 2: .*not saved.* try a smaller --lr than 0\.008"):
         train.train(run_config(val_size=0))
     for name in ("best.pt", "last.pt"):
         checkpoint = load_checkpoint(tmp_path / "run" / name)[1]
@@ -482,6 +503,15 @@ def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path):
             train.train(run_config(teacher=(str(path),), **changes))
     for path, changes in ((saw_some, {}), (saw_all, dict(val_size=0))):
         train.train(run_config(teacher=(str(path),), epochs=1, **changes))
+
+
+def test_a_teacher_that_lies_where_the_run_saves_is_refused(run_config, monkeypatch, tmp_path):
+    # It would be put aside, and a resumed run would learn from its own best epoch instead.
+    teacher = train.train(run_config(epochs=1))
+    monkeypatch.chdir(teacher.parent)
+    for path in (str(teacher), "best.pt"):
+        with pytest.raises(UserError, match=r"the teacher .*best.pt lies where this run saves"):
+            train.train(run_config(teacher=(path,)))
 
 
 def test_the_distilled_recipe_finds_its_teacher_from_any_folder(data_dir, monkeypatch, tmp_path):

@@ -1,0 +1,216 @@
+import copy
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import SMALL_MODEL
+
+from model import HybridClassifier
+from training.optim import Muon, learning_rate, make_optimizers, orthogonalize, take_step, update_ema
+
+PLAIN = SimpleNamespace(grad_clip=0.0, ema_decay=0.0)
+
+
+def draw_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
+    expected = {0: 0.05, 4: 0.25, 9: 0.5, 10: 0.5, 35: 0.25 * (1 + math.sqrt(0.5)), 60: 0.25, 110: 0.0}
+    for step, value in expected.items():
+        assert learning_rate(step, total_steps=110, warmup_steps=10, peak=0.5) == pytest.approx(value, abs=1e-9)
+    assert learning_rate(0, total_steps=10, warmup_steps=0, peak=0.5) == 0.5
+
+
+# ---- The averaged weights --------------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """A value of each type that a checkpoint may hold."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+        self.short = nn.Parameter(torch.full((2,), value, dtype=torch.bfloat16))
+        self.register_buffer("statistic", torch.full((2,), value))
+        self.register_buffer("counter", torch.tensor(int(value)))
+        self.register_buffer("flags", torch.tensor([value > 0, False]))
+
+
+# The window is (1 + t) / (10 + t) at first: 1/10, 9/18, 81/90; at step 170 it would be 171/180, more than 0.9.
+@pytest.mark.parametrize("step, decay", [(0, 0.1), (8, 0.5), (80, 0.9), (170, 0.9)])
+def test_the_average_follows_weights_and_statistics_and_copies_the_rest(step, decay):
+    ema, model = Everything(0.0), Everything(8.0)
+    update_ema(ema, model, decay=0.9, step=step)
+    for values in (ema.weight, ema.short.float(), ema.statistic):
+        torch.testing.assert_close(values.detach(), torch.full((2,), 8 * (1 - decay)), rtol=5e-3, atol=0)
+    assert ema.weight.tolist() == pytest.approx([8 * (1 - decay)] * 2, rel=1e-5)
+    assert ema.short.dtype == torch.bfloat16
+    assert ema.counter.item() == 8 and ema.flags.tolist() == [True, False]
+    assert model.weight.tolist() == [8.0, 8.0]
+
+
+def test_without_averaging_the_average_is_the_model():
+    ema, model = Everything(1.0), Everything(4.0)
+    update_ema(ema, model, decay=0.0, step=50)
+    assert ema.weight.tolist() == ema.statistic.tolist() == [4.0, 4.0]
+
+
+# ---- The step --------------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """Two weights whose gradients 3 and 4 have the norm 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([1.0]))
+        self.a.grad, self.b.grad = torch.tensor([3.0]), torch.tensor([4.0])
+
+
+@pytest.mark.parametrize("limit, change", [(1.0, (0.6, 0.8)), (2.5, (1.5, 2.0)), (10.0, (3.0, 4.0)), (0.0, (3.0, 4.0))])
+def test_the_gradient_of_all_weights_together_is_clipped(limit, change):
+    model = Two()
+    ema, optimizers = copy.deepcopy(model), [torch.optim.SGD(model.parameters(), lr=7.0)]
+    take_step(model, ema, optimizers, 0.1, 0, SimpleNamespace(grad_clip=limit, ema_decay=0.999))
+    assert [model.a.item(), model.b.item()] == pytest.approx([1 - 0.1 * c for c in change], rel=1e-5)
+    assert model.a.grad is None and model.b.grad is None  # used up
+    # The average follows after the step: at step 0 it takes nine tenths of the new weight.
+    assert ema.a.item() == pytest.approx(0.1 * 1 + 0.9 * (1 - 0.1 * change[0]), rel=1e-5)
+
+
+def test_a_step_sets_the_learning_rate_of_every_group(small_model):
+    optimizers = make_optimizers(small_model, "muon", weight_decay=0.05)
+    draw_gradients(small_model, 0)
+    take_step(small_model, copy.deepcopy(small_model), optimizers, 0.123, 0, PLAIN)
+    assert [group["lr"] for optimizer in optimizers for group in optimizer.param_groups] == [0.123] * 3
+
+
+def is_weight_of_a_layer(name: str) -> bool:
+    """Whether it is the weight of a linear layer or a filter, by its name in the small model."""
+    layers = ("0.0.weight", "conv1.0.weight", "conv2.0.weight", "qkv.weight", "proj.weight", "mlp.0.weight")
+    return name.endswith((*layers, "mlp.2.weight", "score.weight", "head.weight"))
+
+
+def test_adamw_steps_like_pytorchs_own(small_model):
+    other = copy.deepcopy(small_model)
+    optimizers = make_optimizers(small_model, "adamw", weight_decay=0.3)
+    named = dict(other.named_parameters())
+    groups = [
+        dict(params=[p for name, p in named.items() if is_weight_of_a_layer(name)], weight_decay=0.3),
+        dict(params=[p for name, p in named.items() if not is_weight_of_a_layer(name)], weight_decay=0.0),
+    ]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=False)
+    for step, lr in enumerate((1e-2, 3e-2, 2e-2)):
+        draw_gradients(small_model, step)
+        draw_gradients(other, step)
+        take_step(small_model, copy.deepcopy(small_model), optimizers, lr, step, PLAIN)
+        for group in reference.param_groups:
+            group["lr"] = lr
+        reference.step()
+    for name, p in small_model.named_parameters():
+        torch.testing.assert_close(p, named[name], msg=name)
+
+
+# ---- Muon ------------------------------------------------------------------------------------------------------------
+
+
+def orthogonal(matrix: np.ndarray) -> np.ndarray:
+    """What Newton and Schulz's iteration makes of a matrix, by its singular values: only these change."""
+    u, s, v = np.linalg.svd(matrix, full_matrices=False)
+    s = s / np.sqrt((s**2).sum())
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return u * s @ v
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (144, 16), (30, 30), (1, 5)])
+def test_orthogonalize_changes_only_the_singular_values(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    updates = orthogonalize(matrices)
+    for update, matrix in zip(updates.numpy(), matrices.double().numpy(), strict=True):
+        np.testing.assert_allclose(update, orthogonal(matrix), atol=1e-4)
+    if shape != (30, 30):  # a square matrix has singular values near 0, which stay small
+        singular_values = torch.linalg.svdvals(updates)
+        assert 0.65 < singular_values.min() and singular_values.max() < 1.25
+
+
+def test_muon_on_paper():
+    # The gradient is the identity, so is the momentum but for a factor: the update is the identity times a number,
+    # 1 / sqrt(2) taken five times through the polynomial. Its scale is 0.2 * sqrt(2); the weight of 10 decays first.
+    s = 1 / math.sqrt(2)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    weight = nn.Parameter(10 * torch.eye(2))
+    weight.grad = torch.eye(2)
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    expected = (10 * (1 - 0.1 * 0.5) - 0.1 * 0.2 * math.sqrt(2) * s) * torch.eye(2)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_muon_steps_as_written_in_double_precision():
+    # Two filters and a matrix of the same shape once flattened, and one that is tall; several steps, for the momentum.
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 4, 3, 3), (8, 36), (8, 4, 3, 3), (20, 6)]
+    weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    weights[0].data = weights[0].data.to(memory_format=torch.channels_last)  # as the model has its filters
+    expected = [p.detach().double().flatten(1).numpy().copy() for p in weights]
+    momentum = [np.zeros_like(value) for value in expected]
+    optimizer = Muon(weights, lr=0.0, weight_decay=0.4)
+    for lr in (0.1, 0.05, 0.2):
+        for i, p in enumerate(weights):
+            p.grad = torch.randn(p.shape, generator=generator)
+            gradient = p.grad.double().flatten(1).numpy()
+            momentum[i] = 0.95 * momentum[i] + 0.05 * gradient
+            update = orthogonal(0.05 * gradient + 0.95 * momentum[i])  # Nesterov's form: the gradient once more
+            expected[i] = (1 - lr * 0.4) * expected[i] - lr * 0.2 * math.sqrt(max(expected[i].shape)) * update
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    for p, value in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(p.detach().flatten(1).numpy(), value, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(stem_dims=(8, 16)), dict(pool="mean", embed_dim=48, num_heads=3)])
+def test_hidden_layers_go_to_muon_and_only_weights_of_layers_decay(changes):
+    model = HybridClassifier(replace(SMALL_MODEL, **changes))
+    names = {id(p): name for name, p in model.named_parameters()}
+    adamw, muon = make_optimizers(model, "muon", weight_decay=0.07)
+    assert type(adamw) is torch.optim.AdamW and type(muon) is Muon
+    assert [group["weight_decay"] for group in adamw.param_groups + muon.param_groups] == [0.07, 0.0, 0.07]
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in adamw.param_groups)
+    scores = {"pool.score.weight"} if model.config.pool == "attention" else set()
+    assert decayed == {"stem.first.0.0.weight", "head.weight"} | scores
+    hidden = {"stem.down1.0.0.weight", "stem.down2.0.0.weight"}
+    hidden |= {f"stem.{stage}.conv{i}.0.weight" for stage in ("stage1_0", "stage2_0") for i in (1, 2)}
+    for block in ("blocks.0", "blocks.1"):
+        hidden |= {f"{block}.{part}.weight" for part in ("attention.qkv", "attention.proj", "mlp.0", "mlp.2")}
+    assert {names[id(p)] for p in muon.param_groups[0]["params"]} == hidden
+    assert others == set(names.values()) - decayed - hidden and "pos_embed" in others
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_every_parameter_is_optimised_exactly_once(small_model, kind):
+    optimizers = make_optimizers(small_model, kind, weight_decay=0.1)
+    optimised = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(map(id, optimised)) == sorted(map(id, small_model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_bfloat16_weight_trains_beside_the_others_and_a_frozen_one_stays(small_model, kind):
+    exact, frozen = copy.deepcopy(small_model), small_model.blocks[1].mlp[0].weight.clone()
+    small_model.blocks[0].mlp.bfloat16()
+    for model in (small_model, exact):
+        optimizers = make_optimizers(model, kind, weight_decay=0.1)
+        draw_gradients(model, 0)
+        model.blocks[1].mlp[0].weight.grad = None
+        take_step(model, copy.deepcopy(model), optimizers, 0.05, 0, SimpleNamespace(grad_clip=1.0, ema_decay=0.9))
+    for (name, p), q in zip(small_model.named_parameters(), exact.parameters(), strict=True):
+        assert p.dtype == (torch.bfloat16 if "blocks.0.mlp" in name else torch.float32)
+        torch.testing.assert_close(p.float(), q, rtol=2e-2, atol=5e-3, msg=name)
+    assert torch.equal(small_model.blocks[1].mlp[0].weight, frozen)

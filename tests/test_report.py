@@ -1,0 +1,78 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from training import report
+
+# Three images of class 0, one of them taken for class 1; and one image of class 1.
+LABELS, PREDICTIONS = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
+HISTORY = [
+    dict(epoch=1, lr=0.2, train_loss=2.0, train_accuracy=0.5, seconds=10.0),
+    dict(epoch=2, lr=0.1, train_loss=1.0, train_accuracy=0.75, val_loss=1.5, val_accuracy=0.625, seconds=30.0),
+]
+
+
+def test_the_report_by_class_has_precision_recall_and_f1():
+    lines = report.class_report(LABELS, PREDICTIONS).splitlines()
+    rows = {line.rsplit(maxsplit=4)[0].strip(): line.split()[-4:] for line in lines if line.strip()}
+    assert rows["T-shirt/top"] == ["1.0000", "0.6667", "0.8000", "3"]  # both answers right, for 2 of 3 images
+    assert rows["Trouser"] == ["0.5000", "1.0000", "0.6667", "1"]
+    assert rows["Ankle boot"] == ["0.0000", "0.0000", "0.0000", "0"]  # neither there nor answered
+    assert rows["weighted avg"] == ["0.8750", "0.7500", "0.7667", "4"]
+
+
+@pytest.mark.parametrize("split, title", [("train", "train split, as augmented"), ("val", "val split")])
+def test_a_summary_has_cross_entropy_and_accuracy(capsys, split, title):
+    logits = torch.zeros(4, 10)
+    logits[torch.arange(4), PREDICTIONS] = math.log(11.0)  # the answer's probability is 11 / 20, any other's 1 / 20
+    loss = (3 * math.log(20 / 11) + math.log(20)) / 4
+    row = report.summary(split, logits, LABELS, quiet=True)
+    assert row == {f"{split}_loss": pytest.approx(loss, rel=1e-5), f"{split}_accuracy": 0.75}
+    assert capsys.readouterr().out == ""
+    report.summary(split, logits, LABELS, quiet=False)
+    out = capsys.readouterr().out
+    assert out.startswith(f"\n{title}\n") and report.class_report(LABELS, PREDICTIONS) in out
+
+
+def test_the_line_of_an_epoch_gives_pace_and_time_left():
+    line = report.epoch_line(HISTORY, epochs=5, images=640)  # the epoch took 20 seconds, 3 are left
+    assert line == (
+        "epoch 2/5  train loss 1.0000 accuracy 0.7500  val (averaged weights) loss 1.5000 accuracy 0.6250  "
+        "last lr 0.1  32 images/s  elapsed 0:00:30  remaining 0:01:00"
+    )
+    assert "val" not in report.epoch_line(HISTORY[:1], epochs=5, images=640)
+    assert "1000 images/s" in report.epoch_line([HISTORY[0] | dict(seconds=0.0)], epochs=5, images=10)
+
+
+def test_the_history_is_a_table_whose_columns_come_and_go(tmp_path):
+    path = tmp_path / "history.csv"
+    path.write_text("old\n" * 100)
+    report.write_history(HISTORY, path)
+    with path.open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["val_loss"] == first["val_accuracy"] == ""
+    assert {name: float(value) for name, value in second.items()} == HISTORY[1]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_the_curves_are_those_of_the_history():
+    loss, accuracy, lr = report.draw_curves(HISTORY).axes
+    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in (loss, accuracy)]
+    assert drawn[0] == {"training (as augmented)": [[1, 2.0], [2, 1.0]], "validation": [[2, 1.5]]}
+    assert drawn[1] == {"training (as augmented)": [[1, 50.0], [2, 75.0]], "validation": [[2, 62.5]]}
+    assert lr.lines[0].get_xydata().tolist() == [[1, 0.2], [2, 0.1]]
+
+
+def test_the_confusion_matrix_has_the_true_classes_as_rows():
+    right = torch.arange(10)
+    figure = report.draw_confusion_matrix(torch.cat([LABELS, right]), torch.cat([PREDICTIONS, right]))
+    (axes,) = figure.axes
+    expected = np.eye(10)
+    expected[0, 0], expected[0, 1], expected[1, 1] = 3, 1, 2
+    np.testing.assert_array_equal(axes.images[0].get_array(), expected)
+    labels = [axis.get_text() for axis in axes.get_yticklabels()]
+    assert labels[:2] == ["T-shirt/top", "Trouser"] and axes.get_ylabel() == "True label"
+    assert axes.get_title() == "test split: 92.86% right"  # 13 of 14

@@ -1,0 +1,151 @@
+import math
+
+import pytest
+
+import train
+from dataset import UserError
+from training.settings import INF, check, choose_settings, make_parser, resumed_settings
+
+TABLE = dict(  # a row of each type
+    recipe=("default", None, "a row of RECIPES"),
+    switch=(True, None, "on or off"),
+    count=(3, (1, INF), "a whole number, 100% of it"),
+    rate=(0.5, (0.0, 1.0), "a number"),
+    name=("x", None, "any word"),
+    kind=("a", ("a", "b"), "one of two words"),
+    sizes=((16, 32), (1, INF), "two whole numbers"),
+    files=((), None, "any words"),
+)
+RECIPES = dict(default={}, quick=dict(count=1, rate=0.25))
+
+
+def parse(*flags):
+    return vars(make_parser(TABLE, "a script").parse_args(flags))
+
+
+def test_every_type_of_row_has_a_flag():
+    flags = "--no-switch --count 5 --rate 1 --name y --kind b --sizes 4 8 --files a b".split()
+    given = parse(*flags)
+    expected = dict(switch=False, count=5, rate=1.0, name="y", kind="b", sizes=[4, 8], files=["a", "b"])
+    assert given == expected
+    assert {name: type(value) for name, value in given.items()} == {name: type(v) for name, v in expected.items()}
+    assert parse("--switch", "--files") == dict(switch=True, files=[])
+    assert parse() == {}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--count", "2.5"], "--count: invalid int value: '2.5'"),
+        (["--rate", "much"], "--rate: invalid float value: 'much'"),
+        (["--sizes", "4"], "--sizes: expected 2 arguments"),
+        (["--coun", "4"], "unrecognized arguments: --coun 4"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_one_line(capsys, flags, words):
+    with pytest.raises(SystemExit) as end:
+        parse(*flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_help_explains_every_row_and_its_default():
+    text = " ".join(make_parser(TABLE, "a script").format_help().split())
+    for words in ("--rate X a number (default: 0.5)", "--sizes N N two whole numbers (default: (16, 32))"):
+        assert words in text
+    assert "--switch, --no-switch on or off" in text and "100% of it" in text
+
+
+WRONG = [
+    ("count", 0, "--count 0: give a whole number from 1 upwards"),
+    ("count", 2.5, "--count 2.5: give a whole number from 1 upwards"),
+    ("count", True, "--count True: give a whole number"),
+    ("rate", -0.1, "--rate -0.1: give a number from 0.0 to 1.0"),
+    ("rate", 1.1, "--rate 1.1: give a number from 0.0 to 1.0"),
+    ("rate", math.nan, "--rate nan: give a number from 0.0 to 1.0"),
+    ("rate", "0.5", "--rate '0.5': give a number"),
+    ("kind", "c", "--kind 'c': give one of a, b"),
+    ("sizes", (4, 0), "--sizes (4, 0): give 2 times a whole number from 1 upwards"),
+    ("sizes", (4, 8.0), "--sizes (4, 8.0): give 2 times a whole number"),
+]
+WRONG_UNLESS_DEFAULT = [  # an edited default of another type makes another row
+    ("switch", 1, "--switch 1: give a value of type bool"),
+    ("name", 3, "--name 3: give a value of type str"),
+    ("sizes", (4,), "--sizes (4,): give 2 times"),
+    ("sizes", 4, "--sizes 4: give 2 times"),
+    ("files", "a", "--files 'a': give a value of type str"),
+    ("rate", None, "--rate None: give a number"),
+]
+
+
+@pytest.mark.parametrize("name, value, words", WRONG + WRONG_UNLESS_DEFAULT)
+def test_a_value_that_is_not_allowed_is_refused_as_a_flag_and_in_a_recipe(name, value, words):
+    for recipes, given in ((RECIPES, {name: value}), ({"default": {name: value}}, {})):
+        with pytest.raises(UserError) as error:
+            choose_settings(TABLE, recipes, given)
+        assert str(error.value).startswith(words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, value, words", WRONG)
+def test_a_default_edited_to_what_is_not_allowed_is_refused(name, value, words):
+    with pytest.raises(UserError) as error:
+        choose_settings(TABLE | {name: (value, *TABLE[name][1:])}, RECIPES, {})
+    assert str(error.value).startswith(words)
+
+
+@pytest.mark.parametrize("name, value, words", WRONG + WRONG_UNLESS_DEFAULT)
+def test_a_value_that_is_not_allowed_is_refused_in_a_run_to_resume(name, value, words):
+    saved = vars(choose_settings(TABLE, RECIPES, {})) | {name: value}
+    with pytest.raises(UserError) as error:
+        choose_settings(TABLE, RECIPES, resumed_settings(TABLE, saved, {}, may_change=()))
+    assert str(error.value).startswith(words)
+
+
+def test_what_is_at_the_edge_of_its_range_is_allowed():
+    given = dict(count=1, rate=1, sizes=[1, 1], kind="b", files=["a"])
+    settings = choose_settings(TABLE, RECIPES, given)
+    assert settings.count == 1 and settings.rate == 1 and settings.kind == "b"
+    assert settings.sizes == (1, 1) and settings.files == ("a",)  # lists become tuples
+    check(dict(limit=(None, None, "nothing, or a word")), "limit", None)
+
+
+def test_flags_count_over_the_recipe_and_the_recipe_over_the_defaults():
+    settings = choose_settings(TABLE, RECIPES, dict(recipe="quick", rate=0.75))
+    assert (settings.recipe, settings.count, settings.rate, settings.sizes) == ("quick", 1, 0.75, (16, 32))
+    edited = TABLE | dict(recipe=("quick", None, "a row of RECIPES"))
+    assert choose_settings(edited, RECIPES, {}).count == 1
+
+
+def test_a_name_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="--recipe slow: give one of default, quick"):
+        choose_settings(TABLE, RECIPES, dict(recipe="slow"))
+    with pytest.raises(UserError, match="there is no setting coutn: correct the name"):
+        choose_settings(TABLE, dict(default=dict(coutn=1)), {})
+    with pytest.raises(UserError, match="there is no setting pace, speed"):
+        choose_settings(TABLE, RECIPES, dict(speed=1, pace=2))
+
+
+def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change():
+    saved = vars(choose_settings(TABLE, RECIPES, dict(count=7, sizes=(4, 8))))
+    given = dict(sizes=(4, 8), name="y", switch=False)  # the first is as it was, the others may change
+    resumed = resumed_settings(TABLE, saved, given, may_change=("name", "switch"))
+    assert resumed == saved | dict(name="y", switch=False)
+    table = TABLE | dict(kind=("auto", ("auto", "a", "b"), "auto chooses one of the others"))
+    assert resumed_settings(table, saved, dict(kind="auto"), may_change=()) == saved  # what it chose was saved
+    with pytest.raises(UserError, match="--name auto differs from the run to resume, which has x"):
+        resumed_settings(TABLE, saved, dict(name="auto"), may_change=())
+    with pytest.raises(UserError, match=r"^--count 8 differs from the run to resume, which has 7: leave the flag out"):
+        resumed_settings(TABLE, saved, dict(count=8), may_change=("name",))
+
+
+def test_a_run_of_a_table_with_other_rows_is_not_resumed():
+    saved = vars(choose_settings(TABLE, RECIPES, {}))
+    larger, smaller = TABLE | dict(more_of_it=(1, None, "")), {k: v for k, v in TABLE.items() if k != "rate"}
+    for table, name in ((larger, "--more-of-it"), (smaller, "--rate")):
+        with pytest.raises(UserError, match=f"do not have the same settings, {name}: start anew"):
+            resumed_settings(table, saved, {}, may_change=())
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_defaults_and_recipes_are_themselves_allowed(recipe):
+    assert choose_settings(train.SETTINGS, train.RECIPES, dict(recipe=recipe)).recipe == recipe
