@@ -112,7 +112,7 @@ def _find(name: str, data_dir: Path) -> bytes | None:
     """The content of a file as it was published, from the data folder or an installed Debian package."""
     for folder in (data_dir, data_dir / "FashionMNIST" / "raw", DEBIAN_FOLDER):  # the second is torchvision's
         for source in (folder / name, folder / f"{name}.gz"):
-            if source.is_file():
+            if os.path.isfile(source):
                 if hashlib.sha256(content := _read(source)).hexdigest() == FILES[name]:
                     return content
                 _say(f"{source} is damaged: its content is not that of the published data set; remove it")

@@ -44,6 +44,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
             raise UserError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}: make it one")
+        if len(self.stem_dims) != 2 or len(self.stem_blocks) != 3:
+            raise UserError(f"stem_dims {self.stem_dims} and stem_blocks {self.stem_blocks}: give 2 and 3 numbers")
 
 
 # ---- The parts ------------------------------------------------------------------------------------------------------

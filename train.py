@@ -220,7 +220,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     torch.manual_seed(config.seed)
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = copy.deepcopy(model).float().eval().requires_grad_(False)  # to bfloat16, its steps would add nothing
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
     history = runs.resume_run(output_dir, (model, ema, optimizers)) if resume else []
     forward = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model  # averages the gradients
@@ -276,13 +276,13 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
     """Test a checkpoint: print the report, draw curves and confusion matrix beside it; return the accuracy, 0 to 1."""
     model, checkpoint = load_checkpoint(path, device)
     images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=False))
-    print(f"\n{path} (epoch {checkpoint['epoch']})")
+    print(f"\n{path} (epoch {checkpoint.get('epoch')})")
     logits = predict(model, images)
     row = report.summary("test", logits, labels, quiet=False)
     figures = f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}"
     print(f"{figures}, {model.num_parameters():,} parameters, {len(labels):,} images, one forward pass each")
     try:
-        report.save_pictures(path, checkpoint["history"], labels, logits.argmax(dim=1))
+        report.save_pictures(path, checkpoint.get("history"), labels, logits.argmax(dim=1))
     except UserError as error:  # the folder may be read-only
         print(f"note: no pictures: {error}")
     return row["test_accuracy"]
@@ -305,7 +305,10 @@ def main() -> None:
                 raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")
         elif resume:
             last = Path(os.path.expanduser(given.get("output_dir", SETTINGS["output_dir"][0])), "last.pt")
-            given = resumed_settings(SETTINGS, load_checkpoint(last)[1]["train_config"], given, MAY_CHANGE_ON_RESUME)
+            saved = load_checkpoint(last)[1]
+            if "training" not in saved:
+                raise UserError(f"{last} is no run to resume, only its result: start anew without --resume")
+            given = resumed_settings(SETTINGS, saved["train_config"], given, MAY_CHANGE_ON_RESUME)
         config = choose_settings(SETTINGS, RECIPES, given)
         if checkpoint is None:
             folder = Path(os.path.expanduser(config.output_dir))

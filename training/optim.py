@@ -98,7 +98,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     """
     decay = min(decay, (1 + step) / (10 + step))
     pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
-    averaged, current = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
+    averaged, current = zip(*((a, c.to(a.dtype)) for a, c in pairs if a.is_floating_point()), strict=True)
     torch._foreach_lerp_(averaged, current, 1 - decay)
     for a, c in pairs:
         if not a.is_floating_point():

@@ -58,7 +58,8 @@ def save_pictures(
     checkpoint: Path, history: Sequence[dict[str, float]], labels: torch.Tensor, predictions: torch.Tensor
 ) -> None:
     """Draw a checkpoint's curves and its confusion matrix on the test split beside it, as NAME_curves.png and so on."""
-    pictures = {"curves": draw_curves(history), "confusion_matrix": draw_confusion_matrix(labels, predictions)}
+    pictures = {"curves": draw_curves(history)} if history else {}
+    pictures["confusion_matrix"] = draw_confusion_matrix(labels, predictions)
     for name, figure in pictures.items():
         with whole_file(path := checkpoint.with_name(f"{checkpoint.stem}_{name}.png")) as file:
             figure.savefig(file, format="png", dpi=120)
