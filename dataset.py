@@ -189,12 +189,8 @@ def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]
 def split_indices(labels: torch.Tensor, val_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Hold `val_size` images out for validation, with every class in proportion; the same seed gives the same split.
 
-    Args:
-        labels: int64 tensor of shape (N,).
-        val_size: 0, or from the number of classes to N minus that number.
-
-    Returns:
-        Two int64 tensors of indices, both ascending: training and validation.
+    Takes the labels, int64 (N,), and a size of 0 or from 10 to N - 10. Returns the indices of the training and of the
+    validation images, int64 and ascending.
     """
     everything = np.arange(len(labels))
     if val_size == 0:

@@ -5,8 +5,7 @@
 
 One forward pass keeps the layer's activations A (channels k, a small grid of places), one backward pass tells how much
 the class score y grows with each of them, G = dy / dA. A method weighs the one by the other, adds up the channels, and
-cuts off what speaks against the class. See `METHODS`, from the first and best known to the one that is most faithful
-for this model (benchmarks/faithfulness.py measures that).
+cuts off what speaks against the class. `METHODS` ends with the most faithful one (benchmarks/faithfulness.py).
 """
 
 import math

@@ -5,7 +5,7 @@ import os
 import platform
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +17,9 @@ from model import HybridClassifier, load_checkpoint, save_checkpoint
 from training import processes
 from training.report import write_history
 
-try:
+fcntl = None
+with suppress(ImportError):  # Windows has none: there, two runs in one folder are not noticed
     import fcntl
-except ImportError:  # Windows: two runs in one folder are not noticed
-    fcntl = None
 
 History = list[dict[str, float]]  # a row of numbers for each epoch
 State = tuple[nn.Module, HybridClassifier, list[torch.optim.Optimizer]]  # model, averaged model, optimisers
