@@ -32,10 +32,9 @@ from drawing.gallery import save_gallery
 from drawing.photo import read_image
 from drawing.sheets import Cell, Explanation, in_rows, make_cell, on_one_scale, paint, save_overlay, save_sheet, shares
 from gradcam import METHODS, GradCAM
-from model import CheckpointError, HybridClassifier, load_checkpoint
+from model import SHIPPED_CHECKPOINT, CheckpointError, HybridClassifier, load_checkpoint
 from training.processes import set_threads
 
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "shipped" / "model.pt"
 METHOD = "layercam"
 SLUGS = [name.replace("/", "-").replace(" ", "-") for name in CLASS_NAMES]  # for file names
 LIMITS = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))  # what there is, what fits
@@ -250,7 +249,7 @@ def load_model(args: Namespace) -> GradCAM:
     folder = "" if path == SHIPPED_CHECKPOINT.resolve() else f"{path.parent.name}_{path.stem}"
     args.output_dir = args.output_dir or Path("HeapImg", folder)
     args.target_layer = args.target_layer or default_layers(model)
-    last = checkpoint.get("history", [{}])[-1]
+    last = (checkpoint.get("history") or [{}])[-1]
     accuracy = last.get("val_accuracy", last.get("train_accuracy", 1))
     if accuracy < 0.7:  # as after a fraction of an epoch
         print(f"note: {args.model_name} is right on {accuracy:.0%} only: such a model's maps light the background, too")
@@ -267,8 +266,6 @@ def load_model(args: Namespace) -> GradCAM:
 
 def main() -> None:
     args = parse_arguments()
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have letters that this terminal has not
-        sys.stdout.reconfigure(errors="backslashreplace")
     with dataset.errors_in_one_line("Visulization.py"):
         set_threads()
         cam = load_model(args)

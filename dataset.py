@@ -48,7 +48,7 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 class UserError(RuntimeError):
-    """Something that the person at the keyboard can mend; the message is one line that says how."""
+    """A problem that the user can fix; the message is one line that says how."""
 
 
 class DataError(UserError):
@@ -57,7 +57,9 @@ class DataError(UserError):
 
 @contextmanager
 def errors_in_one_line(script: str) -> Iterator[None]:
-    """End the script with one line on stderr for what its user can mend, and for Ctrl-C; a bug keeps its traceback."""
+    """End the script with one line on stderr for what its user can fix, and for Ctrl-C; a bug keeps its traceback."""
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have letters that this terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
@@ -86,7 +88,9 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room, or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; make room, or choose another folder"
+        ) from error
     finally:
         with suppress(OSError):  # it has its name by now, unless something failed
             part.unlink()
@@ -168,14 +172,11 @@ def _fetch(name: str, data_dir: Path) -> bytes:
 def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Read the training split (60,000 images) or the test split (10,000); find or fetch the files, and check them.
 
-    Args:
-        data_dir: a folder with the files, compressed or not, which may be read-only; "~" is the home folder. Debian's
-            package is found where it is installed. What is not found is fetched into this folder.
-        train: which split.
+    The folder `data_dir` may hold the files compressed or not, and may be read-only. Debian's package is found where it
+    is installed. What is not found is fetched into the folder.
 
     Returns:
-        images: uint8 tensor of shape (N, 1, 28, 28); 0 is the dark background.
-        labels: int64 tensor of shape (N,), an index into `CLASS_NAMES`.
+        Images, uint8 (N, 1, 28, 28), 0 is the dark background; and labels, int64 (N,), indices of `CLASS_NAMES`.
     """
     data_dir, arrays = Path(os.path.expanduser(data_dir)), []
     for name, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):  # bytes before the values
@@ -189,8 +190,7 @@ def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]
 def split_indices(labels: torch.Tensor, val_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Hold `val_size` images out for validation, with every class in proportion; the same seed gives the same split.
 
-    Takes the labels, int64 (N,), and a size of 0 or from 10 to N - 10. Returns the indices of the training and of the
-    validation images, int64 and ascending.
+    Takes labels, int64 (N,), and a size of 0 or from 10 to N - 10. Returns the indices of both parts, int64, ascending.
     """
     everything = np.arange(len(labels))
     if val_size == 0:
@@ -218,7 +218,7 @@ def augment(
         images: uint8 tensor of shape (N, 1, 28, 28), left as it is.
         generator: the source of randomness, on the images' device.
         flip: mirror half of the images, left to right.
-        shift: move each by up to that many pixels each way, 0 to 27; what comes in is background.
+        shift: move each by up to that many pixels each way, 0 to 27; uncovered pixels become background.
         erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see `random_erase`).
     """
     n, _, height, width = images.shape
@@ -244,7 +244,7 @@ def augment(
 def random_erase(images: torch.Tensor, generator: torch.Generator, probability: float) -> torch.Tensor:
     """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv 1708.04896).
 
-    It takes 2 to 33 % of the area; one side is at most 3.3 times the other. The probability is that of an image.
+    It takes 2 to 33 % of the area; one side is at most 3.3 times the other. `probability` is per image.
     """
     n, _, height, width = images.shape
     chance, area, aspect, top, left = torch.rand(5, n, 1, 1, generator=generator, device=images.device)

@@ -1,4 +1,4 @@
-"""Grad-CAM and its kin: which places of an image speak for a class, seen from one layer of the model or from several.
+"""Grad-CAM and related methods: which places of an image support a class, seen from one layer of the model or several.
 
     with GradCAM(model, "blocks.0") as cam:
         maps = cam(dataset.normalize(images))   # float32 (N, 28, 28), 0 to 1
@@ -85,7 +85,7 @@ class GradCAM:
     """Heatmaps from one layer of a model, or the mean of several layers' heatmaps.
 
     In a `with` block, or during a single call, the model has one forward hook per layer, is in evaluation mode, and its
-    parameters ask for no gradient. On the way out, also after an error, all three are as they were. `logits` holds
+    parameters do not require gradients. On the way out, also after an error, all three are as they were. `logits` holds
     those of the latest call, (N, classes), detached.
 
     Args:
@@ -166,9 +166,8 @@ class GradCAM:
             normalize: divide each map by its maximum. A map of zeros, where nothing speaks for the class, stays so.
 
         Returns:
-            float32 tensor (N, H, W) on the images' device, from 0 to 1; with `normalize=False` from 0 upwards, in
-            logits per pixel: a layer's value for a place, shared among the pixels that the place covers. In this unit
-            layers with grids of any size are averaged.
+            float32 (N, H, W) on the images' device, from 0 to 1; with `normalize=False` from 0 upwards, in logits per
+            pixel: a place's value, shared among the pixels that it covers. In this unit layers are averaged.
         """
         if not self._hooks:
             with self:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from dataset import CLASS_NAMES, IMAGE_SIZE, UserError, whole_file
 
 MAX_PARAMETERS = 600_000
+SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "shipped" / "model.pt"
 STEM_STRIDE = 4  # two stride-2 convolutions: 28 -> 14 -> 7
 GRID_SIZE = IMAGE_SIZE // STEM_STRIDE
 FUSED_ATTENTION = False  # PyTorch's CPU kernel is made for long sequences; 49 tokens are faster without it
@@ -30,7 +31,7 @@ FUSED_ATTENTION = False  # PyTorch's CPU kernel is made for long sequences; 49 t
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model; one that cannot be raises a `UserError` that says what to change."""
+    """The shape of the model; an impossible combination raises a `UserError`."""
 
     stem_dims: tuple[int, int]  # channels of the stem at 28x28 and at 14x14
     stem_blocks: tuple[int, int, int]  # residual blocks of the stem at 28x28, at 14x14 and at 7x7
@@ -115,11 +116,7 @@ class EncoderBlock(nn.Module):
 
 
 class Pool(nn.Module):
-    """One vector per image, a weighted mean of its tokens: (N, T, C) -> (N, C).
-
-    "attention" learns a score per token and takes the softmax of the scores as weights (the sequence pooling of
-    Hassani et al. 2021, arXiv 2104.05704); "mean" weighs all tokens alike.
-    """
+    """A mean of the tokens, (N, T, C) -> (N, C): plain, or weighted by learned scores (Hassani et al. 2021)."""
 
     def __init__(self, embed_dim: int, pool: str) -> None:
         super().__init__()
@@ -147,7 +144,7 @@ class HybridClassifier(nn.Module):
         self.config = config
         self.stem = nn.Sequential()
         in_channels = 1
-        # A few thin blocks see all 28x28 places before anything is thrown away: few parameters, fine texture.
+        # A few narrow blocks work at full resolution before the downsampling: few parameters, fine texture.
         for stage, channels in enumerate((*config.stem_dims, config.embed_dim)):
             down = nn.Sequential(conv_bn(in_channels, channels, stride=2 if stage else 1), nn.ReLU())
             self.stem.add_module(f"down{stage}" if stage else "first", down)
@@ -234,13 +231,15 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise CheckpointError(f"cannot read {path}: {reason}; name a checkpoint that train.py wrote") from error
     except Exception as error:  # a damaged or foreign file ends in one of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({reason[:200]}): name another one") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason[:200]}): name another one") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version of the project: name one that train.py wrote")
     try:
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except Exception as error:  # a changed model, or odd values
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise CheckpointError(f"{path} is of another model than model.py now builds ({reason}): train again") from error
+        raise CheckpointError(
+            f"{path} does not fit the model that model.py builds now ({reason}): train again"
+        ) from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import dataset
 from dataset import UserError
-from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
+from model import MAX_PARAMETERS, SHIPPED_CHECKPOINT, HybridClassifier, ModelConfig, load_checkpoint
 from training import processes, report, runs
 from training.optim import learning_rate, make_optimizers, take_step
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
@@ -70,7 +70,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     lr=(8e-3, (0.0, INF), "peak learning rate; after it a cosine down to 0"),
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
-    label_smoothing=(0.1, (0.0, 0.99), "part of the target spread over all classes"),
+    label_smoothing=(0.1, (0.0, 0.99), "share of the target spread evenly over all classes"),
     ema_decay=(
         0.999,
         (0.0, 0.999999),
@@ -78,21 +78,20 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     ),
     grad_clip=(1.0, (0.0, INF), "largest norm of the gradient; 0 clips nothing"),
     # distillation
-    teacher=((), None, "checkpoints whose mean answer the model learns to give, besides the labels"),
-    teacher_weight=(0.9, (0.0, 1.0), "part of the loss that the teachers have, where there are any"),
+    teacher=((), None, "checkpoints whose mean prediction the model learns from, besides the labels"),
+    teacher_weight=(0.9, (0.0, 1.0), "weight of the teachers in the loss, where there are any"),
     temperature=(1.0, (0.01, INF), "softens the answers of teachers and model before they are compared"),
     # system
-    seed=(0, (0, 2**32 - 1), "of the split, the initial weights, the order and the augmentation"),
+    seed=(0, (0, 2**32 - 1), "random seed of the split, the initial weights, the order and the augmentation"),
     device=("auto", ("auto", "cpu", "cuda", "mps"), "auto takes an accelerator where there is one"),
     precision=("auto", ("auto", "float32", "bfloat16"), "auto takes bfloat16 where the hardware computes in it"),
-    threads=(0, (0, INF), "CPU threads; 0 takes one per core, or only one where other work keeps the cores busy"),
+    threads=(0, (0, 1024), "CPU threads; 0 takes one per core, or only one where other work keeps the cores busy"),
     compile=(False, None, "use torch.compile: a minute of compilation first, so for long runs"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures are written"),
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "shipped" / "model.pt"
-RECIPES = dict(  # values that go together and replace the defaults above; flags count over both
+RECIPES = dict(  # values that go together and replace the defaults above; flags override both
     default={},
     # Minutes on two CPU cores: a lighter model, too few epochs to overfit, on all 60,000 images.
     fast=dict(val_size=0, shift=1, erase=0.0, stem_blocks=(0, 2, 2), mlp_ratio=1.0, epochs=7, batch_size=128),
@@ -109,11 +108,10 @@ EVALUATION_USES = ("data_dir", "device", "threads")
 
 
 def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
-    """Put the data on the device, and hold images out.
+    """Put the data on the device, and set validation images aside.
 
-    Returns:
-        Images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), the indices of those to train on, int64 (N,), and the
-        images and labels of the splits to report on by name, "val" and "test", as the settings ask.
+    Returns images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), the indices of those to train on, int64 (N,), and
+    the images and labels of the splits to report on by name, "val" and "test", as configured.
     """
     images, labels = dataset.load(config.data_dir, train=True)
     classes, left = len(dataset.CLASS_NAMES), len(labels) - config.val_size
@@ -133,11 +131,13 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
 def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.device) -> list[nn.Module]:
     """Load the teachers; refuse one that saw this run's validation images, which would flatter the run."""
     val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
+    own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
     for path in config.teacher:
-        if Path(path).expanduser().resolve().parent == Path(config.output_dir).expanduser().resolve():
+        if os.path.realpath(os.path.expanduser(path)) in own:
             raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
         teacher, checkpoint = load_checkpoint(path, device)
-        val_size, seed = (checkpoint["train_config"][name] for name in ("val_size", "seed"))
+        saw = checkpoint.get("train_config", {})  # without it, the teacher may have seen every image
+        val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
         if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
             advice = f", or --val-size {val_size} --seed {seed} as it had" if val_size else ""
             raise UserError(f"{path} was trained on images that are to validate this run: give --val-size 0{advice}")
@@ -155,16 +155,8 @@ def training_loss(
 
     The distance is the Kullback-Leibler divergence of the softened answers, times temperature squared, so that its
     gradient keeps its size (Hinton et al. 2015, arXiv 1503.02531, section 2).
-
-    Args:
-        teachers: in evaluation mode; without any, the cross-entropy is the loss.
-        x: normalised images (N, 1, 28, 28).
-        labels: int64 (N,).
-        config: the settings `precision` of the forward passes (weights and optimiser stay float32), `label_smoothing`,
-            `teacher_weight` and `temperature`.
-
-    Returns:
-        The mean loss, and the model's logits, float32 (N, 10).
+    Takes normalised images (N, 1, 28, 28) and labels, int64 (N,). Returns the mean loss, and logits, float32 (N, 10).
+    Only the forward passes compute in `config.precision`; weights and optimiser stay float32.
     """
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
         logits = model(x).float()
@@ -198,11 +190,9 @@ def stream(*numbers: int) -> int:
 
 
 def train(config: SimpleNamespace, resume: bool = False) -> Path:
-    """Train a model and return the path of the best checkpoint.
+    """Train, or go on from last.pt in `config.output_dir`, and return the best checkpoint's path.
 
-    Args:
-        config: every setting with its value, as `choose_settings(SETTINGS, RECIPES, {...})` makes it.
-        resume: go on from `config.output_dir`/last.pt, which the configuration was read from.
+    The settings are made by `choose_settings(SETTINGS, RECIPES, {...})`; to resume, they must be those of last.pt.
     """
     device, output_dir = processes.choose_device(config.device), Path(os.path.expanduser(config.output_dir))
     rank, world_size = processes.join(device)
@@ -213,18 +203,17 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     teachers = load_teachers(config, labels, device)
     steps = len(train_index) // config.batch_size  # what is left over waits for the next epoch's order
     if not steps or config.batch_size % world_size:
-        most = f"at most {len(train_index):,}, a multiple of {world_size} processes"
-        raise UserError(f"--batch-size {config.batch_size}: give {most}")
+        shared = f", divisible by the {world_size} processes" if world_size > 1 else ""
+        raise UserError(f"--batch-size {config.batch_size}: give at most {len(train_index):,}{shared}")
     warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps)
 
     torch.manual_seed(config.seed)
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).float().eval().requires_grad_(False)  # to bfloat16, its steps would add nothing
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
     history = runs.resume_run(output_dir, (model, ema, optimizers)) if resume else []
-    forward = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model  # averages the gradients
-    forward = torch.compile(forward) if config.compile else forward
+    forward = torch.compile(model) if config.compile else model
     if rank == 0:
         print("\n".join(f"{name:16} {value}" for name, value in vars(config).items()))
         print(f"\n{model.num_parameters():,} parameters, {len(train_index):,} training images, {world_size} processes")
@@ -234,29 +223,30 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     seconds_before, started = history[-1]["seconds"] if history else 0.0, time.perf_counter()
     for epoch in range(len(history), config.epochs):
         generator = torch.Generator(device).manual_seed(stream(config.seed, epoch))  # the same in every process
-        torch.manual_seed(stream(config.seed, epoch, rank))  # stochastic depth: each process its own
+        torch.manual_seed(stream(config.seed, epoch, 1 + rank))  # stochastic depth: each process its own
         order = torch.randperm(len(train_index), generator=generator, device=device)[: steps * config.batch_size]
         batches = train_index[order].split(config.batch_size)
         hide = config.quiet or rank > 0
         bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=hide, mininterval=0.5)
-        answers = []
+        outputs = []
         model.train()
         for step, index in enumerate(bar, start=epoch * steps):
             x = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
             x, y = dataset.normalize(x)[rank::world_size], labels[index][rank::world_size]
             loss, logits = training_loss(forward, teachers, x, y, config)
             loss.backward()
+            processes.average_gradients(model)
             lr = learning_rate(step, config.epochs * steps, warmup_steps, config.lr)
             take_step(model, ema, optimizers, lr, step, config)
-            answers.append(logits.detach())
+            outputs.append(logits.detach())
             if step % 20 == 0:  # seldom, since a GPU has to be waited for
                 bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
 
         # The end of the epoch: its figures, the history, the checkpoints.
-        logits = processes.gather(torch.cat(answers))
-        if not all(tensor.isfinite().all() for tensor in (logits, *ema.state_dict().values())):
-            advice = f"it is not saved; try a smaller --lr than {config.lr:g}, or --precision float32"
-            raise UserError(f"the loss or a weight is no longer finite in epoch {epoch + 1}: {advice}")
+        logits = processes.gather(torch.cat(outputs))
+        if not all(tensor.isfinite().all() for tensor in (logits, *ema.parameters())):
+            advice = f"try an --lr below {config.lr:g}, or --precision float32"
+            raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
         row = dict(epoch=epoch + 1, lr=lr, **report.summary("train", logits, labels[torch.cat(batches)], config.quiet))
@@ -264,7 +254,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             row |= report.summary(split, predict(ema, x), y, config.quiet)
         # A number that you add to the row goes to history.csv and the checkpoints.
         row["seconds"] = round(seconds_before + time.perf_counter() - started, 2)
-        history.append({name: getattr(value, "item", lambda v=value: v)() for name, value in row.items()})
+        history.append({name: value.item() if hasattr(value, "item") else value for name, value in row.items()})
         runs.save_run(output_dir, config, history, (model, ema, optimizers))
         print(report.epoch_line(history, config.epochs, images=len(order)), flush=True)
     if rank == 0:
@@ -276,11 +266,11 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
     """Test a checkpoint: print the report, draw curves and confusion matrix beside it; return the accuracy, 0 to 1."""
     model, checkpoint = load_checkpoint(path, device)
     images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=False))
-    print(f"\n{path} (epoch {checkpoint.get('epoch')})")
+    print(f"\n{path} (epoch {checkpoint.get('epoch', 'unknown')})")
     logits = predict(model, images)
     row = report.summary("test", logits, labels, quiet=False)
-    figures = f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}"
-    print(f"{figures}, {model.num_parameters():,} parameters, {len(labels):,} images, one forward pass each")
+    print(f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}", end=", ")
+    print(f"{model.num_parameters():,} parameters, {len(labels):,} images, one forward pass each")
     try:
         report.save_pictures(path, checkpoint.get("history"), labels, logits.argmax(dim=1))
     except UserError as error:  # the folder may be read-only
@@ -298,16 +288,16 @@ def main() -> None:
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate on the test split, train nothing")
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}
     resume, checkpoint = given.pop("resume", False), given.pop("evaluate", None)
-    is_first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    is_first, since = processes.is_first(), 0.0 if resume else time.time()
     with dataset.errors_in_one_line("train.py"):
         if checkpoint is not None:
             if unused := [flag(name) for name in given if name not in EVALUATION_USES] + ["--resume"] * resume:
                 raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")
         elif resume:
-            last = Path(os.path.expanduser(given.get("output_dir", SETTINGS["output_dir"][0])), "last.pt")
+            last = Path(os.path.expanduser(given.setdefault("output_dir", SETTINGS["output_dir"][0])), "last.pt")
             saved = load_checkpoint(last)[1]
             if "training" not in saved:
-                raise UserError(f"{last} is no run to resume, only its result: start anew without --resume")
+                raise UserError(f"{last} is a finished model, not a run to resume: start anew without --resume")
             given = resumed_settings(SETTINGS, saved["train_config"], given, MAY_CHANGE_ON_RESUME)
         config = choose_settings(SETTINGS, RECIPES, given)
         if checkpoint is None:
@@ -317,7 +307,7 @@ def main() -> None:
                     checkpoint = train(config, resume)
                 except (KeyboardInterrupt, SystemExit):
                     if is_first:
-                        print(f"\nstopping; {runs.advice_to_resume(folder)}", flush=True)
+                        print(f"\nstopping; {runs.advice_to_resume(folder, since)}", flush=True)
                     raise
         else:
             processes.set_threads(config.threads)

@@ -20,7 +20,6 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError("is not a file: name a picture")
     try:
-        # Without Pillow's remarks on a file that it reads all the same.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
             picture.load()
             with suppress(Exception):  # a damaged note on how the camera was held is no reason to give up
@@ -51,11 +50,7 @@ def read_image(path: str | Path) -> np.ndarray:
     sides, the longest side scaled to 28 pixels, centred on a dark background. Whether the picture itself has a light or
     a dark background is read off its border; transparent places count as background.
 
-    Returns:
-        uint8 array of shape (28, 28).
-
-    Raises:
-        UserError: the file is missing, no picture, damaged, too large, transparent, or of one even colour.
+    Returns a uint8 array (28, 28); raises a UserError where `decode` does, and if the picture is transparent or even.
     """
     gray, alpha = decode(path)
     if not alpha.any():

@@ -29,14 +29,14 @@ def test_a_damaged_checkpoint_is_refused_or_has_the_same_weights(good):
 def test_a_checkpoint_of_an_impossible_model_is_refused(good, name, value):
     content = torch.load(good, weights_only=True)
     good.write_bytes(hostile.saved(content | dict(model_config=content["model_config"] | {name: value})))
-    with pytest.raises(CheckpointError, match="another model"):
+    with pytest.raises(CheckpointError, match="does not fit the model"):
         load_checkpoint(good)
 
 
 def test_code_in_a_checkpoint_is_never_run(good, tmp_path):
     content, touched = torch.load(good, weights_only=True), tmp_path / "touched"
     good.write_bytes(hostile.saved(content | dict(trap=hostile.Trap(touched))))
-    with pytest.raises(CheckpointError, match="is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match="is damaged or not a checkpoint"):
         load_checkpoint(good)
     assert not touched.exists()
     torch.load(good, weights_only=False)

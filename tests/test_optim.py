@@ -38,7 +38,8 @@ class Everything(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full((2,), value))
         self.short = nn.Parameter(torch.full((2,), value, dtype=torch.bfloat16))
-        self.register_buffer("statistic", torch.full((2,), value))
+        self.register_buffer("running_mean", torch.full((2,), value))
+        self.register_buffer("mask", torch.tensor([value, -torch.inf]))
         self.register_buffer("counter", torch.tensor(int(value)))
         self.register_buffer("flags", torch.tensor([value > 0, False]))
 
@@ -48,10 +49,10 @@ class Everything(nn.Module):
 def test_the_average_follows_weights_and_statistics_and_copies_the_rest(step, decay):
     ema, model = Everything(0.0), Everything(8.0)
     update_ema(ema, model, decay=0.9, step=step)
-    for values in (ema.weight, ema.short.float(), ema.statistic):
-        torch.testing.assert_close(values.detach(), torch.full((2,), 8 * (1 - decay)), rtol=5e-3, atol=0)
-    assert ema.weight.tolist() == pytest.approx([8 * (1 - decay)] * 2, rel=1e-5)
-    assert ema.short.dtype == torch.bfloat16
+    for values in (ema.weight, ema.running_mean):
+        assert values.tolist() == pytest.approx([8 * (1 - decay)] * 2, rel=1e-5)
+    assert ema.short.dtype == torch.bfloat16 and ema.short.tolist() == [8.0, 8.0]
+    assert ema.mask.tolist() == [8.0, -torch.inf]
     assert ema.counter.item() == 8 and ema.flags.tolist() == [True, False]
     assert model.weight.tolist() == [8.0, 8.0]
 
@@ -59,7 +60,7 @@ def test_the_average_follows_weights_and_statistics_and_copies_the_rest(step, de
 def test_without_averaging_the_average_is_the_model():
     ema, model = Everything(1.0), Everything(4.0)
     update_ema(ema, model, decay=0.0, step=50)
-    assert ema.weight.tolist() == ema.statistic.tolist() == [4.0, 4.0]
+    assert ema.weight.tolist() == ema.running_mean.tolist() == [4.0, 4.0]
 
 
 # ---- The step --------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def two_threads(monkeypatch):
         monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: next(now)))
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    torch.set_num_threads(2)
+    monkeypatch.setattr(processes, "ALL_THREADS", 2)
+    torch.set_num_threads(1)  # as an earlier run in this process may have left it
     yield make
     torch.set_num_threads(1)
 
@@ -191,6 +192,7 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(run_config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(processes, "count", lambda: 2)
         patch.setattr(processes, "gather", lambda rows: rows)
+        patch.setattr(processes, "average_gradients", lambda model: None)
         train.train(run_config(epochs=1))
     with pytest.raises(UserError, match="the run to resume had 2 processes, not 1: start as many again"):
         train.train(run_config(epochs=1), resume=True)

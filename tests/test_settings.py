@@ -57,22 +57,22 @@ def test_help_explains_every_row_and_its_default():
 
 
 WRONG = [
-    ("count", 0, "--count 0: give a whole number from 1 upwards"),
-    ("count", 2.5, "--count 2.5: give a whole number from 1 upwards"),
+    ("count", 0, "--count 0: give a whole number of at least 1"),
+    ("count", 2.5, "--count 2.5: give a whole number of at least 1"),
     ("count", True, "--count True: give a whole number"),
     ("rate", -0.1, "--rate -0.1: give a number from 0.0 to 1.0"),
     ("rate", 1.1, "--rate 1.1: give a number from 0.0 to 1.0"),
     ("rate", math.nan, "--rate nan: give a number from 0.0 to 1.0"),
     ("rate", "0.5", "--rate '0.5': give a number"),
     ("kind", "c", "--kind 'c': give one of a, b"),
-    ("sizes", (4, 0), "--sizes (4, 0): give 2 times a whole number from 1 upwards"),
-    ("sizes", (4, 8.0), "--sizes (4, 8.0): give 2 times a whole number"),
+    ("sizes", (4, 0), "--sizes (4, 0): give 2 values, each a whole number of at least 1"),
+    ("sizes", (4, 8.0), "--sizes (4, 8.0): give 2 values, each a whole number"),
 ]
 WRONG_UNLESS_DEFAULT = [  # an edited default of another type makes another row
     ("switch", 1, "--switch 1: give a value of type bool"),
     ("name", 3, "--name 3: give a value of type str"),
-    ("sizes", (4,), "--sizes (4,): give 2 times"),
-    ("sizes", 4, "--sizes 4: give 2 times"),
+    ("sizes", (4,), "--sizes (4,): give 2 values"),
+    ("sizes", 4, "--sizes 4: give 2 values"),
     ("files", "a", "--files 'a': give a value of type str"),
     ("rate", None, "--rate None: give a number"),
 ]
@@ -134,7 +134,7 @@ def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change():
     assert resumed_settings(table, saved, dict(kind="auto"), may_change=()) == saved  # what it chose was saved
     with pytest.raises(UserError, match="--name auto differs from the run to resume, which has x"):
         resumed_settings(TABLE, saved, dict(name="auto"), may_change=())
-    with pytest.raises(UserError, match=r"^--count 8 differs from the run to resume, which has 7: leave the flag out"):
+    with pytest.raises(UserError, match=r"^--count 8 differs from the run to resume, which has 7: leave it out"):
         resumed_settings(TABLE, saved, dict(count=8), may_change=("name",))
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-# Matrices that face the image or the answer, not other hidden layers: AdamW suits them better than Muon.
+# Layers next to the input or the output, which AdamW suits better than Muon.
 FIRST_AND_LAST = ("stem.first.", "pool.score.", "head.")
 
 
@@ -15,7 +15,7 @@ class Muon(torch.optim.Optimizer):
 
     Convolution filters count as matrices of shape (out, in * height * width). The update is scaled as Liu et al. 2025
     (arXiv 2502.16982) propose, to the size of AdamW's, so that both take the same learning rate and weight decay.
-    `torch.optim.Muon` takes no filters and computes in bfloat16, which many CPUs only emulate; this one is float32.
+    Unlike `torch.optim.Muon`, it takes filters and computes in float32: many CPUs only emulate bfloat16.
     """
 
     def __init__(self, params: list[torch.Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
@@ -97,12 +97,14 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     The first steps average over a shorter window, so that the random initial weights are soon forgotten.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    pairs = list(zip(ema.state_dict().values(), model.state_dict().values(), strict=True))
-    averaged, current = zip(*((a, c.to(a.dtype)) for a, c in pairs if a.is_floating_point()), strict=True)
+    parameters, averaged, current = dict(ema.named_parameters()), [], []
+    for (name, a), c in zip(ema.state_dict().items(), model.state_dict().values(), strict=True):
+        if a.dtype == torch.float32 and (name in parameters or "running_" in name):
+            averaged.append(a)
+            current.append(c)
+        else:  # other buffers; and to bfloat16 numbers, steps this small would add nothing
+            a.copy_(c)
     torch._foreach_lerp_(averaged, current, 1 - decay)
-    for a, c in pairs:
-        if not a.is_floating_point():
-            a.copy_(c)  # batch norm's counters
 
 
 def take_step(

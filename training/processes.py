@@ -1,4 +1,4 @@
-"""What the machine gives: CPU threads, a device and its precision, several processes."""
+"""CPU threads, the device and its precision, several processes."""
 
 import atexit
 import os
@@ -6,19 +6,21 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 
 from dataset import UserError
+
+ALL_THREADS = torch.get_num_threads()
 
 
 def set_threads(threads: int = 0) -> int:
     """Use so many CPU threads; 0 takes one per core, or only one where other work keeps the cores busy.
 
-    PyTorch's threads wait for each other after every operation and spin meanwhile. Where one of them shares its core
-    with another program, all the others wait: two threads are then slower than one (`benchmarks/busy_cores.py`). The
-    load average is a minute late, and in a container it is the host's, so this measures for 0.4 s which is faster.
-    A user's own OMP_NUM_THREADS, which torchrun also sets, is left alone. Returns the number of threads.
+    PyTorch's threads spin while they wait for each other, so if one of them shares its core with another program, two
+    threads are slower than one (`benchmarks/busy_cores.py`). Load averages are late, and in a container the host's, so
+    this measures for 0.4 s. It leaves a user's own OMP_NUM_THREADS alone, and returns the number of threads.
     """
-    most = torch.get_num_threads()
+    most = ALL_THREADS
     if not threads and most > 1 and "OMP_NUM_THREADS" not in os.environ:
         matrix, done = torch.rand(256, 256), {1: 0, most: 0}
         for number in (most, 1, most, 1):
@@ -45,10 +47,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """Turn a setting into the type that matrix products and convolutions compute in, "float32" or "bfloat16".
+    """What matrix products compute in; "auto" takes bfloat16 only where the hardware has instructions for it.
 
-    "auto" takes bfloat16 only where the hardware has instructions for it. On a CPU without them a bfloat16 matrix
-    product is some hundred times slower than a float32 one.
+    On a CPU without them a bfloat16 matrix product is some hundred times slower than a float32 one.
     """
     if name != "auto":
         return name
@@ -70,9 +71,23 @@ def join(device: torch.device) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def is_first() -> bool:
+    """Whether this is the process that reports and saves."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
+
+
 def count() -> int:
     """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients over the processes, always in one order, so that a resumed run rounds alike."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if count() > 1:
+        dist.all_reduce(flat := torch.cat([gradient.flatten().float() for gradient in gradients]))
+        for gradient, mean in zip(gradients, (flat / count()).split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from training import processes
 from training.report import write_history
 
 fcntl = None
-with suppress(ImportError):  # Windows has none: there, two runs in one folder are not noticed
+with suppress(ImportError):
     import fcntl
 
 History = list[dict[str, float]]  # a row of numbers for each epoch
@@ -31,22 +31,24 @@ def reserve_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {folder}: give this one another --output-dir") from None
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir") from error
     with lock:
-        for part in folder.glob(".*.part"):  # of a run that was killed while it saved
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing to {folder}: give this one another --output-dir") from None
+        except (OSError, AttributeError):  # Windows and some network drives have no locks
+            pass
+        for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
             part.unlink()
         yield
 
 
 def put_aside(folder: Path) -> None:
     """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
-    # last.pt first: if this is interrupted, no run can be resumed whose best.pt is elsewhere.
-    earlier = [path for pattern in ("last*", "best*", "history.csv") for path in sorted(folder.glob(pattern))]
+    patterns = ("last.pt", "best.pt", "last_*.png", "best_*.png", "history.csv")  # if interrupted, nothing to resume
+    earlier = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous-{n}-*")))
     for path in earlier:
         os.replace(path, path.with_name(f"previous-{number}-{path.name}"))
@@ -60,7 +62,7 @@ def is_best(history: History) -> bool:
 
 
 def save_run(folder: Path, config: SimpleNamespace, history: History, state: State) -> None:
-    """Save all that the next epoch needs as last.pt, the averaged weights as best.pt if they are, and history.csv."""
+    """Save what the next epoch needs as last.pt, the averaged weights as best.pt if they are best, and history.csv."""
     if len(history) == 1:
         put_aside(folder)
     environment = f"torch {torch.__version__}, {platform.machine()}, {config.device}, {config.precision}"
@@ -68,7 +70,9 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
     model, ema, optimizers = state
     training = dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
-    if is_best(history):  # last.pt comes last: a run that is killed before it repeats this epoch, bit for bit
+    if (
+        is_best(history) or not (folder / "best.pt").exists()
+    ):  # last.pt comes last: a run that is killed before it repeats this epoch, bit for bit
         save_checkpoint(folder / "best.pt", ema, **contents)
     write_history(history, folder / "history.csv")
     save_checkpoint(folder / "last.pt", ema, **contents, training=training | dict(processes=processes.count()))
@@ -88,9 +92,9 @@ def resume_run(folder: Path, state: State) -> History:
     return checkpoint["history"]
 
 
-def advice_to_resume(folder: Path) -> str:
-    """How to go on with a run that stops now."""
-    if not (folder / "last.pt").exists():
+def advice_to_resume(folder: Path, since: float) -> str:
+    """How to go on with a run that stops now and began at `time.time()` = since."""
+    if not (folder / "last.pt").exists() or (folder / "last.pt").stat().st_mtime < since:  # it is an earlier run's
         return "no epoch was finished, so nothing was saved"
     launcher = "python" if processes.count() == 1 else f"torchrun --nproc-per-node={processes.count()}"
     return f"go on from the last whole epoch with: {launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"

@@ -21,11 +21,10 @@ def flag(name: str) -> str:
 
 
 def element_type(default: Any, allowed: Any) -> type:
-    """The type of a setting's value, or of each value in a row of them; words where the default says nothing."""
-    if allowed:
-        return type(allowed[0])
-    first = next(iter(default), None) if isinstance(default, tuple | list) else default
-    return str if first is None else type(first)
+    """The type of a setting's value, or of each value in a row of them: that of its bounds, else of its default."""
+    values = allowed or (default if isinstance(default, tuple | list) else [default])
+    types = [type(value) for value in values if value is not None and value != INF]
+    return float if float in types else types[0] if types else str
 
 
 def check(table: Table, name: str, value: Any) -> None:
@@ -42,11 +41,12 @@ def check(table: Table, name: str, value: Any) -> None:
         what = f"one of {', '.join(allowed)}"
         is_good = is_good and all(v in allowed for v in values)
     elif allowed:
-        what = f"a {'whole ' if kind is int else ''}number from {allowed[0]:,}"
-        what += f" to {allowed[1]:,}" if allowed[1] < INF else " upwards"
-        is_good = is_good and all(allowed[0] <= v <= allowed[1] for v in values)  # not a number fails this, too
+        low, high = allowed
+        what = f"a {'whole ' if kind is int else ''}number "
+        what += f"from {low:,} to {high:,}" if high < INF else f"of at least {low:,}"
+        is_good = is_good and all(low <= v <= high and v < INF for v in values)  # NaN fails this, too
     if is_row and kind is not str:
-        what = f"{len(default)} times {what}"
+        what = f"{len(default)} values, each {what}"
         is_good = is_good and len(values) == len(default)
     if not is_good:
         raise UserError(f"{flag(name)} {value!r}: give {what}")
@@ -90,6 +90,7 @@ def resumed_settings(table: Table, saved: dict[str, Any], given: dict[str, Any],
     for name, value in given.items():
         is_same = value == saved[name] or (value == "auto" and "auto" in (table[name][1] or ()))
         if name not in may_change and not is_same:
-            advice = "leave the flag out, or start anew without --resume"
-            raise UserError(f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}: {advice}")
+            raise UserError(
+                f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}: leave it out"
+            )
     return saved | {name: value for name, value in given.items() if name in may_change}
