@@ -555,6 +555,36 @@ def test_a_run_stopped_in_its_first_epoch_has_saved_nothing_and_says_so(main, fl
     assert not list((tmp_path / "checkpoints").glob("[!.]*"))
 
 
+def test_a_run_stopped_in_its_first_epoch_does_not_advise_to_resume_an_earlier_one(main, flags, stop, capsys):
+    assert main(*flags) == 0
+    stop(3)
+    assert main(*flags, "--seed", 5) == 130
+    assert "no epoch was finished, so nothing was saved" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_run_whose_folder_has_moved_goes_on_where_it_lies(main, flags, stop, tmp_path):
+    stop(12)
+    assert main(*flags, "--output-dir", "elsewhere") == 130
+    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    stop(1000)
+    assert main("--resume") == 0
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_other_peoples_files_stay_where_they_are(main, flags, tmp_path):
+    notes = [tmp_path / "checkpoints" / name for name in ("best_ideas.txt", "last_year.txt", ".download.part")]
+    notes[0].parent.mkdir()
+    for note in notes:
+        note.write_text("mine")
+    assert main(*flags) == main(*flags) == 0
+    assert all(note.read_text() == "mine" for note in notes)
+
+
+def test_every_stream_of_randomness_is_its_own():
+    numbers = [(seed, epoch, *rank) for seed in range(3) for epoch in range(3) for rank in ((), (1,), (2,))]
+    assert len({train.stream(*row) for row in numbers}) == len(numbers)
+
+
 def test_training_itself_touches_no_signal(run_config, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a signal's handler was changed"))
     train.train(run_config(epochs=1))
