@@ -30,12 +30,11 @@ def element_type(default: Any, allowed: Any) -> type:
 def check(table: Table, name: str, value: Any) -> None:
     """Refuse a value that its row of the table does not allow, by a UserError that says what it may be."""
     default, allowed, _ = table[name]
-    if value is None and default is None:
-        return
     kind, is_row = element_type(default, allowed), isinstance(default, tuple | list)
     values = value if is_row and isinstance(value, tuple | list) else [value]
     is_good = is_row == isinstance(value, tuple | list)
-    is_good = is_good and all(type(v) is kind or (kind is float and type(v) is int) for v in values)
+    kinds = (int, float) if kind is float else (kind,)
+    is_good = is_good and all(type(v) in kinds or v is default is None for v in values)
     what = f"a value of type {kind.__name__}"
     if kind is str and allowed:
         what = f"one of {', '.join(allowed)}"
