@@ -226,8 +226,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         torch.manual_seed(stream(config.seed, epoch, 1 + rank))  # stochastic depth: each process its own
         order = torch.randperm(len(train_index), generator=generator, device=device)[: steps * config.batch_size]
         batches = train_index[order].split(config.batch_size)
-        hide = config.quiet or rank > 0
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=hide, mininterval=0.5)
+        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, mininterval=0.5, disable=config.quiet or rank > 0)
         outputs = []
         model.train()
         for step, index in enumerate(bar, start=epoch * steps):
@@ -313,6 +312,7 @@ def main() -> None:
             processes.set_threads(config.threads)
         if is_first:
             evaluate(Path(os.path.expanduser(checkpoint)), config.data_dir, processes.choose_device(config.device))
+            print(f"heatmaps: python Visulization.py --checkpoint {checkpoint}")
 
 
 if __name__ == "__main__":
