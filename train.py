@@ -100,6 +100,7 @@ RECIPES = dict(  # values that go together and replace the defaults above; flags
     # The record's model in a quarter of the epochs, on all 60,000 images, learning from the shipped one, too.
     distilled=dict(val_size=0, stem_blocks=(3, 3, 2), epochs=20, erase=0.5, teacher=(str(SHIPPED_CHECKPOINT),)),
 )
+# Flags that --resume may be given anew, and those that --evaluate uses.
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet")
 EVALUATION_USES = ("data_dir", "device", "threads")
 

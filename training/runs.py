@@ -47,7 +47,7 @@ def reserve_folder(folder: Path) -> Iterator[None]:
 
 def put_aside(folder: Path) -> None:
     """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
-    patterns = ("last.pt", "best.pt", "last_*.png", "best_*.png", "history.csv")  # if interrupted, nothing to resume
+    patterns = ("last.pt", "best.pt", "last_*.png", "best_*.png", "history.csv")  # last.pt first
     earlier = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous-{n}-*")))
     for path in earlier:
@@ -70,9 +70,8 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
     model, ema, optimizers = state
     training = dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
-    if (
-        is_best(history) or not (folder / "best.pt").exists()
-    ):  # last.pt comes last: a run that is killed before it repeats this epoch, bit for bit
+    # last.pt comes last: a run that is killed before it repeats this epoch, bit for bit.
+    if is_best(history) or not (folder / "best.pt").exists():
         save_checkpoint(folder / "best.pt", ema, **contents)
     write_history(history, folder / "history.csv")
     save_checkpoint(folder / "last.pt", ema, **contents, training=training | dict(processes=processes.count()))
