@@ -28,6 +28,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import FashionMNIST
 
@@ -210,9 +211,16 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 
 
 def augment(
-    images: torch.Tensor, generator: torch.Generator, flip: bool = True, shift: int = 2, erase: float = 0.25
+    images: torch.Tensor,
+    generator: torch.Generator,
+    flip: bool = True,
+    shift: int = 2,
+    erase: float = 0.25,
+    erase_area: float = 0.33,
+    rotate: float = 0.0,
+    noise: float = 0.0,
 ) -> torch.Tensor:
-    """Draw a random variant of each image, of the same shape and type: mirrored, shifted, partly erased.
+    """Draw a random variant of each image, of the same shape and type: turned, mirrored, shifted, noisy, partly erased.
 
     Args:
         images: uint8 tensor of shape (N, 1, 28, 28), left as it is.
@@ -220,9 +228,14 @@ def augment(
         flip: mirror half of the images, left to right.
         shift: move each by up to that many pixels each way, 0 to 27; uncovered pixels become background.
         erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see `random_erase`).
+        erase_area: the largest such rectangle, as a part of the image, 0.02 to 1.
+        rotate: turn half of the images by up to so many degrees either way.
+        noise: add Gaussian noise to half of them, of a deviation up to this part of the range.
     """
     n, _, height, width = images.shape
     device = images.device
+    if rotate:
+        images = random_rotate(images, generator, rotate)
     if flip or shift:
         # Every output pixel is one input pixel, so flip and shift are one look-up of rows and columns.
         rows = torch.arange(height, device=device).expand(n, height)
@@ -231,32 +244,76 @@ def augment(
             mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
             columns = torch.where(mirrored, width - 1 - columns, columns)
         if shift:
-            images = torch.nn.functional.pad(images, (shift, shift, shift, shift))
+            images = F.pad(images, (shift, shift, shift, shift))
             offsets = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator, device=device)
             rows, columns = rows + offsets[0], columns + offsets[1]
         image = torch.arange(n, device=device)
         images = images[image[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+    if noise:
+        images = random_noise(images, generator, noise)
     if erase:
-        images = random_erase(images, generator, erase)
+        images = random_erase(images, generator, erase, erase_area)
     return images
 
 
-def random_erase(images: torch.Tensor, generator: torch.Generator, probability: float) -> torch.Tensor:
-    """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv 1708.04896).
+def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float) -> torch.Tensor:
+    """Turn half of the uint8 images (N, 1, H, W) about their centre, by an angle of uniformly -degrees to degrees."""
+    draw = 2 * torch.rand(len(images), generator=generator, device=images.device) - 1
+    angle = draw.sign() * (2 * draw.abs() - 1).clamp(min=0) * np.deg2rad(degrees).item()
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    matrices = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()  # at 0 degrees nothing changes
 
-    It takes 2 to 33 % of the area; one side is at most 3.3 times the other. `probability` is per image.
+
+def random_noise(images: torch.Tensor, generator: torch.Generator, deviation: float) -> torch.Tensor:
+    """Add Gaussian noise to half of the uint8 images (N, 1, H, W), of uniformly 0 to `deviation` of the range."""
+    draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    return noise.mul_(255 * deviation * (2 * draw - 1).clamp(min=0)).add_(images).round_().clamp_(0, 255).byte()
+
+
+def random_rectangles(
+    images: torch.Tensor, generator: torch.Generator, probability: float, area: tuple[float, float]
+) -> torch.Tensor:
+    """A mask, bool (N, 1, H, W), of a random rectangle in a random part of the images, as large a part of them as that.
+
+    The area is uniform between its bounds; one side is at most 3.3 times the other, where the image has room.
     """
     n, _, height, width = images.shape
-    chance, area, aspect, top, left = torch.rand(5, n, 1, 1, generator=generator, device=images.device)
-    area = (0.02 + area * (0.33 - 0.02)) * height * width
+    chance, size, aspect, top, left = torch.rand(5, n, 1, 1, generator=generator, device=images.device)
+    size = (area[0] + size * (area[1] - area[0])) * height * width
     aspect = torch.exp((2 * aspect - 1) * np.log(3.3).item())  # log-uniform, so that tall and wide are as likely
-    box_height = (area * aspect).sqrt().round().clamp(max=height)
-    box_width = (area / aspect).sqrt().round().clamp(max=width)
+    box_height = (size * aspect).sqrt().round().clamp(max=height)
+    box_width = (size / aspect).sqrt().round().clamp(max=width)
     top = (top * (height - box_height + 1)).floor()
     left = (left * (width - box_width + 1)).floor()
     y = torch.arange(height, device=images.device)[None, :, None]
     x = torch.arange(width, device=images.device)[None, None, :]
     inside = (y >= top) & (y < top + box_height) & (x >= left) & (x < left + box_width)
-    inside &= chance < probability
+    return (inside & (chance < probability)).unsqueeze(1)
+
+
+def random_erase(
+    images: torch.Tensor, generator: torch.Generator, probability: float, largest: float = 0.33
+) -> torch.Tensor:
+    """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv 1708.04896).
+
+    It takes from 2 % of the area to `largest`, a part of 1. `probability` is per image.
+    """
+    inside = random_rectangles(images, generator, probability, (0.02, largest))
     noise = torch.randint(0, 256, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
-    return torch.where(inside.unsqueeze(1), noise, images)
+    return torch.where(inside, noise, images)
+
+
+def cutmix(
+    images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, probability: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace a random rectangle by that of the image before in the batch (Yun et al. 2019, arXiv 1905.04899).
+
+    Takes uint8 images (N, 1, H, W) and targets, float (N, 10), which are mixed in proportion to the area: uniformly
+    nothing to everything. `probability` is per image. The order of the batch has to be random.
+    """
+    inside = random_rectangles(images, generator, probability, (0.0, 1.0))
+    share = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)
+    return torch.where(inside, images.roll(1, 0), images), targets.lerp(targets.roll(1, 0), share)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.ops import SqueezeExcitation
 
 from dataset import CLASS_NAMES, IMAGE_SIZE, UserError, whole_file
 
@@ -41,6 +42,8 @@ class ModelConfig:
     mlp_ratio: float  # hidden width of a block's MLP, in units of embed_dim
     pool: str  # "attention" (a learned weighted mean of the tokens) or "mean"
     drop_path: float  # stochastic depth of the last block, 0 to 1 (excluded); earlier blocks get less, linearly
+    residual_unit: str  # "resnet" or "pyramidnet", see ResidualBlock
+    squeeze: int  # channels of a residual block for each one of its squeeze-and-excitation; 0 is without
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -61,15 +64,22 @@ def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequenti
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2015): (N, C, H, W) -> (N, C, H, W)."""
+    """Two 3x3 convolutions around a shortcut: (N, C, H, W) -> (N, C, H, W).
 
-    def __init__(self, channels: int) -> None:
+    In He et al. 2015 ("resnet") a ReLU follows the sum; in Han et al. 2017 (arXiv 1610.02915, "pyramidnet") none does,
+    and a batch norm comes first. Squeeze-and-excitation (Hu et al. 2018) weights the branch's channels.
+    """
+
+    def __init__(self, channels: int, unit: str, squeeze: int) -> None:
         super().__init__()
+        self.norm = nn.BatchNorm2d(channels) if unit == "pyramidnet" else nn.Identity()
         self.conv1 = conv_bn(channels, channels)
         self.conv2 = conv_bn(channels, channels)
+        self.excite = SqueezeExcitation(channels, max(1, channels // squeeze)) if squeeze else nn.Identity()
+        self.last = nn.Identity() if unit == "pyramidnet" else nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+        return self.last(x + self.excite(self.conv2(F.relu(self.conv1(self.norm(x))))))
 
 
 class Attention(nn.Module):
@@ -149,7 +159,8 @@ class HybridClassifier(nn.Module):
             down = nn.Sequential(conv_bn(in_channels, channels, stride=2 if stage else 1), nn.ReLU())
             self.stem.add_module(f"down{stage}" if stage else "first", down)
             for i in range(config.stem_blocks[stage]):
-                self.stem.add_module(f"stage{stage}_{i}", ResidualBlock(channels))
+                block = ResidualBlock(channels, config.residual_unit, config.squeeze)
+                self.stem.add_module(f"stage{stage}_{i}", block)
             in_channels = channels
         self.pos_embed = nn.Parameter(torch.zeros(1, GRID_SIZE * GRID_SIZE, config.embed_dim))
         drop_paths = [config.drop_path * (i + 1) / config.depth for i in range(config.depth)]

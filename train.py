@@ -27,13 +27,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import dataset
 from dataset import UserError
 from model import MAX_PARAMETERS, SHIPPED_CHECKPOINT, HybridClassifier, ModelConfig, load_checkpoint
 from training import processes, report, runs
-from training.optim import learning_rate, make_optimizers, take_step
+from training.optim import averaging_decay, learning_rate, make_optimizers, take_step
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,6 +55,10 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     flip=(True, None, "mirror half of the images"),
     shift=(2, (0, 27), "move every image by up to so many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
+    erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a part of the image"),
+    cutmix=(0.0, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
+    rotate=(0.0, (0.0, 180.0), "turn half of the images by up to so many degrees either way"),
+    noise=(0.0, (0.0, 1.0), "add Gaussian noise to half of them, of a deviation up to this part of the range"),
     # model
     stem_dims=((16, 32), (1, INF), "channels of the convolutional stem at 28x28 and at 14x14"),
     stem_blocks=((2, 2, 2), (0, INF), "residual blocks of the stem at 28x28, at 14x14 and at 7x7"),
@@ -63,11 +68,14 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     mlp_ratio=(2.0, (0.01, INF), "hidden width of a block's MLP, in units of embed_dim"),
     pool=("attention", ("attention", "mean"), "how 49 tokens become one"),
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
+    residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet has a batch norm first and no ReLU last"),
+    squeeze=(0, (0, INF), "squeeze-and-excitation in residual blocks, with channels divided by this; 0 is without"),
     # optimisation
     epochs=(30, (1, INF), "passes over the training images"),
     batch_size=(256, (1, INF), "images per step, of all processes together"),
     optimizer=("muon", ("muon", "adamw"), "muon is for matrices and filters, with adamw for the rest"),
-    lr=(8e-3, (0.0, INF), "peak learning rate; after it a cosine down to 0"),
+    lr=(8e-3, (0.0, INF), "peak learning rate; after it half a cosine"),
+    lr_floor=(0.0, (0.0, 1.0), "learning rate at the end of the cosine, as a part of the peak"),
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
     label_smoothing=(0.1, (0.0, 0.99), "share of the target spread evenly over all classes"),
@@ -76,6 +84,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
         (0.0, 0.999999),
         "moving average of the weights, the ones evaluated and kept; 0 averages nothing",
     ),
+    swa_share=(0.0, (0.0, 1.0), "last part of the run, of whose weights the equal mean is taken instead; 0 is without"),
     grad_clip=(1.0, (0.0, INF), "largest norm of the gradient; 0 clips nothing"),
     # distillation
     teacher=((), None, "checkpoints whose mean prediction the model learns from, besides the labels"),
@@ -129,6 +138,18 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     return images.to(device), labels.to(device), train_index.to(device), held_out
 
 
+def augmented_batch(
+    images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, config: SimpleNamespace
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random variants of uint8 images (N, 1, 28, 28), normalised, and their targets: int64 (N,), or mixed, (N, 10)."""
+    options = {name: getattr(config, name) for name in ("flip", "shift", "erase", "erase_area", "rotate", "noise")}
+    images = dataset.augment(images, generator, **options)
+    if config.cutmix:
+        targets = F.one_hot(labels, len(dataset.CLASS_NAMES)).float()
+        images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
+    return dataset.normalize(images), labels
+
+
 def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.device) -> list[nn.Module]:
     """Load the teachers; refuse one that saw this run's validation images, which would flatter the run."""
     val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
@@ -150,20 +171,21 @@ def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.d
 
 
 def training_loss(
-    model: nn.Module, teachers: list[nn.Module], x: torch.Tensor, labels: torch.Tensor, config: SimpleNamespace
+    model: nn.Module, teachers: list[nn.Module], x: torch.Tensor, targets: torch.Tensor, config: SimpleNamespace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy against the smoothed labels (Szegedy et al. 2016), and the distance to the teachers' answer.
 
     The distance is the Kullback-Leibler divergence of the softened answers, times temperature squared, so that its
     gradient keeps its size (Hinton et al. 2015, arXiv 1503.02531, section 2).
-    Takes normalised images (N, 1, 28, 28) and labels, int64 (N,). Returns the mean loss, and logits, float32 (N, 10).
+    Takes normalised images (N, 1, 28, 28) and targets: labels, int64 (N,), or the probability of each class, (N, 10).
+    Returns the mean loss, and logits, float32 (N, 10).
     Only the forward passes compute in `config.precision`; weights and optimiser stay float32.
     """
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
         logits = model(x).float()
         with torch.no_grad():  # teachers see the very same variants of the images (Beyer et al. 2022, arXiv 2106.05237)
             answers = [(teacher(x).float() / config.temperature).softmax(dim=1) for teacher in teachers]
-    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
     if teachers:
         log_probabilities = (logits / config.temperature).log_softmax(dim=1)
         divergence = F.kl_div(log_probabilities, torch.stack(answers).mean(dim=0), reduction="batchmean")
@@ -206,7 +228,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     if not steps or config.batch_size % world_size:
         shared = f", divisible by the {world_size} processes" if world_size > 1 else ""
         raise UserError(f"--batch-size {config.batch_size}: give at most {len(train_index):,}{shared}")
-    warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps)
+    total_steps, warmup_steps = config.epochs * steps, round(min(config.warmup_epochs, config.epochs / 4) * steps)
 
     torch.manual_seed(config.seed)
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
@@ -231,13 +253,13 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         outputs = []
         model.train()
         for step, index in enumerate(bar, start=epoch * steps):
-            x = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
-            x, y = dataset.normalize(x)[rank::world_size], labels[index][rank::world_size]
-            loss, logits = training_loss(forward, teachers, x, y, config)
+            x, y = augmented_batch(images[index], labels[index], generator, config)
+            loss, logits = training_loss(forward, teachers, x[rank::world_size], y[rank::world_size], config)
             loss.backward()
             processes.average_gradients(model)
-            lr = learning_rate(step, config.epochs * steps, warmup_steps, config.lr)
-            take_step(model, ema, optimizers, lr, step, config)
+            lr = learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor)
+            decay = averaging_decay(step, total_steps, config.ema_decay, config.swa_share)
+            take_step(model, ema, optimizers, lr, decay, config.grad_clip)
             outputs.append(logits.detach())
             if step % 20 == 0:  # seldom, since a GPU has to be waited for
                 bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
@@ -249,6 +271,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
+        if config.swa_share and epoch >= (1 - config.swa_share) * config.epochs - 1:  # no weights had these statistics
+            update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
         row = dict(epoch=epoch + 1, lr=lr, **report.summary("train", logits, labels[torch.cat(batches)], config.quiet))
         for split, (x, y) in held_out.items():
             row |= report.summary(split, predict(ema, x), y, config.quiet)

@@ -4,8 +4,9 @@
     python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --epochs 8 --pool mean
 
 The second form trains with the flags of `train.py` behind `--`, without a look at the test split, and appends a line to
-`ablations.csv`. Lines of one group share their images and their epochs or time, and are to be compared. The lines whose
-code is "first drafts" were measured before the code was kept and cannot be repeated.
+`ablations.csv`. With an `--output-dir` among the flags, the same command goes on with an interrupted experiment. Lines of
+one group share their images and their epochs or time, and are to be compared. The lines whose code is "first drafts"
+were measured before the code was kept and cannot be repeated.
 """
 
 import argparse
@@ -42,11 +43,12 @@ def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
     """Train with the flags and return the experiment's line."""
     given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
     with tempfile.TemporaryDirectory() as folder:
-        config = choose_settings(train.SETTINGS, train.RECIPES, given | dict(output_dir=folder, quiet=True))
+        config = choose_settings(train.SETTINGS, train.RECIPES, dict(output_dir=folder, quiet=True) | given)
         if not config.val_size:
             raise SystemExit("ablations.py: error: experiments are compared on a validation split: give --val-size")
-        train.train(config)
-        last = load_checkpoint(Path(folder) / "last.pt")[1]["history"][-1]
+        last = Path(config.output_dir, "last.pt")
+        train.train(config, resume=last.exists())
+        row = load_checkpoint(last)[1]["history"][-1]
     capability = torch.backends.cpu.get_cpu_capability()
     hardware = f"{torch.get_num_threads()} threads of {platform.machine()}, {capability}"
     return dict(
@@ -54,9 +56,9 @@ def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
         what=what,
         command=" ".join(["python train.py", *flags]),
         seeds=config.seed,
-        val_accuracy=round(last["val_accuracy"], 4),
-        val_loss=round(last["val_loss"], 4),
-        minutes=round(last["seconds"] / 60, 1),
+        val_accuracy=round(row["val_accuracy"], 4),
+        val_loss=round(row["val_loss"], 4),
+        minutes=round(row["seconds"] / 60, 1),
         hardware=hardware,
         code=code_version(),
     )

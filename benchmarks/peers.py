@@ -109,11 +109,13 @@ def train_peer(name: str, epochs: int, seed: int, data_dir: str) -> dict[str, ob
         order = torch.randperm(len(train_index), generator=generator, device=device)[: steps * config.batch_size]
         batches = tqdm(train_index[order].split(config.batch_size), f"{name}, epoch {epoch + 1}", mininterval=5)
         for step, index in enumerate(batches, start=epoch * steps):
-            x = dataset.normalize(dataset.augment(images[index], generator, config.flip, config.shift, config.erase))
-            loss, _ = train.training_loss(model, [], x, labels[index], config)
+            loss, _ = train.training_loss(
+                model, [], *train.augmented_batch(images[index], labels[index], generator, config), config
+            )
             loss.backward()
             lr = optim.learning_rate(step, epochs * steps, warmup_steps, config.lr)
-            optim.take_step(model, ema, optimizers, lr, step, config)
+            decay = optim.averaging_decay(step, epochs * steps, config.ema_decay, config.swa_share)
+            optim.take_step(model, ema, optimizers, lr, decay, config.grad_clip)
 
     ema.cpu()
     right = train.predict(ema, images[val_index].cpu()).argmax(dim=1) == labels[val_index].cpu()

@@ -113,14 +113,13 @@ def training_step(
 
     def batch() -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.randint(0, len(images), (config.batch_size,), generator=generator)
-        augmented = dataset.augment(images[index], generator, config.flip, config.shift, config.erase)
-        return dataset.normalize(augmented), labels[index]
+        return train.augmented_batch(images[index], labels[index], generator, config)
 
     def step() -> None:
         with patch.object(model_module, "FUSED_ATTENTION", fused_attention):
             loss, _ = train.training_loss(forward, [], *(batches or batch)(), config)
         loss.backward()
-        optim.take_step(model, ema, optimizers, 1e-3, 1000, config)
+        optim.take_step(model, ema, optimizers, 1e-3, config.ema_decay, config.grad_clip)
 
     return step
 
@@ -155,8 +154,7 @@ def profile(config: SimpleNamespace, steps: int = 20) -> None:
         return call
 
     parts = [
-        ("augmentation", dataset, "augment"),
-        ("normalisation", dataset, "normalize"),
+        ("augmentation", train, "augmented_batch"),
         ("forward pass and loss", train, "training_loss"),
         ("backward pass", torch.Tensor, "backward"),
         ("clipping of the gradient", torch.nn.utils, "clip_grad_norm_"),

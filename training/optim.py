@@ -1,7 +1,6 @@
 """The optimiser: Muon and AdamW, their learning rate, and the moving average of the weights."""
 
 import math
-from types import SimpleNamespace
 
 import torch
 import torch.nn as nn
@@ -83,20 +82,31 @@ def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[to
     return optimizers
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Linear warm-up to `peak`, then half a cosine down to 0 (Loshchilov & Hutter 2017); `step` counts from 0."""
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0) -> float:
+    """Linear warm-up to `peak`, then half a cosine (Loshchilov & Hutter 2017) down to `floor`, a part of the peak.
+
+    `step` counts from 0.
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    return peak * (floor + (1 - floor) * cosine)
+
+
+def averaging_decay(step: int, total_steps: int, ema_decay: float, swa_share: float) -> float:
+    """The part of the averaged weights that remains when a step's new weights are added; `step` counts from 0.
+
+    An exponential moving average, whose first steps average over a shorter window, so that the random initial weights
+    are soon forgotten; in the last `swa_share` of the run, the equal mean of that share's weights (stochastic weight
+    averaging, Izmailov et al. 2018, arXiv 1803.05407).
+    """
+    averaged = step - round((1 - swa_share) * total_steps)
+    return averaged / (averaged + 1) if swa_share and averaged >= 0 else min(ema_decay, (1 + step) / (10 + step))
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Move the averaged weights, and batch norm's statistics, a little towards the current ones.
-
-    The first steps average over a shorter window, so that the random initial weights are soon forgotten.
-    """
-    decay = min(decay, (1 + step) / (10 + step))
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """Move the averaged weights, and batch norm's statistics, a little towards the current ones."""
     parameters, averaged, current = dict(ema.named_parameters()), [], []
     for (name, a), c in zip(ema.state_dict().items(), model.state_dict().values(), strict=True):
         if a.dtype == torch.float32 and (name in parameters or "running_" in name):
@@ -112,15 +122,15 @@ def take_step(
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
     lr: float,
-    step: int,
-    config: SimpleNamespace,
+    decay: float,
+    grad_clip: float,
 ) -> None:
-    """Take step number `step` of the run, from 0, along the gradients, which are used up; let the average follow."""
-    if config.grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    """Take a step along the gradients, of at most that norm, which are used up; let the average follow."""
+    if grad_clip:
+        nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     model.zero_grad()
-    update_ema(ema, model, config.ema_decay, step)
+    update_ema(ema, model, decay)
