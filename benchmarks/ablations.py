@@ -4,8 +4,8 @@
     python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --epochs 8 --pool mean
 
 The second form trains with the flags of `train.py` behind `--`, without a look at the test split, and appends a line to
-`ablations.csv`. With an `--output-dir` among the flags, the same command goes on with an interrupted experiment. Lines of
-one group share their images and their epochs or time, and are to be compared. The lines whose code is "first drafts"
+`ablations.csv`. With an `--output-dir` among the flags, the same command goes on with an interrupted experiment. Lines
+of one group share their images and their epochs or time, and are to be compared. The lines whose code is "first drafts"
 were measured before the code was kept and cannot be repeated.
 """
 
