@@ -6,6 +6,8 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import write_data
@@ -320,6 +322,67 @@ def test_an_erased_rectangle_may_lie_anywhere_within_the_image(boxes):
         free = torch.tensor([box[place] / (28 - box[size]) for box in boxes if box[size] < 12])
         assert free.min() == 0 and free.max() == 1  # from edge to edge
         assert free.mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_larger_area_may_be_erased():
+    sizes = [
+        (image != 255).sum().item()
+        for image in augmented(torch.full((2000, 1, 28, 28), 255, dtype=torch.uint8), erase=1.0, erase_area=0.8)
+    ]
+    assert 0.75 * 784 < max(sizes) < 0.85 * 784
+
+
+def test_half_of_the_images_are_turned_about_their_centre_by_up_to_the_angle():
+    images = torch.zeros(2000, 1, 28, 28, dtype=torch.uint8)
+    images[:, 0, 13:15, 22:25] = 255  # 9.5 pixels to the right of the centre
+    turned = augmented(images, rotate=30.0)[:, 0].double()
+    still = (turned == images[:, 0]).flatten(1).all(dim=1)
+    assert still.double().mean() == pytest.approx(0.5, abs=0.05)
+    y, x = torch.meshgrid(torch.arange(28.0) - 13.5, torch.arange(28.0) - 13.5, indexing="ij")
+    cy, cx = ((turned * axis).sum(dim=(1, 2)) / turned.sum(dim=(1, 2)) for axis in (y, x))
+    assert torch.hypot(cx, cy)[~still].tolist() == pytest.approx([9.5] * int((~still).sum()), abs=0.2)
+    angles = torch.rad2deg(torch.atan2(cy, cx))[~still]
+    assert angles.abs().max() == pytest.approx(30, abs=0.7) and angles.abs().mean() == pytest.approx(15, abs=1)
+    assert angles.mean() == pytest.approx(0, abs=2)
+
+
+def test_a_turned_image_is_what_opencv_makes_of_it(test_split):
+    image = test_split[0][5:6]
+    turned = dataset.augment(image, torch.Generator().manual_seed(1), flip=False, shift=0, erase=0.0, rotate=40.0)
+    fits = []
+    for tenths in range(-400, 401):
+        matrix = cv2.getRotationMatrix2D((13.5, 13.5), tenths / 10, 1.0)
+        fits.append(np.abs(cv2.warpAffine(image[0, 0].numpy(), matrix, (28, 28)) - turned[0, 0].float().numpy()).mean())
+    assert min(fits) < 1.5 and 1 < abs(int(np.argmin(fits)) - 400) < 400
+
+
+def test_half_of_the_images_get_noise_of_up_to_the_deviation():
+    gray, black = (augmented(torch.full((2000, 1, 28, 28), v, dtype=torch.uint8), noise=0.1) for v in (128, 0))
+    deviations = gray.float().std(dim=(1, 2, 3)) / 255
+    noisy = deviations > 0
+    assert noisy.double().mean() == pytest.approx(0.5, abs=0.05)
+    assert deviations.max() == pytest.approx(0.1, abs=0.01)
+    assert deviations[noisy].mean() == pytest.approx(0.05, abs=0.004)
+    assert gray.double().mean() == pytest.approx(128, abs=0.2)
+    assert black.max() < 160 and black.double().mean() < 5  # below black there is nothing, nor does it wrap round
+
+
+def test_cutmix_puts_a_rectangle_of_the_image_before_and_mixes_the_targets_by_its_area():
+    n = 250
+    images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 28, 28)
+    mixed, targets = dataset.cutmix(images, torch.eye(n), torch.Generator().manual_seed(0), 0.8)
+    shares = []
+    for i, image in enumerate(mixed[:, 0]):
+        inside = image != i
+        share, before = inside.double().mean().item(), (i - 1) % n
+        assert (image[inside] == before).all()
+        assert (targets[i, i].item(), targets[i, before].item()) == pytest.approx((1 - share, share), abs=1e-6)
+        rows, columns = inside.any(dim=1).sum(), inside.any(dim=0).sum()
+        assert rows * columns == inside.sum()  # a rectangle
+        shares.append(share)
+    shares = np.array(shares)
+    assert (shares > 0).mean() == pytest.approx(0.8, abs=0.07)
+    assert shares[shares > 0].mean() == pytest.approx(0.45, abs=0.07) and shares.max() > 0.85
 
 
 def test_the_same_generator_state_gives_the_same_batch(test_split):

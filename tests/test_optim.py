@@ -1,7 +1,6 @@
 import copy
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +9,15 @@ import torch.nn as nn
 from conftest import SMALL_MODEL
 
 from model import HybridClassifier
-from training.optim import Muon, learning_rate, make_optimizers, orthogonalize, take_step, update_ema
-
-PLAIN = SimpleNamespace(grad_clip=0.0, ema_decay=0.0)
+from training.optim import (
+    Muon,
+    averaging_decay,
+    learning_rate,
+    make_optimizers,
+    orthogonalize,
+    take_step,
+    update_ema,
+)
 
 
 def draw_gradients(model: nn.Module, seed: int) -> None:
@@ -26,6 +31,13 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     for step, value in expected.items():
         assert learning_rate(step, total_steps=110, warmup_steps=10, peak=0.5) == pytest.approx(value, abs=1e-9)
     assert learning_rate(0, total_steps=10, warmup_steps=0, peak=0.5) == 0.5
+
+
+def test_the_cosine_ends_at_the_floor():
+    options = dict(total_steps=110, warmup_steps=10, peak=0.5, floor=0.2)
+    assert learning_rate(4, **options) == 0.25  # the warm-up knows no floor
+    for step, value in {10: 0.5, 60: 0.3, 110: 0.1}.items():
+        assert learning_rate(step, **options) == pytest.approx(value)
 
 
 # ---- The averaged weights --------------------------------------------------------------------------------------------
@@ -46,11 +58,23 @@ class Everything(nn.Module):
 
 # The window is (1 + t) / (10 + t) at first: 1/10, 9/18, 81/90; at step 170 it would be 171/180, more than 0.9.
 @pytest.mark.parametrize("step, decay", [(0, 0.1), (8, 0.5), (80, 0.9), (170, 0.9)])
-def test_the_average_follows_weights_and_statistics_and_copies_the_rest(step, decay):
+def test_the_first_steps_average_over_a_shorter_window(step, decay):
+    assert averaging_decay(step, 1000, ema_decay=0.9, swa_share=0.0) == pytest.approx(decay)
+
+
+def test_the_weights_of_the_last_part_of_a_run_count_equally():
+    ema, model = nn.Linear(1, 1), nn.Linear(1, 1)
+    for step in range(40):
+        model.weight.data.fill_(step)
+        update_ema(ema, model, averaging_decay(step, 40, ema_decay=0.999, swa_share=0.25))
+    assert ema.weight.item() == pytest.approx(34.5)  # the mean of 30 to 39
+
+
+def test_the_average_follows_weights_and_statistics_and_copies_the_rest():
     ema, model = Everything(0.0), Everything(8.0)
-    update_ema(ema, model, decay=0.9, step=step)
+    update_ema(ema, model, decay=0.9)
     for values in (ema.weight, ema.running_mean):
-        assert values.tolist() == pytest.approx([8 * (1 - decay)] * 2, rel=1e-5)
+        assert values.tolist() == pytest.approx([0.8, 0.8], rel=1e-5)
     assert ema.short.dtype == torch.bfloat16 and ema.short.tolist() == [8.0, 8.0]
     assert ema.mask.tolist() == [8.0, -torch.inf]
     assert ema.counter.item() == 8 and ema.flags.tolist() == [True, False]
@@ -59,7 +83,7 @@ def test_the_average_follows_weights_and_statistics_and_copies_the_rest(step, de
 
 def test_without_averaging_the_average_is_the_model():
     ema, model = Everything(1.0), Everything(4.0)
-    update_ema(ema, model, decay=0.0, step=50)
+    update_ema(ema, model, decay=0.0)
     assert ema.weight.tolist() == ema.running_mean.tolist() == [4.0, 4.0]
 
 
@@ -79,17 +103,17 @@ class Two(nn.Module):
 def test_the_gradient_of_all_weights_together_is_clipped(limit, change):
     model = Two()
     ema, optimizers = copy.deepcopy(model), [torch.optim.SGD(model.parameters(), lr=7.0)]
-    take_step(model, ema, optimizers, 0.1, 0, SimpleNamespace(grad_clip=limit, ema_decay=0.999))
+    take_step(model, ema, optimizers, 0.1, 0.1, limit)
     assert [model.a.item(), model.b.item()] == pytest.approx([1 - 0.1 * c for c in change], rel=1e-5)
     assert model.a.grad is None and model.b.grad is None  # used up
-    # The average follows after the step: at step 0 it takes nine tenths of the new weight.
+    # The average follows after the step: it takes nine tenths of the new weight.
     assert ema.a.item() == pytest.approx(0.1 * 1 + 0.9 * (1 - 0.1 * change[0]), rel=1e-5)
 
 
 def test_a_step_sets_the_learning_rate_of_every_group(small_model):
     optimizers = make_optimizers(small_model, "muon", weight_decay=0.05)
     draw_gradients(small_model, 0)
-    take_step(small_model, copy.deepcopy(small_model), optimizers, 0.123, 0, PLAIN)
+    take_step(small_model, copy.deepcopy(small_model), optimizers, 0.123, 0.0, 0.0)
     assert [group["lr"] for optimizer in optimizers for group in optimizer.param_groups] == [0.123] * 3
 
 
@@ -111,7 +135,7 @@ def test_adamw_steps_like_pytorchs_own(small_model):
     for step, lr in enumerate((1e-2, 3e-2, 2e-2)):
         draw_gradients(small_model, step)
         draw_gradients(other, step)
-        take_step(small_model, copy.deepcopy(small_model), optimizers, lr, step, PLAIN)
+        take_step(small_model, copy.deepcopy(small_model), optimizers, lr, 0.0, 0.0)
         for group in reference.param_groups:
             group["lr"] = lr
         reference.step()
@@ -210,7 +234,7 @@ def test_a_bfloat16_weight_trains_beside_the_others_and_a_frozen_one_stays(small
         optimizers = make_optimizers(model, kind, weight_decay=0.1)
         draw_gradients(model, 0)
         model.blocks[1].mlp[0].weight.grad = None
-        take_step(model, copy.deepcopy(model), optimizers, 0.05, 0, SimpleNamespace(grad_clip=1.0, ema_decay=0.9))
+        take_step(model, copy.deepcopy(model), optimizers, 0.05, 0.9, 1.0)
     for (name, p), q in zip(small_model.named_parameters(), exact.parameters(), strict=True):
         assert p.dtype == (torch.bfloat16 if "blocks.0.mlp" in name else torch.float32)
         torch.testing.assert_close(p.float(), q, rtol=2e-2, atol=5e-3, msg=name)

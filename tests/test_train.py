@@ -121,9 +121,9 @@ def watch(monkeypatch):
     def watch(module, name):
         function, calls = getattr(module, name), []
 
-        def watched(*arguments):
-            result = function(*arguments)
-            calls.append((arguments, result))
+        def watched(*arguments, **options):
+            result = function(*arguments, **options)
+            calls.append(((*arguments, *options.values()), result))
             return result
 
         monkeypatch.setattr(module, name, watched)
@@ -173,10 +173,26 @@ def test_images_left_over_wait_for_the_order_of_the_next_epoch(run_config, watch
 
 def test_images_are_augmented_as_the_settings_say(run_config, watch):
     calls = watch(dataset, "augment")
-    train.train(run_config(flip=False, shift=3, erase=0.75))
-    assert len(calls) == 20 and {arguments[2:] for arguments, _ in calls} == {(False, 3, 0.75)}
+    train.train(run_config(flip=False, shift=3, erase=0.75, erase_area=0.5, rotate=20.0, noise=0.2))
+    assert len(calls) == 20 and {arguments[2:] for arguments, _ in calls} == {(False, 3, 0.75, 0.5, 20.0, 0.2)}
     variants = [result.numpy().tobytes() for _, result in calls]
     assert len(set(variants)) == 20
+
+
+def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(run_config, watch, tmp_path):
+    calls = watch(train, "training_loss")
+    plain, mixed = (run_config(epochs=1, cutmix=p, output_dir=str(tmp_path / str(p))) for p in (0.0, 1.0))
+    train.train(plain)
+    labels = torch.cat([arguments[3] for arguments, _ in calls])
+    calls.clear()
+    train.train(mixed)
+    targets = torch.cat([arguments[3] for arguments, _ in calls])
+    assert targets.shape == (160, 10) and targets.sum(dim=1).tolist() == pytest.approx([1.0] * 160)
+    shares = targets.gather(1, labels[:, None])[:, 0]  # both runs take the images in the same order
+    assert 0.4 < shares.mean() < 0.65 and (shares < 0.99).float().mean() > 0.8
+    logits = torch.cat([result[1] for _, result in calls])
+    (row,) = history_of(tmp_path / "1.0")
+    assert row["train_accuracy"] == pytest.approx((logits.argmax(dim=1) == labels).double().mean().item())
 
 
 def test_the_model_is_in_training_mode_and_its_teacher_is_not(run_config, monkeypatch, tmp_path):
@@ -198,7 +214,16 @@ def test_every_step_has_the_learning_rate_of_the_schedule(run_config, watch):
     # A whole epoch of warm-up would be half the run: it gets a quarter of the 20 steps.
     cosine = [0.25 * (1 + math.cos(math.pi * step / 15)) for step in range(15)]
     assert [arguments[3] for arguments, _ in calls] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, *cosine])
-    assert [arguments[4] for arguments, _ in calls] == list(range(20))
+    # The averages of the first steps are short: step t keeps (1 + t) / (10 + t).
+    assert [arguments[4] for arguments, _ in calls] == pytest.approx([(1 + t) / (10 + t) for t in range(20)])
+    assert {arguments[5] for arguments, _ in calls} == {1.0}
+
+
+def test_the_learning_rate_ends_at_its_floor(run_config, watch):
+    calls = watch(train, "take_step")
+    train.train(run_config(lr=0.5, lr_floor=0.1, warmup_epochs=0.0))
+    rates = [arguments[3] for arguments, _ in calls]
+    assert (rates[0], rates[10]) == pytest.approx((0.5, 0.275)) and 0.05 < rates[19] < 0.06
 
 
 def test_a_shorter_warm_up_has_its_own_length(run_config, watch):
@@ -239,6 +264,26 @@ def test_the_kept_weights_are_the_averaged_ones(run_config, watch):
     model, ema = calls[-1][0][:2]
     assert_identical(kept, dict(ema.state_dict()))
     assert not torch.equal(kept["head.weight"], model.head.weight)
+
+
+def test_the_mean_of_the_last_weights_gets_batch_norm_statistics_of_its_own(run_config, monkeypatch):
+    take_step, weights = train.take_step, []
+
+    def noting(model, *arguments):
+        take_step(model, *arguments)
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(train, "take_step", noting)
+    config = run_config(swa_share=0.25, train_size=0, batch_size=40)
+    kept, _ = load_checkpoint(train.train(config).with_name("last.pt"))
+    assert len(weights) == 20
+    for name, p in kept.named_parameters():
+        torch.testing.assert_close(p.detach(), sum(w[name] for w in weights[-5:]) / 5, rtol=1e-4, atol=1e-6)
+    convolution, norm = kept.stem.first[0]
+    with torch.no_grad():
+        x = convolution(dataset.normalize(splits_of(config)[0]))
+    torch.testing.assert_close(norm.running_mean, x.mean(dim=(0, 2, 3)), rtol=3e-3, atol=1e-4)
+    torch.testing.assert_close(norm.running_var, x.var(dim=(0, 2, 3)), rtol=3e-3, atol=1e-4)
 
 
 def test_without_averaging_the_kept_weights_are_the_models_own(run_config, watch):
