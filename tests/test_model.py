@@ -48,12 +48,12 @@ def test_a_residual_unit_of_pyramidnet_has_its_norm_first_and_no_relu_last(small
 
 
 def test_squeeze_and_excitation_weighs_the_channels_of_the_branch(small_model):
-    plain, block = small_model.stem.stage2_0, ResidualBlock(16, "resnet", squeeze=4).eval()
+    plain, block = small_model.stem.stage2_0, ResidualBlock(16, "resnet", squeeze=8).eval()
     block.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 16, 7, 7, generator=torch.Generator().manual_seed(0))
     branch = plain.conv2(F.relu(plain.conv1(x)))
     fc1, fc2 = (f.weight.flatten(1) for f in (block.excite.fc1, block.excite.fc2))
-    assert fc1.shape == (4, 16)
+    assert fc1.shape == (2, 16)
     hidden = F.relu(branch.mean(dim=(2, 3)) @ fc1.T + block.excite.fc1.bias)
     weights = torch.sigmoid(hidden @ fc2.T + block.excite.fc2.bias)[:, :, None, None]
     torch.testing.assert_close(block(x), F.relu(x + weights * branch), rtol=1e-4, atol=1e-5)
