@@ -7,6 +7,7 @@
     python Visulization.py --average                          what it looks at in each class, over the whole test split
     python Visulization.py --index 1917 --compare-layers      one test image, seen from every layer
     python Visulization.py --image shoe.jpg "my shirt.png"    your own pictures
+    python Visulization.py --index 1917 --versus Coat         why this class and not that one
     python Visulization.py --html --save-arrays               a gallery to click through, the raw maps as arrays, too
 
 The pictures of the shipped model go to HeapImg/, those of any other to a folder of its own below that.
@@ -28,21 +29,21 @@ except ImportError as error:  # libGL.so.1, which opencv-python needs, is missin
 
 import dataset
 from dataset import CLASS_NAMES, IMAGE_SIZE, UserError
+from drawing.explanation import SLUGS, Explanation, classify, explain, heatmaps
 from drawing.gallery import save_gallery
 from drawing.photo import read_image
-from drawing.sheets import Cell, Explanation, in_rows, make_cell, on_one_scale, paint, save_overlay, save_sheet, shares
+from drawing.sheets import Cell, in_rows, make_cell, on_one_scale, paint, power, save_overlay, save_sheet, scale
 from gradcam import METHODS, GradCAM
-from model import SHIPPED_CHECKPOINT, CheckpointError, HybridClassifier, load_checkpoint
+from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
 
 METHOD = "layercam"
-SLUGS = [name.replace("/", "-").replace(" ", "-") for name in CLASS_NAMES]  # for file names
 LIMITS = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))  # what there is, what fits
 UNUSED = dict(  # the flags that another one leaves nothing to do
     image=("classes", "num_images", "only_errors", "seed", "data_dir"),
     index=("classes", "num_images", "only_errors", "seed"),
     worst=("target_class", "compare_layers", "num_images", "only_errors", "seed"),
-    average=("target_class", "compare_layers", "num_images", "only_errors", "seed", "html"),
+    average=("target_class", "versus", "compare_layers", "num_images", "only_errors", "seed", "html"),
     compare_layers=("num_images", "html", "save_arrays"),
 )
 
@@ -61,51 +62,16 @@ def all_layers(model: HybridClassifier) -> dict[str, int]:
     return layers | {f"blocks.{i}": side for i in range(len(model.blocks))}
 
 
-@torch.no_grad()
-def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
-    """Class probabilities, float32 (N, 10), of uint8 images (N, 1, 28, 28); a CheckpointError if they are none."""
-    probabilities = torch.cat([model(dataset.normalize(chunk)).softmax(dim=1) for chunk in images.split(500)])
-    if not probabilities.isfinite().all():
-        raise CheckpointError("the model's answer is not finite: train again, or use another checkpoint")
-    return probabilities
-
-
-def heatmaps(cam: GradCAM, images: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """Heatmaps, float32 (N, 28, 28), in logits per pixel, of uint8 images (N, 1, 28, 28) for one class each, (N,)."""
-    chunks = zip(images.split(500), targets.split(500), strict=True)
-    return torch.cat([cam(dataset.normalize(x), target, normalize=False) for x, target in chunks]).numpy()
-
-
-def explain(
-    cam: GradCAM, images: torch.Tensor, labels: torch.Tensor, indices: list[int], targets: torch.Tensor | int | None
-) -> list[Explanation]:
-    """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, int64 (N,) or one for all, or else the predicted.
-
-    An image whose label, int64 (N,), is known (not -1) and another class than that is explained for both. `indices` are
-    the images' numbers in the test split, -1 for a person's own.
-    """
-    probabilities = classify(cam.model, images)
-    targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets).expand(len(images))
-    columns = indices, images[:, 0].numpy(), labels.tolist(), probabilities.numpy(), targets.tolist()
-    explanations = [
-        Explanation(f"test image {i}", f"{i:05d}_{SLUGS[label]}", i, image, label, p, target, {target: heatmap})
-        for i, image, label, p, target, heatmap in zip(*columns, heatmaps(cam, images, targets), strict=True)
-    ]
-    others = ((labels >= 0) & (labels != targets)).nonzero().flatten()
-    for i, heatmap in zip(others.tolist(), heatmaps(cam, images[others], labels[others]), strict=True):
-        explanations[i].heatmaps[explanations[i].label] = heatmap
-    return explanations
-
-
 def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
     """Write everything as `heatmaps.npz`, an archive that `numpy.load` reads without pickle.
 
     For N images: `names`, `indices` (in the test split, else -1), `images` uint8 (N, 28, 28), `labels` (-1: not known),
-    `predictions`, `probabilities` (N, 10), `target_classes`, `maps` float32 (N, 28, 28) for these classes, in logits
-    per pixel, `true_maps`, the same for the labels (zeros where not known); `class_names`, `target_layers`, `method`.
+    `predictions`, `probabilities` (N, 10), `target_classes`, `versus` (the class contrasted with, else -1), and `maps`
+    float32 (N, 28, 28) for these classes: shares of the evidence, which add up to 1, or, of a contrast, signed ones.
+    `true_maps`: for the labels, or zeros. `class_names`, `target_layers`, `method`.
     """
     columns = dict(names="name", indices="index", images="image", labels="label", predictions="predicted")
-    columns |= dict(probabilities="probabilities", target_classes="target")
+    columns |= dict(probabilities="probabilities", target_classes="target", versus="versus")
     arrays = {column: [getattr(e, name) for e in explanations] for column, name in columns.items()}
     arrays["maps"] = [e.heatmaps[e.target] for e in explanations]
     arrays["true_maps"] = [e.heatmaps.get(e.label, np.zeros_like(e.heatmaps[e.target])) for e in explanations]
@@ -147,7 +113,7 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
         except UserError as error:
             print(f"{printable(path)}: {error}", file=sys.stderr)
             continue
-        (e,) = explain(cam, image, torch.tensor([-1]), [-1], args.target_class)
+        (e,) = explain(cam, image, torch.tensor([-1]), [-1], args.target_class, args.versus)
         likeliest = e.probabilities.argsort()[::-1][:3]
         print(f"{printable(path)}: " + ", ".join(f"{CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in likeliest))
         e.name = printable(path.name)
@@ -161,28 +127,33 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
 def draw_layers(args: Namespace, cam: GradCAM, e: Explanation, path: Path) -> None:
     """One image seen from every layer, on one scale; the layers of the other pictures first."""
     image, target = torch.from_numpy(e.image)[None, None], torch.tensor([e.target])
+    versus = torch.tensor([e.versus]) if e.versus >= 0 else None
     maps = {" + ".join(args.target_layer): e.heatmaps[e.target]}
     for layer, side in all_layers(cam.model).items():
-        (maps[f"{layer}, {side}x{side}"],) = heatmaps(GradCAM(cam.model, layer, args.method), image, target)
+        (maps[f"{layer}, {side}x{side}"],) = heatmaps(GradCAM(cam.model, layer, args.method), image, target, versus)
     gamma = 0.5  # a coarse layer's strongest place holds many times the share of a fine one's
-    cells = [Cell(paint(e.image, heatmap**gamma)[1:], caption) for caption, heatmap in on_one_scale(maps).items()]
+    cells = [
+        Cell(paint(e.image, power(heatmap, gamma))[1:], caption) for caption, heatmap in on_one_scale(maps).items()
+    ]
     title = f"{e.name}: {e.answer()}\n{args.method} {e.role(e.target)}: heatmap, overlay"
-    scale = "share of the evidence (1 = largest in any layer), square root scale"
-    save_sheet(in_rows(cells, 3), title, scale, args.model_name, path, gamma)
+    label = f"{scale(versus is not None)}, in any layer, square root scale"
+    save_sheet(in_rows(cells, 3), title, label, args.model_name, path, versus is not None, gamma)
 
 
 def draw_sheet(args: Namespace, explanations: list[Explanation]) -> None:
     """One sheet of test images: the worst errors, or each class's mean, or a row of each class."""
     method = f"{args.method} of {' + '.join(args.target_layer)}"
-    scale = "share of the evidence (1 = largest in the image)"
+    is_signed = args.versus is not None
+    color_label = f"{scale(is_signed)}, in the image"
     members = {label: [e for e in explanations if e.label == label] for label in args.classes}
     if args.worst:
-        name, title = "worst.png", f"the {len(explanations)} most confident errors: input, overlays for both classes"
+        shown = "heatmap and overlay of the contrast" if is_signed else "overlays for both classes"
+        name, title = "worst.png", f"the {len(explanations)} most confident errors: input, {shown}"
         rows = in_rows([make_cell(e, f"{e.index}: {e.answer()}".replace(", ", ",\n")) for e in explanations], 3)
     elif args.average:
         name, title = "average.png", f"{method}, test images by class:\nmean image, mean heatmap for the class, overlay"
-        means = {k: np.mean([shares(e.heatmaps[k]) for e in group], axis=0) for k, group in members.items()}
-        cells, scale = [], "mean share of the evidence (1 = largest of all)"
+        means = {k: np.mean([e.heatmaps[k] for e in group], axis=0) for k, group in members.items()}
+        cells, color_label = [], "mean share of the evidence (1 = largest of all)"
         for label, heatmap in on_one_scale(means).items():
             mean_image = np.mean([e.image for e in members[label]], axis=0).round().astype(np.uint8)
             right = np.mean([e.predicted == label for e in members[label]])
@@ -191,9 +162,10 @@ def draw_sheet(args: Namespace, explanations: list[Explanation]) -> None:
         rows = in_rows(cells, 2)
     else:
         name, title = "contact_sheet.png", f"{method}, test images: input, heatmap, overlay\n"
-        title += "where the true class is another: input, overlay for the one, overlay for the other"
+        if not is_signed:
+            title += "where the true class is another: input, overlay for the one, overlay for the other"
         rows = [(CLASS_NAMES[k], [make_cell(e, e.answer()) for e in group]) for k, group in members.items() if group]
-    save_sheet(rows, title, scale, args.model_name, args.output_dir / name)
+    save_sheet(rows, title.strip(), color_label, args.model_name, args.output_dir / name, is_signed)
 
 
 def class_index(text: str) -> int:
@@ -202,6 +174,11 @@ def class_index(text: str) -> int:
     if text.lower() not in known:
         raise ArgumentTypeError(f"{text!r} is none of: {', '.join(CLASS_NAMES)}, or 0 to 9")
     return known.index(text.lower()) % len(CLASS_NAMES)
+
+
+def contrast(text: str) -> int:
+    """A class as `class_index` takes it, or -1 for "next"; for argparse."""
+    return -1 if text.lower() == "next" else class_index(text)
 
 
 def parse_arguments() -> Namespace:
@@ -224,6 +201,7 @@ def parse_arguments() -> Namespace:
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
     add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: the stem's at 28x28 and 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
+    add("--versus", type=contrast, metavar="CLASS", help="why not this class; next: why not the likeliest other one")
     add("--compare-layers", **yes, help="one image (--index, --image) seen from every layer, on one sheet")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels, predictions, probabilities")
     add("--html", **yes, help="also write index.html, a gallery that is filtered by class and result")
@@ -275,7 +253,7 @@ def main() -> None:
             images, labels = dataset.load(args.data_dir, train=False)
             index = choose_images(args, cam.model, images, labels)
             targets = labels[index] if args.average else args.target_class
-            explanations = explain(cam, images[index], labels[index], index.tolist(), targets)
+            explanations = explain(cam, images[index], labels[index], index.tolist(), targets, args.versus)
             if not args.compare_layers:
                 draw_sheet(args, explanations)
         for e in explanations if not (args.worst or args.average) else []:

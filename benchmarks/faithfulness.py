@@ -15,7 +15,8 @@ map is for the class that the model predicts, whose probability is followed:
 - ROAD: the share of predictions kept when the hottest 20, 40, 60 and 80 % of pixels are replaced by what their
   neighbours suggest (Rong et al. 2022, arXiv 2202.00449); the mean of the four. Low is good.
 
-The maps of an untrained model, two of the baselines, are for the class that this model itself predicts.
+The maps of an untrained model, two of the baselines, are for the class that this model itself predicts. The controls are
+the three best maps and a random one, blurred: how much of a score is owed to a map's being smooth.
 
 The measures are those of the packages torchcam and quantus, the input gradients are captum's.
 """
@@ -51,6 +52,7 @@ TABLE = Path(__file__).resolve().parent / "faithfulness.csv"
 STEPS = 14  # of deletion and insertion: two rows' worth of pixels each
 BATCH_SIZE = 250
 GAUSSIAN_SIGMA = 7  # pixels
+BLUR = GaussianBlur(19, sigma=3.0)  # pixels; the kernel ends at three sigma
 ROAD_PERCENTAGES = [20, 40, 60, 80]
 MEASURES = {  # column of the table: heading
     "deletion": "deletion ↓",
@@ -136,6 +138,17 @@ def baseline_maps(
     yield name, cam_maps(untrained, tuple(default_layers(model)), METHOD, images, None)
 
 
+def control_maps(
+    model: HybridClassifier, images: torch.Tensor, classes: torch.Tensor
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The three candidates that were best on the validation split, and a random map, all of them blurred."""
+    middle = tuple(model.stage_ends()[1:2])
+    for method, layers in ((METHOD, tuple(default_layers(model))), ("layercam", middle), ("gradcam++", middle)):
+        yield f"{method_name(method, layers)}, blurred", BLUR(cam_maps(model, layers, method, images, classes))
+    random = torch.rand(len(images), *images.shape[2:], generator=torch.Generator().manual_seed(0))
+    yield "a random map, blurred", BLUR(random)
+
+
 def method_name(method: str, layers: list[str] | tuple[str, ...]) -> str:
     """How the table calls a candidate."""
     return f"{method} {' + '.join(layers)}"
@@ -149,7 +162,9 @@ def candidate_maps(
     for method in METHODS:
         for size in (1, 2) if method in ("gradcam", "layercam") else (1,):
             for chosen in itertools.combinations(layers, size):
-                yield method_name(method, chosen), cam_maps(model, chosen, method, images, classes)
+                maps = cam_maps(model, chosen, method, images, classes)
+                if maps.any():  # HiResCAM finds no evidence in front of a layer norm, and ROAD takes no empty maps
+                    yield method_name(method, chosen), maps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,7 +240,7 @@ def measure_split(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     images = images[: args.num_images]  # the order of the data set is random
     with torch.no_grad():
         classes = torch.cat([model(dataset.normalize(chunk)).argmax(dim=1) for chunk in images.split(BATCH_SIZE)])
-    for kind, make in (("baseline", baseline_maps), ("candidate", candidate_maps)):
+    for kind, make in (("baseline", baseline_maps), ("control", control_maps), ("candidate", candidate_maps)):
         for name, maps in tqdm(make(model, images, classes), desc=f"{kind}s", unit="map", disable=None):
             figures = {key: f"{value:.4f}" for key, value in measure(model, images, classes, maps).items()}
             yield dict(split=args.split, images=str(len(images)), kind=kind, map=name) | figures
@@ -288,11 +303,11 @@ def main() -> None:
     default = method_name(METHOD, default_layers(model))
     for split in ("validation", "test"):
         candidates = sorted((r for r in rows if (r["split"], r["kind"]) == (split, "candidate")), key=merit)[::-1]
-        baselines = [row for row in rows if (row["split"], row["kind"]) == (split, "baseline")]
+        others = [row for row in rows if row["split"] == split and row["kind"] != "candidate"]
         if not candidates:
             continue
-        print(f"{candidates[0]['images']} {split} images, best insertion minus deletion first, then the baselines\n")
-        print_table(candidates + baselines, default)
+        print(f"{candidates[0]['images']} {split} images, best insertion minus deletion first; baselines, controls\n")
+        print_table(candidates + others, default)
 
 
 if __name__ == "__main__":

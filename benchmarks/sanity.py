@@ -46,9 +46,12 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor, images: torch.Ten
 def randomized_from_the_top(model: HybridClassifier, seed: int = 0) -> Iterator[tuple[str, HybridClassifier]]:
     """The model with more and more parts drawn anew, and the name of the latest: the head first, "stem.first" last."""
     torch.manual_seed(seed)
-    fresh, changed = HybridClassifier(model.config), copy.deepcopy(model)
-    for name in ("head", "pool", "norm", *reversed(all_layers(model))):
-        changed.get_submodule(name).load_state_dict(fresh.get_submodule(name).state_dict())
+    fresh, changed = HybridClassifier(model.config).state_dict(), copy.deepcopy(model)
+    names = ["head", "pool", "norm", *reversed(all_layers(model))]
+    names.insert(3 + len(model.blocks), "pos_embed")  # added to what leaves the stem, before the blocks
+    for name in names:
+        part = {key: value for key, value in fresh.items() if f"{key}.".startswith(f"{name}.")}
+        changed.load_state_dict(part, strict=False)
         yield name, changed
 
 

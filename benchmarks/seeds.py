@@ -46,6 +46,22 @@ def command_of(config: dict) -> str:
     return " ".join(words)
 
 
+def figures_of(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
+    """A trained model's columns of the table, from the test split: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
+    logits = train.predict(model, images)
+    mirrored = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
+
+    def accuracy(scores: torch.Tensor) -> float:
+        return round((scores.argmax(dim=1) == labels).double().mean().item(), 4)
+
+    return dict(
+        parameters=sum(p.numel() for p in model.parameters()),
+        test_accuracy=accuracy(logits),
+        mirrored_accuracy=accuracy(mirrored),
+        test_loss=round(F.cross_entropy(logits, labels).item(), 4),
+    )
+
+
 def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor, known: set[tuple[str, str]]) -> dict[str, object]:
     """One line of the table, for a run that is none of those whose command and seed are `known`."""
     model, checkpoint = load_checkpoint(path)
@@ -54,23 +70,30 @@ def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor, known: set[
         raise SystemExit(f"seeds.py: error: seed {config['seed']} of {command_of(config)!r} has its line already")
     if len(history) != config["epochs"]:
         raise SystemExit(f"seeds.py: error: {path} is of a run that is not over")
-    logits = train.predict(model, images)
-    mirrored = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
-
-    def accuracy(scores: torch.Tensor) -> float:
-        return round((scores.argmax(dim=1) == labels).double().mean().item(), 4)
-
     return dict(
         command=command_of(config),
         seed=config["seed"],
-        parameters=model.num_parameters(),
         val_accuracy=round(history[checkpoint["epoch"] - 1].get("val_accuracy", math.nan), 4),
-        test_accuracy=accuracy(logits),
-        mirrored_accuracy=accuracy(mirrored),
-        test_loss=round(F.cross_entropy(logits, labels).item(), 4),
         minutes=round(history[-1]["seconds"] / 60, 1),
         environment=checkpoint["environment"],
+        **figures_of(model, images, labels),
     )
+
+
+def read_table() -> list[dict]:
+    """The lines of seeds.csv."""
+    with open(TABLE, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_line(row: dict[str, object]) -> list[dict]:
+    """Write seeds.csv with one more line; returns all of them."""
+    rows = sorted([*read_table(), row], key=lambda row: (row["command"], int(row["seed"])))
+    with open(TABLE, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return rows
 
 
 def print_table(rows: list[dict]) -> None:
@@ -99,17 +122,11 @@ def main() -> None:
     parser.add_argument("--add", type=Path, metavar="CHECKPOINT", help="evaluate this run and save its line")
     parser.add_argument("--data-dir", default="data")
     args = parser.parse_args()
-    with open(TABLE, newline="") as file:
-        rows: list[dict] = list(csv.DictReader(file))
+    rows = read_table()
     if args.add:
         set_threads()
         known = {(row["command"], row["seed"]) for row in rows}
-        row = evaluate(args.add, *dataset.load(args.data_dir, train=False), known)
-        rows = sorted([*rows, row], key=lambda row: (row["command"], int(row["seed"])))
-        with open(TABLE, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        rows = add_line(evaluate(args.add, *dataset.load(args.data_dir, train=False), known))
     print_table(rows)
 
 

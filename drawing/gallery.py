@@ -4,13 +4,15 @@ import base64
 import html
 from pathlib import Path
 from string import Template
+from urllib.parse import quote
 
 import cv2
 import numpy as np
 from matplotlib import colormaps
 
 from dataset import CLASS_NAMES, whole_file
-from drawing.sheets import COLOR_MAP, OPACITY, Explanation, on_one_scale
+from drawing.explanation import Explanation
+from drawing.sheets import COLOR_MAP, SIGNED_COLOR_MAP, colorize, on_one_scale, scale
 
 PAGE = Template(Path(__file__).with_name("gallery.html").read_text(encoding="utf-8"))
 
@@ -21,26 +23,30 @@ def data_url(pixels: np.ndarray) -> str:
 
 
 def figure(e: Explanation) -> str:
-    """An image under the heatmap of each explained class, its answer below."""
+    """An image under the heatmap of each explained class, its answer below; it has a link, and what it is sorted by."""
     name, image, panels = html.escape(e.name), data_url(e.image), ""
     for label, heatmap in on_one_scale(e.heatmaps).items():
-        heat = (colormaps[COLOR_MAP](heatmap) * 255).astype(np.uint8)
-        heat[..., 3] = (OPACITY * heatmap**0.5 * 255).round()
-        heat = data_url(cv2.cvtColor(heat, cv2.COLOR_RGBA2BGRA))
+        heat = data_url(cv2.cvtColor(colorize(heatmap), cv2.COLOR_RGBA2BGRA))
         none = "" if heatmap.any() else '<span class="none">no evidence</span>'
-        panels += f'<div><div class="picture"><img class="input" src="{image}" alt="{name}"><img class="heat" '
-        panels += f'src="{heat}" alt="heatmap {e.role(label)}">{none}</div>{e.role(label)}</div>'
+        panels += f'<div><button class="picture"><img class="input" src="{image}" alt="{name}"><img class="heat" '
+        panels += f'src="{heat}" alt="heatmap {e.role(label)}">{none}</button>{e.role(label)}<br>{e.trust(label)}</div>'
     true = CLASS_NAMES[e.label] if e.label >= 0 else ""
     result = "" if e.label < 0 else "right" if e.label == e.predicted else "wrong"
     data = f'data-true="{true}" data-predicted="{CLASS_NAMES[e.predicted]}" data-result="{result}"'
-    caption = f"<figcaption>{name}: {e.answer()}</figcaption>"
-    return f'<figure {data}><div class="panels">{panels}</div>{caption}</figure>'
+    hottest, anywhere = e.hidden[e.target]
+    data += f' data-confidence="{e.probabilities.max():.4f}" data-trust="{anywhere - hottest:.4f}"'
+    link = quote(e.stem if e.index < 0 else str(e.index))
+    caption = f'<figcaption><a href="#{link}">{name}</a>: {e.answer()}</figcaption>'
+    return f'<figure id="{link}" {data}><div class="panels">{panels}</div>{caption}</figure>'
 
 
 def save_gallery(explanations: list[Explanation], model_name: str, method: str, layers: list[str], path: Path) -> None:
-    """Write a page that shows the images and filters them by class and result."""
-    colors = ", ".join("rgb({:.0%} {:.0%} {:.0%})".format(*colormaps[COLOR_MAP](i / 8)[:3]) for i in range(9))
+    """Write a page that shows the images, filters them by class and result, and sorts them."""
+    is_signed = explanations[0].versus >= 0
+    color_map = colormaps[SIGNED_COLOR_MAP if is_signed else COLOR_MAP]
+    colors = ", ".join("rgb({:.0%} {:.0%} {:.0%})".format(*color_map(i / 8)[:3]) for i in range(9))
     names = dict(model_name=html.escape(model_name), layers=html.escape(" + ".join(layers)), method=method)
+    names |= dict(scale=scale(is_signed), lowest="-1" if is_signed else "0")
     figures = "\n".join(map(figure, explanations))
     page = PAGE.substitute(names, count=len(explanations), colors=colors, figures=figures)
     with whole_file(path) as file:

@@ -3,77 +3,45 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 
 from dataset import CLASS_NAMES, whole_file
+from drawing.explanation import Explanation
 
 COLOR_MAP = "inferno"  # equal steps of evidence look equally large
+SIGNED_COLOR_MAP = "berlin"  # the same, from blue for one class through black to red for the other
 OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
 SCALE = 12  # an image pixel becomes so many picture pixels, both ways
 FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
-LEAST_EVIDENCE = 1e-3  # logits: less of it in a whole map is rounding, not evidence
 Row = tuple[str, list["Cell"]]  # of a sheet: what stands at its left, and its cells
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a file name may be in any script
 
 
-@dataclass
-class Explanation:
-    """An image, the model's answer, and where the evidence for a class lies."""
-
-    name: str  # "test image 1917", or the file name of a person's own picture
-    stem: str  # what its file's name begins with
-    index: int  # in the test split; -1 for a person's own picture
-    image: np.ndarray  # uint8 (28, 28)
-    label: int  # the true class; -1 where it is not known
-    probabilities: np.ndarray  # of the classes, float (10,)
-    target: int  # the class that was to be explained
-    heatmaps: dict[int, np.ndarray]  # of `target`, and of `label` where it is another: (28, 28), in logits per pixel
-
-    @property
-    def predicted(self) -> int:
-        """The likeliest class."""
-        return int(self.probabilities.argmax())
-
-    def answer(self) -> str:
-        """What the image is and what the model takes it for: "true Coat 3%, predicted Shirt 96%"."""
-        p, words = self.probabilities, f"predicted {CLASS_NAMES[self.predicted]} {self.probabilities.max():.0%}"
-        if self.label < 0:
-            return words
-        percent = "" if self.label == self.predicted else f" {p[self.label]:.0%}"
-        return f"true {CLASS_NAMES[self.label]}{percent}, {words}"
-
-    def role(self, label: int) -> str:
-        """A class's name, and what it is to this image: "for Coat (true)"."""
-        roles = ["predicted"] * (label == self.predicted) + ["true"] * (label == self.label)
-        return f"for {CLASS_NAMES[label]}" + (f" ({' and '.join(roles)})" if roles else "")
-
-
-def shares(heatmap: np.ndarray) -> np.ndarray:
-    """Each place's share of the whole evidence: a heatmap that adds up to 1, or zeros where there is next to none.
-
-    Two classes' evidence differs in size for a reason that is no explanation: a class that has won already has less to
-    gain from any place than one that has not. What compares is where it lies.
-    """
-    total = heatmap.sum()
-    return heatmap / total if total >= LEAST_EVIDENCE else np.zeros_like(heatmap)
-
-
 def on_one_scale(heatmaps: dict) -> dict:
-    """Heatmaps of shares, from 0 to 1, where 1 is the largest share in any of them."""
-    heatmaps = {key: shares(heatmap) for key, heatmap in heatmaps.items()}
-    peak = max(float(heatmap.max()) for heatmap in heatmaps.values()) or 1.0
+    """Heatmaps from 0 to 1, signed ones from -1, where 1 is the largest share in any of them."""
+    peak = max(float(np.abs(heatmap).max()) for heatmap in heatmaps.values()) or 1.0
     return {key: heatmap / peak for key, heatmap in heatmaps.items()}
 
 
+def colorize(heatmap: np.ndarray) -> np.ndarray:
+    """The colours of a heatmap (H, W), 0 to 1, signed ones from -1: uint8 RGBA (H, W, 4), more opaque the hotter."""
+    signed = heatmap.min() < 0
+    color_map, place = (SIGNED_COLOR_MAP, (heatmap + 1) / 2) if signed else (COLOR_MAP, heatmap)
+    colors = colormaps[color_map](place, bytes=True)
+    colors[..., 3] = np.rint(255 * OPACITY * np.abs(heatmap) ** 0.5)
+    return colors
+
+
 def paint(image: np.ndarray, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), 0 to 1, and lay one over the other.
+    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), -1 to 1, and lay one over the other.
 
     Returns:
         Three uint8 RGB arrays (28 * SCALE, 28 * SCALE, 3): the image, with its pixels sharp; the heatmap in colours;
@@ -82,8 +50,8 @@ def paint(image: np.ndarray, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarra
     size = tuple(side * SCALE for side in image.shape[::-1])
     gray = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB)
     heat = cv2.resize(heatmap.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    colored = (colormaps[COLOR_MAP](heat)[..., :3] * 255).astype(np.uint8)
-    opacity = OPACITY * heat[..., None] ** 0.5
+    colors = colorize(heat)
+    colored, opacity = colors[..., :3].copy(), colors[..., 3:] / 255
     overlay = (gray * (1 - opacity) + colored * opacity).astype(np.uint8)
     if not heatmap.any():
         font, font_scale, thin = cv2.FONT_HERSHEY_SIMPLEX, 0.17 * SCALE, SCALE // 3
@@ -122,22 +90,39 @@ def in_rows(cells: list[Cell], columns: int) -> list[Row]:
     return [("", cells[i : i + columns]) for i in range(0, len(cells), columns)]
 
 
+def scale(is_signed: bool) -> str:
+    """What the colours of one image's heatmap mean."""
+    return "evidence for the one class (1), for the other (-1)" if is_signed else "share of the evidence (1 = largest)"
+
+
 def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
     """Write the picture of one image: the input, and a row of heatmap and overlay for each explained class."""
     rows = []
     for label, heatmap in on_one_scale(e.heatmaps).items():
         gray, colored, overlay = paint(e.image, heatmap)
-        first = Cell([np.full_like(gray, 255)], "") if rows else Cell([gray], "input")  # once is enough
-        row = [first, Cell([colored], f"heatmap {e.role(label)}"), Cell([overlay], f"overlay {e.role(label)}")]
-        rows.append(("", row))
-    title, scale = f"{e.name}: {e.answer()}", "share of the evidence (1 = largest)"
-    save_sheet(rows, title, scale, model_name, path, width=3.3)
+        first, name = (np.full_like(gray, 255), "") if rows else (gray, "input")  # once is enough
+        cell = Cell([first, colored, overlay], f"{e.role(label)}: {e.trust(label)}", [name, "heatmap", "overlay"])
+        rows.append(("", [cell]))
+    is_signed = e.versus >= 0
+    save_sheet(rows, f"{e.name}: {e.answer()}", scale(is_signed), model_name, path, is_signed, width=9.9)
+
+
+def power(heatmap: np.ndarray, gamma: float) -> np.ndarray:
+    """The absolute values to the power of gamma, with their signs: it lifts what is small."""
+    return np.sign(heatmap) * np.abs(heatmap) ** gamma
 
 
 def save_sheet(
-    rows: list[Row], title: str, scale: str, model_name: str, path: Path, gamma: float = 1, width: float = 4.3
+    rows: list[Row],
+    title: str,
+    scale: str,
+    model_name: str,
+    path: Path,
+    is_signed: bool = False,
+    gamma: float = 1,
+    width: float = 4.3,
 ) -> None:
-    """Write a PNG file of rows, `width` inches a column; the colours of the heatmaps are of share ** gamma."""
+    """Write a PNG file of rows, `width` inches a column; the colours of the heatmaps are of `power(share, gamma)`."""
     columns = max(len(row) for _, row in rows)
     panels = max(len(cell.panels) for _, row in rows for cell in row)
     lines = [1 + max(cell.caption.count("\n") + any(cell.labels) for cell in row) for _, row in rows]
@@ -159,7 +144,8 @@ def save_sheet(
                 step = joined.shape[1] / len(cell.panels)
                 axes.set_xticks([step * (i + 0.5) for i in range(len(cell.panels))], cell.labels, fontsize=FONT_SIZE)
                 axes.tick_params(length=0)
-    colors = ScalarMappable(PowerNorm(gamma, vmin=0, vmax=1), COLOR_MAP)
+    norm = FuncNorm((partial(power, gamma=gamma), partial(power, gamma=1 / gamma)), vmin=-is_signed, vmax=1)
+    colors = ScalarMappable(norm, SIGNED_COLOR_MAP if is_signed else COLOR_MAP)
     bar = figure.colorbar(colors, ax=all_axes, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label(scale, fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)

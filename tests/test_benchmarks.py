@@ -88,3 +88,42 @@ def test_the_peers_take_the_images_and_have_as_few_parameters():
         adamw, muon = make_optimizers(model, "muon", 0.05)
         assert any(p is model.head.weight for p in adamw.param_groups[0]["params"]), name
         assert muon.param_groups[0]["params"], name
+
+
+def test_cutout_sets_a_square_of_16_pixels_to_mean_grey_that_may_reach_over_the_edge():
+    from peers import cutout
+
+    x = cutout(torch.ones(3000, 1, 28, 28), torch.Generator().manual_seed(0))[:, 0]
+    gone = x == 0
+    heights, widths = gone.any(dim=2).sum(dim=1), gone.any(dim=1).sum(dim=1)
+    assert torch.equal(heights * widths, gone.sum(dim=(1, 2))) and set(x.unique().tolist()) == {0.0, 1.0}
+    assert heights.max() == widths.max() == 16 and heights.min() == widths.min() == 8
+    assert gone[:, 0, 0].any() and gone[:, 27, 27].any()
+
+
+def test_a_peer_goes_on_from_its_saved_epoch(monkeypatch, tmp_path):
+    import peers
+
+    images = torch.randint(0, 256, (256, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(256) % 10
+    config = peers.step_time.settings_of("default", "float32", epochs=2, **peers.OWN_RECIPE)
+
+    def fit(state):
+        torch.manual_seed(0)
+        model = peers.preact_resnet()
+        sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+        return peers.fit(model, images, labels, config, "peer", [sgd], state)[0].state_dict()
+
+    whole, calls, take_step = fit(None), [], peers.optim.take_step
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        take_step(*arguments)
+
+    monkeypatch.setattr(peers.optim, "take_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "state.pt")
+    for name, tensor in fit(tmp_path / "state.pt").items():
+        assert torch.equal(tensor, whole[name]), name

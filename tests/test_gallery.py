@@ -12,7 +12,9 @@ from matplotlib import colormaps
 from PIL import Image
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from gradcam import GradCAM
@@ -34,8 +36,9 @@ def page(tmp_path_factory, test_split):
     model = load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[0]
     cam = GradCAM(model, Visulization.default_layers(model), "layercam")
     images, labels = (part[INDEX] for part in test_split)
-    explanations = Visulization.explain(cam, images, labels, INDEX, None)
-    (own,) = Visulization.explain(cam, images[1:2], torch.tensor([-1]), [-1], None)
+    explanations = Visulization.explain(cam, images, labels, INDEX)
+    (own,) = Visulization.explain(cam, images[1:2], torch.tensor([-1]), [-1])
+    own.stem, own.hidden = 'a "b" c', {own.target: (0.5, 0.4)}
     own.name, own.heatmaps = HOSTILE_NAME, {own.target: np.zeros((28, 28), np.float32)}
     path = tmp_path_factory.mktemp("gallery") / "index.html"
     gallery.save_gallery([*explanations, own], "a <b>/model.pt", "layercam", ["stem.x"], path)
@@ -82,7 +85,7 @@ def test_the_page_stands_alone(page):
     sources = re.findall(
         r'(?:src|href|url)\s*[=(]\s*["\']?([^"\')>]+)', text.replace("src=x", "").replace("&lt;img", "")
     )
-    assert len(sources) >= 14 and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert len(sources) >= 14 and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
     assert "http://" not in text and "https://" not in text and "default-src 'none'" in text
     assert len(text) < 70_000
 
@@ -107,7 +110,10 @@ def test_images_are_filtered_by_class_and_result(browser, page):
     browser.get(page.as_uri())
     everything = shown(browser)
     assert len(everything) == 7 and "7 of 7 images, a <b>/model.pt" not in browser.page_source
-    assert "7 images, a <b>/model.pt, layercam heatmaps of stem.x." in browser.find_element(By.TAG_NAME, "p").text
+    assert (
+        "7 images, a <b>/model.pt, layercam heatmaps of stem.x; share of the evidence"
+        in browser.find_element(By.TAG_NAME, "p").text
+    )
     # The pictures are really there, and a heatmap lies exactly over its image.
     script = "return [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().toJSON()])"
     pictures = browser.execute_script(script)
@@ -133,6 +139,55 @@ def test_images_are_filtered_by_class_and_result(browser, page):
     browser.execute_script(script)
     assert browser.find_element(By.CLASS_NAME, "heat").value_of_css_property("opacity") == "0"
     assert complaints(browser) == []
+
+
+def test_images_are_sorted_by_confidence_and_by_what_hiding_changes(browser, page):
+    browser.get(page.as_uri())
+    everything = shown(browser)
+    choose(browser, "order", "by confidence")
+    percents = [int(re.search(r"predicted \D+(\d+)%", line).group(1)) for line in shown(browser)]
+    assert percents == sorted(percents, reverse=True) and len(set(percents)) > 2
+    choose(browser, "order", "by what hiding the hottest tenth changes")
+    figures = browser.find_elements(By.TAG_NAME, "figure")
+    changes = []
+    for figure in figures[:-1]:  # the map of the last one is empty, and has no numbers
+        hottest, anywhere = re.search(r"hottest tenth ([\d.]+), without a random tenth ([\d.]+)", figure.text).groups()
+        changes.append(float(anywhere) - float(hottest))
+    assert changes == pytest.approx(sorted(changes, reverse=True), abs=0.011) and HOSTILE_NAME in figures[-1].text
+    choose(browser, "order", "of the page")
+    assert shown(browser) == everything and complaints(browser) == []
+
+
+def test_a_pressed_picture_is_shown_without_its_heatmap(browser, page):
+    browser.get(page.as_uri())
+    picture = browser.find_element(By.CLASS_NAME, "picture")
+    heat = picture.find_element(By.CLASS_NAME, "heat")
+    ActionChains(browser).click_and_hold(picture).perform()
+    assert not heat.is_displayed() and picture.find_element(By.CLASS_NAME, "input").is_displayed()
+    ActionChains(browser).release().perform()
+    assert heat.is_displayed()
+
+
+def test_the_arrow_keys_move_among_the_pictures_that_are_shown(browser, page):
+    browser.get(page.as_uri())
+    choose(browser, "result", "wrong")
+    ids = [figure.get_attribute("id") for figure in browser.find_elements(By.CSS_SELECTOR, "figure:not([hidden])")]
+    browser.execute_script("document.activeElement.blur()")
+
+    def press(key):
+        ActionChains(browser).send_keys(key).perform()
+        return browser.execute_script("return document.activeElement.closest('figure').id")
+
+    keys = [Keys.ARROW_RIGHT] * (len(ids) + 1) + [Keys.ARROW_LEFT] * 2
+    assert [press(key) for key in keys] == [*ids, ids[0], ids[-1], ids[-2]]
+
+
+def test_every_picture_has_a_link(browser, page):
+    for link, name in (("1917", "test image 1917"), ("a%20%22b%22%20c", HOSTILE_NAME)):
+        browser.get(f"{page.as_uri()}#{link}")
+        target = browser.find_element(By.CSS_SELECTOR, "figure:target")
+        assert name in target.text and target.find_element(By.TAG_NAME, "a").get_attribute("href").endswith(f"#{link}")
+        choose(browser, "result", "wrong")  # this filters out what the next link is of
 
 
 def test_the_name_of_a_picture_is_text_not_markup(browser, page):

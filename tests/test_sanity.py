@@ -26,6 +26,17 @@ def shipped():
     return load_checkpoint(SHIPPED_CHECKPOINT)[0]
 
 
+def test_the_cascade_leaves_no_weight_as_it_was_and_follows_the_model_from_its_end(shipped):
+    before, names, untouched = shipped.state_dict(), [], {}
+    for name, changed in randomized_from_the_top(shipped):
+        names.append(name)
+        untouched[name] = {key for key, weight in changed.state_dict().items() if torch.equal(weight, before[key])}
+    assert names[:5] == ["head", "pool", "norm", "blocks.0", "pos_embed"] and names[-1] == "stem.first"
+    assert "pos_embed" in untouched["blocks.0"] and "stem.stage2_1.conv1.0.weight" in untouched["pos_embed"]
+    assert untouched["pos_embed"] == {key for key in before if key.startswith("stem.")}
+    assert not untouched["stem.first"]
+
+
 # Not Grad-CAM++: with another head its maps stay as they were (0.96). benchmarks/README.md says so.
 @pytest.mark.parametrize("method", sorted(METHODS.keys() - {"gradcam++"}))
 def test_maps_change_when_weights_are_randomised_from_the_top_down(shipped, test_split, method):

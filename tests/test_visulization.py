@@ -26,7 +26,8 @@ try:
 except SystemExit as missing:  # OpenCV without libGL.so.1: the message says what to install
     pytest.skip(str(missing), allow_module_level=True)
 from drawing import sheets
-from drawing.sheets import Explanation, on_one_scale, paint
+from drawing.explanation import Explanation
+from drawing.sheets import on_one_scale, paint
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +65,10 @@ def drawn(monkeypatch):
     """What is on each sheet, by its path, instead of the files, which take half a second each."""
     found = {}
 
-    def keep(rows, title, scale, model_name, path, gamma=1, width=None):
-        cells = [cell for _, row in rows for cell in row]
-        names = [name for name, _ in rows]
-        found[str(path)] = SimpleNamespace(names=names, cells=cells, title=title, model_name=model_name, gamma=gamma)
+    def keep(rows, title, scale, model_name, path, is_signed=False, gamma=1, width=None):
+        cells, names = [cell for _, row in rows for cell in row], [name for name, _ in rows]
+        kept = dict(cells=cells, names=names, title=title, scale=scale, model_name=model_name)
+        found[str(path)] = SimpleNamespace(**kept, is_signed=is_signed, gamma=gamma)
 
     monkeypatch.setattr(Visulization, "save_sheet", keep)
     monkeypatch.setattr(sheets, "save_sheet", keep)
@@ -94,12 +95,47 @@ def test_an_error_is_explained_for_both_classes_and_the_rest_for_one(shipped, te
     assert coat.role(2) == "for Pullover" and coat.role(4) == "for Coat (true)"
 
 
+def test_a_contrast_is_one_signed_map_of_two_classes(shipped, test_split):
+    images, labels = (part[[1917, 0, 3]] for part in test_split)
+    cam = GradCAM(shipped, ["stem.stage0_2", "stem.stage1_2"], "layercam")
+    p = train.predict(shipped, images).softmax(dim=1)
+    shirt, boot, trouser = Visulization.explain(cam, images, labels, [1917, 0, 3], None, versus=4)
+    assert (shirt.target, shirt.versus, list(shirt.heatmaps)) == (6, 4, [6]) and boot.versus == trouser.versus == 4
+    expected = cam(dataset.normalize(images), p.argmax(dim=1), torch.tensor([4, 4, 4]), normalize=False).numpy()
+    for e, heatmap in zip((shirt, boot, trouser), expected, strict=True):
+        assert e.heatmaps[e.target] == pytest.approx(heatmap, rel=1e-4, abs=1e-7)
+        assert heatmap.min() < 0 < heatmap.max()
+    assert shirt.role(6) == "for Shirt, not Coat"
+    # Of a class with itself there is no contrast, nor is one asked for by -1: the likeliest other class.
+    for versus in (6, -1):
+        (shirt,) = Visulization.explain(cam, images[:1], labels[:1], [1917], None, versus)
+        assert shirt.versus == p[0].argsort(descending=True)[1]
+
+
+def test_the_number_of_trust_is_the_probability_without_the_hottest_tenth_and_without_a_random_one(shipped, test_split):
+    images, labels = (part[[1917, 0]] for part in test_split)
+    cam = GradCAM(shipped, "stem.stage1_2", "layercam")
+    random = torch.rand(784, generator=torch.Generator().manual_seed(0)).argsort(descending=True)[:78]
+    for e, image in zip(Visulization.explain(cam, images, labels, [1917, 0]), images, strict=True):
+        for label, heatmap in e.heatmaps.items():
+            expected = []
+            for places in (heatmap.ravel().argsort()[::-1][:78].copy(), random):
+                hidden = image.clone()
+                hidden.view(-1)[places] = 0
+                expected.append(train.predict(shipped, hidden[None]).softmax(dim=1)[0, label].item())
+            assert e.hidden[label] == pytest.approx(expected, abs=1e-4)
+    e.probabilities, e.hidden = np.full(10, 0.934), {9: (0.206, 0.881)}
+    assert e.trust(9) == "0.93, without the hottest tenth 0.21, without a random tenth 0.88"
+    e.heatmaps[9] = np.zeros((28, 28))
+    assert e.trust(9) == ""
+
+
 def test_the_answer_is_in_words():
     p = np.full(10, 0.01)
     p[6], p[4] = 0.9, 0.03
-    assert Explanation("", "", 0, None, 4, p, 6, {}).answer() == "true Coat 3%, predicted Shirt 90%"
-    assert Explanation("", "", 0, None, 6, p, 6, {}).answer() == "true Shirt, predicted Shirt 90%"
-    own = Explanation("", "", -1, None, -1, p, 6, {})
+    assert Explanation("", "", 0, None, 4, p, 6, {}, {}).answer() == "true Coat 3%, predicted Shirt 90%"
+    assert Explanation("", "", 0, None, 6, p, 6, {}, {}).answer() == "true Shirt, predicted Shirt 90%"
+    own = Explanation("", "", -1, None, -1, p, 6, {}, {})
     assert own.answer() == "predicted Shirt 90%" and own.role(6) == "for Shirt (predicted)"
 
 
@@ -116,17 +152,27 @@ def test_the_layers_are_all_that_the_image_goes_through_with_their_grids(shipped
 
 
 def test_two_classes_are_drawn_on_one_scale():
-    spread, peaked = np.full((28, 28), 5.0), np.zeros((28, 28))
-    peaked[3, 3], peaked[20, 20] = 3.0, 1.0
+    spread, peaked = np.full((28, 28), 1 / 784), np.zeros((28, 28))
+    peaked[3, 3], peaked[20, 20] = 0.75, 0.25
     maps = on_one_scale({"spread": spread, "peaked": peaked})
     # Three quarters of the evidence are the largest share; 1/784 of it has the colour that it would have there.
     assert maps["peaked"].max() == 1 and maps["peaked"][20, 20] == pytest.approx(1 / 3)
     assert maps["spread"] == pytest.approx(1 / 784 / 0.75)
 
 
-def test_next_to_no_evidence_is_none_and_is_labelled_in_words_not_stretched():
-    maps = on_one_scale({0: np.zeros((28, 28)), 1: np.full((28, 28), 1e-6), 2: np.full((28, 28), 1e-5)})
-    assert not maps[0].any() and not maps[1].any() and (maps[2] == 1).all()  # 784e-6 logits, and 784e-5
+def test_signed_maps_keep_their_sign_on_the_scale_and_have_two_colours():
+    heatmap = np.zeros((28, 28))
+    heatmap[2, 2], heatmap[25, 25] = 0.25, -0.75
+    maps = on_one_scale({0: heatmap})
+    assert (maps[0][2, 2], maps[0][25, 25]) == (pytest.approx(1 / 3), -1)
+    _, colored, overlay = paint(np.full((28, 28), 90, np.uint8), maps[0])
+    red, blue = colored[30, 30].astype(int), colored[306, 306].astype(int)
+    assert red[0] > red[2] + 30 and blue[2] > blue[0] + 100
+    assert colored[168, 168].max() < 40 and (overlay[168, 168] == 90).all()  # no evidence either way: black
+
+
+def test_no_evidence_is_labelled_in_words():
+    assert not on_one_scale({0: np.zeros((28, 28))})[0].any()
     gray, colored, overlay = paint(np.full((28, 28), 90, np.uint8), np.zeros((28, 28), np.float32))
     assert (gray == 90).all()
     for panel, background in ((colored, [0, 0, 3]), (overlay, [90, 90, 90])):
@@ -168,12 +214,15 @@ def test_an_image_per_row_or_per_class(run, drawn):
     run("--index", 499, 0, 2)  # 499 is image 1917, a coat that is taken for a shirt
     paths = ["00000_Ankle-boot_as_Ankle-boot", "00002_Trouser_as_Trouser", "00499_Coat_as_Shirt", "contact_sheet"]
     assert sorted(drawn) == [f"HeapImg/{name}.png" for name in paths]
-    captions = [cell.caption for cell in drawn["HeapImg/00499_Coat_as_Shirt.png"].cells]
+    both = drawn["HeapImg/00499_Coat_as_Shirt.png"]
+    captions = [cell.caption for cell in both.cells]
     shirt, coat = "for Shirt (predicted)", "for Coat (true)"
-    assert captions == ["input", f"heatmap {shirt}", f"overlay {shirt}", "", f"heatmap {coat}", f"overlay {coat}"]
+    assert len(captions) == 2 and captions[0].startswith(f"{shirt}: 0.90, without the hottest tenth 0.")
+    assert captions[1].startswith(f"{coat}: 0.03, without the hottest tenth 0.")
+    assert [cell.labels for cell in both.cells] == [["input", "heatmap", "overlay"], ["", "heatmap", "overlay"]]
     boot = drawn["HeapImg/00000_Ankle-boot_as_Ankle-boot.png"]
     role = "for Ankle boot (predicted and true)"
-    assert [cell.caption for cell in boot.cells] == ["input", f"heatmap {role}", f"overlay {role}"]
+    assert [cell.caption.split(":")[0] for cell in boot.cells] == [role]
     assert boot.model_name == "shipped/model.pt" and boot.title.startswith("test image 0: true Ankle boot, predicted")
     sheet = drawn["HeapImg/contact_sheet.png"]
     assert "layercam of stem.stage0_2 + stem.stage1_2" in sheet.title
@@ -181,9 +230,9 @@ def test_an_image_per_row_or_per_class(run, drawn):
     assert [list(cell.labels) for cell in sheet.cells] == [[], ["", "for Shirt", "for Coat"], []]
     assert [cell.color for cell in sheet.cells] == ["black", "crimson", "black"]
     # On the sheet an error has both overlays: those of its own picture.
-    own = drawn["HeapImg/00499_Coat_as_Shirt.png"].cells
-    for panel, place in zip(sheet.cells[1].panels, (0, 2, 5), strict=True):
-        assert np.array_equal(panel, own[place].panels[0])
+    shirt, coat = (cell.panels for cell in both.cells)
+    for panel, own in zip(sheet.cells[1].panels, (shirt[0], shirt[2], coat[2]), strict=True):
+        assert np.array_equal(panel, own)
 
 
 def test_images_are_chosen_by_class_seed_and_result(run, drawn, few_images):
@@ -327,7 +376,7 @@ def test_pictures_of_one_name_from_two_folders_are_both_drawn(run, drawn, tmp_pa
     assert run("--image", "x/a.png", "y/a.png", "--target-class", "Bag", "--save-arrays") == 0
     first, second = drawn
     assert first != second and drawn[second].title.startswith("a.png: predicted ")
-    assert any("heatmap for Bag" in cell.caption for cell in drawn[first].cells)
+    assert any("for Bag" in cell.caption for cell in drawn[first].cells)
     saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz", allow_pickle=False)
     assert saved["names"].tolist() == ["a.png", "a.png"]
     assert saved["labels"].tolist() == saved["indices"].tolist() == [-1, -1]
@@ -392,7 +441,7 @@ def test_a_tilde_is_the_home_folder(run, drawn, checkpoint, tmp_path, monkeypatc
     [
         (["--checkpoint", "nothing.pt"], "nothing.pt"),
         (["--target-layer", "blocks.77"], "no layer 'blocks.77'"),
-        (["--target-layer", "head"], "neither a map"),
+        (["--target-layer", "head"], "not laid out like"),
         (["--target-layer", "blocks"], "does not go through the target layer"),
         (["--output-dir", "file"], "--output-dir file: File exists"),
         (["--only-errors", "--classes", "Trouser"], "no error in these classes"),
