@@ -32,7 +32,18 @@ from dataset import CLASS_NAMES, IMAGE_SIZE, UserError
 from drawing.explanation import SLUGS, Explanation, classify, explain, heatmaps
 from drawing.gallery import save_gallery
 from drawing.photo import read_image
-from drawing.sheets import Cell, in_rows, make_cell, on_one_scale, paint, power, save_overlay, save_sheet, scale
+from drawing.sheets import (
+    SCALE_LABEL,
+    SIGNED_SCALE_LABEL,
+    Cell,
+    in_rows,
+    make_cell,
+    on_one_scale,
+    paint,
+    power,
+    save_overlay,
+    save_sheet,
+)
 from gradcam import METHODS, GradCAM
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
@@ -136,7 +147,7 @@ def draw_layers(args: Namespace, cam: GradCAM, e: Explanation, path: Path) -> No
         Cell(paint(e.image, power(heatmap, gamma))[1:], caption) for caption, heatmap in on_one_scale(maps).items()
     ]
     title = f"{e.name}: {e.answer()}\n{args.method} {e.role(e.target)}: heatmap, overlay"
-    label = f"{scale(versus is not None)}, in any layer, square root scale"
+    label = f"{SCALE_LABEL if versus is None else SIGNED_SCALE_LABEL}, in any layer, square root scale"
     save_sheet(in_rows(cells, 3), title, label, args.model_name, path, versus is not None, gamma)
 
 
@@ -144,7 +155,7 @@ def draw_sheet(args: Namespace, explanations: list[Explanation]) -> None:
     """One sheet of test images: the worst errors, or each class's mean, or a row of each class."""
     method = f"{args.method} of {' + '.join(args.target_layer)}"
     is_signed = args.versus is not None
-    color_label = f"{scale(is_signed)}, in the image"
+    scale = f"{SIGNED_SCALE_LABEL if is_signed else SCALE_LABEL}, in the image"
     members = {label: [e for e in explanations if e.label == label] for label in args.classes}
     if args.worst:
         shown = "heatmap and overlay of the contrast" if is_signed else "overlays for both classes"
@@ -153,7 +164,7 @@ def draw_sheet(args: Namespace, explanations: list[Explanation]) -> None:
     elif args.average:
         name, title = "average.png", f"{method}, test images by class:\nmean image, mean heatmap for the class, overlay"
         means = {k: np.mean([e.heatmaps[k] for e in group], axis=0) for k, group in members.items()}
-        cells, color_label = [], "mean share of the evidence (1 = largest of all)"
+        cells, scale = [], "mean share of the evidence (1 = largest of all)"
         for label, heatmap in on_one_scale(means).items():
             mean_image = np.mean([e.image for e in members[label]], axis=0).round().astype(np.uint8)
             right = np.mean([e.predicted == label for e in members[label]])
@@ -165,7 +176,7 @@ def draw_sheet(args: Namespace, explanations: list[Explanation]) -> None:
         if not is_signed:
             title += "where the true class is another: input, overlay for the one, overlay for the other"
         rows = [(CLASS_NAMES[k], [make_cell(e, e.answer()) for e in group]) for k, group in members.items() if group]
-    save_sheet(rows, title.strip(), color_label, args.model_name, args.output_dir / name, is_signed)
+    save_sheet(rows, title.strip(), scale, args.model_name, args.output_dir / name, is_signed)
 
 
 def class_index(text: str) -> int:

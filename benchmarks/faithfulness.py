@@ -15,8 +15,8 @@ map is for the class that the model predicts, whose probability is followed:
 - ROAD: the share of predictions kept when the hottest 20, 40, 60 and 80 % of pixels are replaced by what their
   neighbours suggest (Rong et al. 2022, arXiv 2202.00449); the mean of the four. Low is good.
 
-The maps of an untrained model, two of the baselines, are for the class that this model itself predicts. The controls are
-the three best maps and a random one, blurred: how much of a score is owed to a map's being smooth.
+The maps of an untrained model, two of the baselines, are for the class that this model itself predicts. The controls
+are the three best maps and a random one, blurred: how much of a score is owed to a map's being smooth.
 
 The measures are those of the packages torchcam and quantus, the input gradients are captum's.
 """

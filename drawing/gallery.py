@@ -12,7 +12,7 @@ from matplotlib import colormaps
 
 from dataset import CLASS_NAMES, whole_file
 from drawing.explanation import Explanation
-from drawing.sheets import COLOR_MAP, SIGNED_COLOR_MAP, colorize, on_one_scale, scale
+from drawing.sheets import COLOR_MAP, SCALE_LABEL, SIGNED_COLOR_MAP, SIGNED_SCALE_LABEL, colorize, on_one_scale
 
 PAGE = Template(Path(__file__).with_name("gallery.html").read_text(encoding="utf-8"))
 
@@ -46,7 +46,7 @@ def save_gallery(explanations: list[Explanation], model_name: str, method: str, 
     color_map = colormaps[SIGNED_COLOR_MAP if is_signed else COLOR_MAP]
     colors = ", ".join("rgb({:.0%} {:.0%} {:.0%})".format(*color_map(i / 8)[:3]) for i in range(9))
     names = dict(model_name=html.escape(model_name), layers=html.escape(" + ".join(layers)), method=method)
-    names |= dict(scale=scale(is_signed), lowest="-1" if is_signed else "0")
+    names |= dict(scale=SIGNED_SCALE_LABEL if is_signed else SCALE_LABEL, lowest="-1" if is_signed else "0")
     figures = "\n".join(map(figure, explanations))
     page = PAGE.substitute(names, count=len(explanations), colors=colors, figures=figures)
     with whole_file(path) as file:

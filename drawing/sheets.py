@@ -18,6 +18,8 @@ from drawing.explanation import Explanation
 
 COLOR_MAP = "inferno"  # equal steps of evidence look equally large
 SIGNED_COLOR_MAP = "berlin"  # the same, from blue for one class through black to red for the other
+SCALE_LABEL = "share of the evidence (1 = largest)"
+SIGNED_SCALE_LABEL = "evidence for the class (1), for the other (-1)"
 OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
 SCALE = 12  # an image pixel becomes so many picture pixels, both ways
 FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
@@ -36,7 +38,7 @@ def colorize(heatmap: np.ndarray) -> np.ndarray:
     signed = heatmap.min() < 0
     color_map, place = (SIGNED_COLOR_MAP, (heatmap + 1) / 2) if signed else (COLOR_MAP, heatmap)
     colors = colormaps[color_map](place, bytes=True)
-    colors[..., 3] = np.rint(255 * OPACITY * np.abs(heatmap) ** 0.5)
+    colors[..., 3] = np.rint(255 * OPACITY * (np.abs(heatmap) if signed else heatmap**0.5))
     return colors
 
 
@@ -80,7 +82,9 @@ def make_cell(explanation: Explanation, caption: str) -> Cell:
     panels, *others = [paint(explanation.image, heatmap) for heatmap in heatmaps.values()]
     color = "black" if explanation.label in (-1, explanation.predicted) else "crimson"
     if not others:
-        return Cell(panels, caption, color=color)
+        return Cell(
+            panels, caption, ["", explanation.role(explanation.target)] if explanation.versus >= 0 else [], color
+        )
     labels = ["", *(f"for {CLASS_NAMES[label]}" for label in heatmaps)]
     return Cell([panels[0], panels[2], others[0][2]], caption, labels, color)
 
@@ -88,11 +92,6 @@ def make_cell(explanation: Explanation, caption: str) -> Cell:
 def in_rows(cells: list[Cell], columns: int) -> list[Row]:
     """Cells in rows of `columns`, with nothing at the left, for `save_sheet`."""
     return [("", cells[i : i + columns]) for i in range(0, len(cells), columns)]
-
-
-def scale(is_signed: bool) -> str:
-    """What the colours of one image's heatmap mean."""
-    return "evidence for the one class (1), for the other (-1)" if is_signed else "share of the evidence (1 = largest)"
 
 
 def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
@@ -103,8 +102,10 @@ def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
         first, name = (np.full_like(gray, 255), "") if rows else (gray, "input")  # once is enough
         cell = Cell([first, colored, overlay], f"{e.role(label)}: {e.trust(label)}", [name, "heatmap", "overlay"])
         rows.append(("", [cell]))
-    is_signed = e.versus >= 0
-    save_sheet(rows, f"{e.name}: {e.answer()}", scale(is_signed), model_name, path, is_signed, width=9.9)
+    is_signed, scale = e.versus >= 0, SCALE_LABEL
+    if is_signed:
+        scale = f"for {CLASS_NAMES[e.versus]} (-1), for {CLASS_NAMES[e.target]} (1)"
+    save_sheet(rows, f"{e.name}: {e.answer()}", scale, model_name, path, is_signed, width=9.9)
 
 
 def power(heatmap: np.ndarray, gamma: float) -> np.ndarray:
@@ -142,7 +143,7 @@ def save_sheet(
             axes.set_title(cell.caption, fontsize=FONT_SIZE, color=cell.color, parse_math=False)
             if any(cell.labels):
                 step = joined.shape[1] / len(cell.panels)
-                axes.set_xticks([step * (i + 0.5) for i in range(len(cell.panels))], cell.labels, fontsize=FONT_SIZE)
+                axes.set_xticks([step * (i + 0.5) for i in range(len(cell.labels))], cell.labels, fontsize=FONT_SIZE)
                 axes.tick_params(length=0)
     norm = FuncNorm((partial(power, gamma=gamma), partial(power, gamma=1 / gamma)), vmin=-is_signed, vmax=1)
     colors = ScalarMappable(norm, SIGNED_COLOR_MAP if is_signed else COLOR_MAP)

@@ -90,6 +90,20 @@ def test_the_peers_take_the_images_and_have_as_few_parameters():
         assert muon.param_groups[0]["params"], name
 
 
+def test_a_planted_mark_is_where_its_mask_says_and_shares_are_measured_there():
+    from ground_truth import make_marks, plant, share_on
+
+    marks = make_marks(torch.Generator().manual_seed(0))
+    assert marks.flatten(1).float().mean(dim=1).tolist() == [127.5] * 10 and len(marks.flatten(1).unique(dim=0)) == 10
+    images = torch.full((2, 1, 28, 28), 9, dtype=torch.uint8)
+    planted, mask = plant(images, marks, torch.tensor([3, 7]), torch.tensor([[0, 24], [10, 5]]))
+    assert torch.equal(planted[0, 0, :4, 24:], marks[3]) and torch.equal(planted[1, 0, 10:14, 5:9], marks[7])
+    assert mask.sum(dim=(1, 2)).tolist() == [16, 16] and (planted[:, 0][~mask] == 9).all() and (images == 9).all()
+    maps = torch.zeros(2, 28, 28)
+    maps[0, 1, 25], maps[0, 9, 9], maps[1, 10, 8] = 3.0, 1.0, 0.5
+    assert share_on(maps, mask) == pytest.approx((0.75 + 1) / 2)
+
+
 def test_cutout_sets_a_square_of_16_pixels_to_mean_grey_that_may_reach_over_the_edge():
     from peers import cutout
 

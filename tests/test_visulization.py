@@ -297,6 +297,23 @@ def test_one_image_is_seen_from_every_layer(run, drawn, shipped, few_images):
         assert all(np.abs(a.astype(int) - b).max() <= 3 for a, b in zip(cell.panels, expected[1:], strict=True))
 
 
+def test_a_contrast_is_drawn_with_two_colours_and_named(run, drawn):
+    run("--index", 499, 0, "--versus", "coat")
+    sheet = drawn["HeapImg/contact_sheet.png"]
+    assert sheet.is_signed and "for the other (-1)" in sheet.scale and "overlay for the other" not in sheet.title
+    assert [cell.labels for cell in sheet.cells] == [["", "for Shirt, not Coat"], ["", "for Ankle boot, not Coat"]]
+    own = drawn["HeapImg/00499_Coat_as_Shirt.png"]
+    assert own.is_signed and own.scale == "for Coat (-1), for Shirt (1)" and len(own.cells) == 1
+    assert own.cells[0].caption.startswith("for Shirt, not Coat: 0.90, without the hottest tenth")
+    reds, blues = (own.cells[0].panels[1][..., channel].astype(int) for channel in (0, 2))
+    assert (reds - blues).max() > 40 and (blues - reds).max() > 100
+    run("--worst", 1, "--classes", "Coat", "--versus", "next")
+    (cell,) = drawn["HeapImg/worst.png"].cells
+    assert cell.labels == ["", "for Shirt, not Coat"] and drawn["HeapImg/worst.png"].is_signed
+    run("--index", 499, "--compare-layers", "--versus", "Coat")
+    assert drawn["HeapImg/00499_Coat_layers.png"].is_signed
+
+
 @pytest.mark.parametrize(
     "flags",
     [["--num-images", 3], ["--worst", 24], pytest.param(["--average"], marks=pytest.mark.slow), ["--compare-layers"]],
@@ -335,7 +352,10 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, shipped, few_images, tmp
     x = dataset.normalize(images)
     for name, targets in (("maps", p.argmax(dim=1)), ("true_maps", labels)):
         assert saved[name] == pytest.approx(cam(x, targets, normalize=False).numpy(), rel=1e-3, abs=1e-6)
-    assert saved["class_names"].tolist() == list(dataset.CLASS_NAMES)
+    assert saved["class_names"].tolist() == list(dataset.CLASS_NAMES) and saved["versus"].tolist() == [-1] * 3
+    run("--index", 499, 0, "--save-arrays", "--versus", "Bag")
+    saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz", allow_pickle=False)
+    assert saved["versus"].tolist() == [8, 8] and saved["maps"].min() < 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
