@@ -6,13 +6,14 @@
     python Visulization.py --worst 24                         the test images it is most confidently wrong about
     python Visulization.py --average                          what it looks at in each class, over the whole test split
     python Visulization.py --index 1917 --compare-layers      one test image, seen from every layer
-    python Visulization.py --image shoe.jpg "my shirt.png"    your own pictures
+    python Visulization.py --image shoe.jpg photos/           your own pictures
     python Visulization.py --index 1917 --versus Coat         why this class and not that one
     python Visulization.py --html --save-arrays               a gallery to click through, the raw maps as arrays, too
 
 The pictures of the shipped model go to HeapImg/, those of any other to a folder of its own below that.
 """
 
+import glob
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 try:
     import cv2  # noqa: F401 - for drawing/
@@ -46,6 +48,7 @@ from drawing.sheets import (
 )
 from gradcam import METHODS, GradCAM
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
+from training.familiarity import distance, embed
 from training.processes import set_threads
 
 METHOD = "layercam"
@@ -115,19 +118,47 @@ def printable(text: object) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
+def find_pictures(given: list[Path]) -> list[Path]:
+    """The files in folders, and those of wildcards that no shell has expanded; whatever else is given stays."""
+    found = []
+    for path in given:
+        if path.is_dir():
+            found += sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        else:
+            found += [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
+    return found
+
+
+def doubts(model: HybridClassifier, image: torch.Tensor, familiar: dict | None) -> list[str]:
+    """Why the answer for a uint8 image (1, 28, 28) may mean little: how far it is from the training images."""
+    if familiar is None:
+        return []
+    turns = torch.stack([image.rot90(quarter, (1, 2)) for quarter in range(4)])
+    distances = distance(embed(model, turns), familiar["means"], familiar["precision"]) / familiar["limit"]
+    if distances[0] <= 1:
+        return []
+    if distances.min() < 0.5:
+        turn = ("", "by 90 degrees to the left", "upside down", "by 90 degrees to the right")[distances.argmin()]
+        return [f"turned {turn}, it would look more familiar to the model"]
+    return ["the model has never seen the like"]
+
+
 def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
     """Explain the pictures `args.image`, and print their likeliest classes; report those that cannot be read."""
     explanations = []
-    for path in args.image:
+    for path in tqdm(args.image, "pictures", leave=False, disable=len(args.image) < 10):
         try:
-            image = torch.from_numpy(read_image(path))[None, None]
+            pixels, photograph, note = read_image(path)
         except UserError as error:
-            print(f"{printable(path)}: {error}", file=sys.stderr)
+            tqdm.write(f"{printable(path)}: {error}", file=sys.stderr)
             continue
-        (e,) = explain(cam, image, torch.tensor([-1]), [-1], args.target_class, args.versus)
+        image = torch.from_numpy(pixels)[None]
+        (e,) = explain(cam, image[None], torch.tensor([-1]), [-1], args.target_class, args.versus)
         likeliest = e.probabilities.argsort()[::-1][:3]
-        print(f"{printable(path)}: " + ", ".join(f"{CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in likeliest))
-        e.name = printable(path.name)
+        answer = ", ".join(f"{CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in likeliest)
+        notes = [f"note: {doubt}" for doubt in (note, *doubts(cam.model, image, args.familiar)) if doubt]
+        tqdm.write("\n  ".join([f"{printable(path)}: {answer}", *notes]))
+        e.name, e.photograph = printable(path.name), photograph
         e.stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
         while e.stem in [other.stem for other in explanations]:  # of another folder
             e.stem += "_2"
@@ -187,7 +218,7 @@ def class_index(text: str) -> int:
     return known.index(text.lower()) % len(CLASS_NAMES)
 
 
-def contrast(text: str) -> int:
+def other_class(text: str) -> int:
     """A class as `class_index` takes it, or -1 for "next"; for argparse."""
     return -1 if text.lower() == "next" else class_index(text)
 
@@ -201,7 +232,7 @@ def parse_arguments() -> Namespace:
     number, yes = dict(type=int, metavar="N"), dict(action="store_true")
     one_class = dict(type=class_index, metavar="CLASS")
     add("--checkpoint", **path, default=SHIPPED_CHECKPOINT, help="of train.py (default: the shipped one)")
-    what("--image", **path, nargs="+", help="explain these pictures instead of test images")
+    what("--image", **path, nargs="+", help="explain these pictures, or folders of them, instead of test images")
     what("--index", **number, nargs="+", help="explain these test images")
     what("--worst", **number, help="one sheet of the N most confident errors")
     what("--average", **yes, help="one sheet of each class's mean heatmap over the test split")
@@ -212,7 +243,7 @@ def parse_arguments() -> Namespace:
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
     add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: the stem's at 28x28 and 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
-    add("--versus", type=contrast, metavar="CLASS", help="why not this class; next: why not the likeliest other one")
+    add("--versus", type=other_class, metavar="CLASS", help="why not this class; next: why not the likeliest other one")
     add("--compare-layers", **yes, help="one image (--index, --image) seen from every layer, on one sheet")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels, predictions, probabilities")
     add("--html", **yes, help="also write index.html, a gallery that is filtered by class and result")
@@ -238,6 +269,7 @@ def load_model(args: Namespace) -> GradCAM:
     folder = "" if path == SHIPPED_CHECKPOINT.resolve() else f"{path.parent.name}_{path.stem}"
     args.output_dir = args.output_dir or Path("HeapImg", folder)
     args.target_layer = args.target_layer or default_layers(model)
+    args.familiar = checkpoint.get("familiar")
     last = (checkpoint.get("history") or [{}])[-1]
     accuracy = last.get("val_accuracy", last.get("train_accuracy", 1))
     if accuracy < 0.7:  # as after a fraction of an epoch
@@ -259,6 +291,7 @@ def main() -> None:
         set_threads()
         cam = load_model(args)
         if args.image:
+            args.image = find_pictures(args.image)
             explanations = explain_own_images(args, cam)
         else:
             images, labels = dataset.load(args.data_dir, train=False)
@@ -271,7 +304,9 @@ def main() -> None:
             if args.compare_layers:
                 draw_layers(args, cam, e, args.output_dir / f"{e.stem}_layers.png")
             else:
-                save_overlay(e, args.model_name, args.output_dir / f"{e.stem}_as_{SLUGS[e.predicted]}.png")
+                contrast = f"_not_{SLUGS[e.versus]}" if e.versus >= 0 else ""
+                name = f"{e.stem}_as_{SLUGS[e.predicted]}{contrast}.png"
+                save_overlay(e, args.model_name, args.output_dir / name)
         if args.save_arrays and explanations:
             save_arrays(args, explanations)
         if args.html and explanations:

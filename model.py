@@ -191,12 +191,16 @@ class HybridClassifier(nn.Module):
         names = list(dict(self.stem.named_children()))
         return [f"stem.{names[sum(self.config.stem_blocks[: stage + 1]) + stage]}" for stage in range(3)]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """What the head sees of normalised images (N, 1, 28, 28): the pooled tokens, (N, C)."""
         x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (N, C, 7, 7)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed  # (N, 49, C)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.pool(self.norm(x)))
+        return self.pool(self.norm(x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embed(x))
 
 
 # ---- Checkpoints: a zip archive of torch.save with one dictionary of plain values and tensors -----------------------

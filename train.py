@@ -33,7 +33,7 @@ from tqdm import tqdm
 import dataset
 from dataset import UserError
 from model import MAX_PARAMETERS, SHIPPED_CHECKPOINT, HybridClassifier, ModelConfig, load_checkpoint
-from training import processes, report, runs
+from training import familiarity, processes, report, runs
 from training.optim import averaging_decay, learning_rate, make_optimizers, take_step
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
@@ -282,7 +282,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         runs.save_run(output_dir, config, history, (model, ema, optimizers))
         print(report.epoch_line(history, config.epochs, images=len(order)), flush=True)
     if rank == 0:
-        runs.finish_run(output_dir, history)
+        sample = train_index[: familiarity.SAMPLE]
+        runs.finish_run(output_dir, history, (images[sample].cpu(), labels[sample].cpu()), held_out.get("val"))
     return output_dir / "best.pt"
 
 

@@ -28,6 +28,7 @@ class Explanation:
     heatmaps: dict[int, np.ndarray]  # of `target`, and of `label` where it is another: (28, 28), adding up to 1
     hidden: dict[int, tuple[float, float]]  # their probability without the map's hottest tenth, without a random one
     versus: int = -1  # the class that `target` is contrasted with, by a signed map; -1 for none
+    photograph: np.ndarray | None = None  # uint8 RGB (H, W, 3): what a person's own image was made of
 
     @property
     def predicted(self) -> int:

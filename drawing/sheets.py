@@ -12,6 +12,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 
 from dataset import CLASS_NAMES, whole_file
 from drawing.explanation import Explanation
@@ -99,13 +100,17 @@ def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
     rows = []
     for label, heatmap in on_one_scale(e.heatmaps).items():
         gray, colored, overlay = paint(e.image, heatmap)
-        first, name = (np.full_like(gray, 255), "") if rows else (gray, "input")  # once is enough
-        cell = Cell([first, colored, overlay], f"{e.role(label)}: {e.trust(label)}", [name, "heatmap", "overlay"])
-        rows.append(("", [cell]))
+        panels = [np.full_like(gray, 255) if rows else gray, colored, overlay]  # the input once is enough
+        names = ["" if rows else "input", "heatmap", "overlay"]
+        if e.photograph is not None:
+            panels.insert(0, np.asarray(ImageOps.pad(Image.fromarray(e.photograph), gray.shape[:2], color="white")))
+            names.insert(0, "photograph")
+        rows.append(("", [Cell(panels, f"{e.role(label)}: {e.trust(label)}", names)]))
     is_signed, scale = e.versus >= 0, SCALE_LABEL
     if is_signed:
         scale = f"for {CLASS_NAMES[e.versus]} (-1), for {CLASS_NAMES[e.target]} (1)"
-    save_sheet(rows, f"{e.name}: {e.answer()}", scale, model_name, path, is_signed, width=9.9)
+    width = 3.3 * len(rows[0][1][0].panels)
+    save_sheet(rows, f"{e.name}: {e.answer()}", scale, model_name, path, is_signed, width=width)
 
 
 def power(heatmap: np.ndarray, gamma: float) -> np.ndarray:

@@ -44,7 +44,7 @@ EDITS = [  # file, how a line of it begins, what the line becomes
     ),
     (
         "model.py",
-        "        return self.head(",
+        "        return self.pool(",
         "        self.seen |= self.training\n        x = x * (1 + self.gain)\n{line}",
     ),
 ]

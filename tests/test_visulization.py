@@ -302,7 +302,7 @@ def test_a_contrast_is_drawn_with_two_colours_and_named(run, drawn):
     sheet = drawn["HeapImg/contact_sheet.png"]
     assert sheet.is_signed and "for the other (-1)" in sheet.scale and "overlay for the other" not in sheet.title
     assert [cell.labels for cell in sheet.cells] == [["", "for Shirt, not Coat"], ["", "for Ankle boot, not Coat"]]
-    own = drawn["HeapImg/00499_Coat_as_Shirt.png"]
+    own = drawn["HeapImg/00499_Coat_as_Shirt_not_Coat.png"]
     assert own.is_signed and own.scale == "for Coat (-1), for Shirt (1)" and len(own.cells) == 1
     assert own.cells[0].caption.startswith("for Shirt, not Coat: 0.90, without the hottest tenth")
     reds, blues = (own.cells[0].panels[1][..., channel].astype(int) for channel in (0, 2))

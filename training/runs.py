@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from dataset import UserError
 from model import HybridClassifier, load_checkpoint, save_checkpoint
-from training import processes
+from training import familiarity, processes
 from training.report import write_history
 
 fcntl = None
@@ -99,9 +99,10 @@ def advice_to_resume(folder: Path, since: float) -> str:
     return f"go on from the last whole epoch with: {launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
 
 
-def finish_run(folder: Path, history: History) -> None:
-    """Give best.pt the whole history, so that `--evaluate` can draw it wherever the file goes."""
+def finish_run(folder: Path, history: History, trained: tuple, held_out: tuple | None) -> None:
+    """Give best.pt the whole history, and what tells how familiar an image is, from images and labels (see there)."""
     model, best = load_checkpoint(folder / "best.pt")
     contents = {name: best[name] for name in ("train_config", "epoch", "environment")}
+    contents["familiar"] = familiarity.measure(model, *trained, (held_out or trained)[0].cpu())
     save_checkpoint(folder / "best.pt", model, **contents, history=history)
     write_history(history, folder / "history.csv")  # of a run that was killed just before it did
