@@ -148,7 +148,7 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
     explanations = []
     for path in tqdm(args.image, "pictures", leave=False, disable=len(args.image) < 10):
         try:
-            pixels = read_image(path)
+            pixels, photograph, note = read_image(path)
         except UserError as error:
             tqdm.write(f"{printable(path)}: {error}", file=sys.stderr)
             continue
@@ -156,9 +156,9 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
         (e,) = explain(cam, image[None], torch.tensor([-1]), [-1], args.target_class, args.versus)
         likeliest = e.probabilities.argsort()[::-1][:3]
         answer = ", ".join(f"{CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in likeliest)
-        notes = [f"note: {doubt}" for doubt in doubts(cam.model, image, args.familiar)]
+        notes = [f"note: {doubt}" for doubt in (note, *doubts(cam.model, image, args.familiar)) if doubt]
         tqdm.write("\n  ".join([f"{printable(path)}: {answer}", *notes]))
-        e.name = printable(path.name)
+        e.name, e.photograph = printable(path.name), photograph
         e.stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
         while e.stem in [other.stem for other in explanations]:  # of another folder
             e.stem += "_2"

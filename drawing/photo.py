@@ -11,12 +11,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dataset import IMAGE_SIZE, UserError
 
-# Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
-FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+Image.init()  # Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
+FORMATS = tuple(x for x in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF") if x in Image.OPEN)
+WORKING_SIZE = 256  # pixels of the longer side in which the garment is looked for
+FAINT = 3.0  # what differs less than that from the background counts as it; in CIELAB, black and white are 100 apart
+BUSY = 1.0  # what a background differs by from a smooth one, from which on it is looked at more closely
 
 
 def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness and opacity of a picture of any size, colour and depth: float32 arrays (H, W), 0 to 1."""
+    """Colours and opacity of a picture of any size and depth: float32 (H, W, 3), RGB, and (H, W), 0 to 1."""
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError("is not a file: name a picture")
     try:
@@ -28,8 +31,10 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             picture = picture.convert("F" if is_deep else "RGBA")
             highest = np.max(picture.getextrema())
             picture.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than is left of it in the end
-            gray_alpha = np.asarray(picture if is_deep else picture.convert("LA"), np.float32)
+            pixels = np.asarray(picture, np.float32)
     except UnidentifiedImageError:
+        if Path(path).read_bytes()[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
+            raise UserError("this is HEIC: export it as JPEG") from None
         raise UserError(f"is no picture of a known format: give one of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, MemoryError):
         raise UserError("has too many pixels: scale it down first") from None
@@ -37,42 +42,109 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"is damaged ({reason.splitlines()[0]}): use another copy") from error
     if not is_deep:
-        return gray_alpha[..., 0] / 255, gray_alpha[..., 1] / 255
+        return pixels[..., :3] / 255, pixels[..., 3] / 255
     # The file does not say which value is white: the lowest usual one that no pixel exceeds.
     white = next(white for white in (1, 255, 65535, np.inf) if not highest > white)
-    return np.clip(np.nan_to_num(gray_alpha) / white, 0, 1), np.ones_like(gray_alpha)
+    return np.stack([np.clip(np.nan_to_num(pixels) / white, 0, 1)] * 3, axis=-1), np.ones_like(pixels)
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read a picture and bring it to the form of the data set's images.
+def strip_frame(colors: np.ndarray) -> np.ndarray:
+    """Cut even bars off opposite sides of a picture, float32 RGB (H, W, 3), up to a fifth of it each."""
+    for turn in (1, -1):  # along nearly the whole end of a bar the colour jumps, as it does at no garment's edge
+        colors, widths = np.rot90(colors, turn), []
+        for half in (colors, colors[::-1]):
+            lab = cv2.cvtColor(np.ascontiguousarray(half[: len(half) // 5 + 2]), cv2.COLOR_RGB2LAB)
+            is_even = np.ptp(np.quantile(lab, (0.05, 0.95), axis=1), axis=0).max(axis=1) < 8
+            jump = np.quantile(np.abs(lab[2:] - lab[:-2]).max(axis=2), 0.1, axis=1)  # two lines on: edges are blurred
+            widths.append(max(np.flatnonzero(np.logical_and.accumulate(is_even)[:-2] & (jump > 8)), default=-2) + 2)
+        if all(widths):  # only one may be the table that a shoe stands on
+            colors = colors[widths[0] : -widths[1]]
+    return np.ascontiguousarray(colors)
 
-    Follows the pipeline of the data set's paper (Xiao et al. 2017, section 2): grey, the background cut away on all
-    sides, the longest side scaled to 28 pixels, centred on a dark background. Whether the picture itself has a light or
-    a dark background is read off its border; transparent places count as background.
 
-    Returns a uint8 array (28, 28); raises a UserError where `decode` does, and if the picture is transparent or even.
+def fit_surface(values: np.ndarray, keep: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The quadratic surface near `start`, (C,), through most of the values (H, W, C) where `keep`, bool (H, W)."""
+    y, x = np.mgrid[-1 : 1 : keep.shape[0] * 1j, -1 : 1 : keep.shape[1] * 1j].astype(np.float32)
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
+    some = slice(None, None, max(1, keep.sum() // 2000))  # more do not make it better
+    inputs, wanted = terms[keep][some], values[keep][some]
+    error = np.linalg.norm(wanted - start, axis=1)
+    for _ in range(6):  # what is far off, as a garment that reaches the edge, hardly counts (Cauchy weights)
+        weight = 1 / (1 + (error / (1 + np.quantile(error, 0.3))) ** 2)[:, None]
+        factors = np.linalg.lstsq(inputs * weight, wanted * weight, rcond=None)[0]
+        error = np.linalg.norm(wanted - inputs @ factors, axis=1)
+    near = wanted[error <= 1 + 4 * np.quantile(error, 0.3)]
+    return np.clip(terms @ factors, near.min(axis=0) - 5, near.max(axis=0) + 5)  # it may go anywhere between them
+
+
+def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
+    """A picture's garment, bool (H, W), its background's grey, float32 (H, W), and whether to doubt them."""
+    pixel = max(colors.shape) / WORKING_SIZE
+    blurred = cv2.GaussianBlur(colors, (0, 0), pixel)
+    lab, n = cv2.cvtColor(blurred, cv2.COLOR_RGB2LAB), max(1, round(8 * pixel))
+    border = np.ones(lab.shape[:2], bool)
+    border[n:-n, n:-n] = False
+    corners = np.stack([np.median(x, axis=(0, 1)) for x in (lab[:n, :n], lab[:n, -n:], lab[-n:, :n], lab[-n:, -n:])])
+    start, keep, others = np.median(corners, axis=0), border, []
+    if np.linalg.norm(corners - start, axis=1).max() > 5:  # then what goes on from side to side is background as well
+        start = np.median(lab[border], axis=0)
+        for axis in (0, 1):
+            turned = lab.swapaxes(0, axis)
+            first, last = np.median(turned[:n], axis=0), np.median(turned[-n:], axis=0)
+            line = first + (last - first) * np.linspace(0, 1, len(turned))[:, None, None]
+            others.append(np.linalg.norm(turned - line, axis=2).swapaxes(0, axis))
+    for _ in range(2):  # at first from the border, then from all that is not garment
+        surface = fit_surface(lab, keep, start)
+        smooth = np.linalg.norm(lab - surface, axis=2)
+        distance = np.minimum.reduce([smooth, *others])
+        cut = max(FAINT, 3.6 * np.quantile(distance[border], 0.4), 0.06 * np.quantile(distance, 0.995))
+        if is_busy := np.quantile(smooth[border], 0.6) > BUSY:
+            otsu, _ = cv2.threshold((2 * distance).clip(0, 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
+            cut = max(cut, 0.3 * otsu)
+        garment = distance > cut
+        rest = cv2.dilate(garment.astype(np.uint8), np.ones((1 + 2 * round(4 * pixel),) * 2)) == 0
+        keep = rest if rest.mean() > 0.1 else keep
+    if is_busy and 0 < garment.mean() < 1:  # GrabCut (Rother et al. 2004) goes on from there, with all colours of both
+        labels = np.where(garment, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+        cv2.grabCut((blurred * 255).astype(np.uint8), labels, None, *np.zeros((2, 1, 65)), 3, cv2.GC_INIT_WITH_MASK)
+        better = labels == cv2.GC_PR_FGD
+        garment = better if 0.3 < better.sum() / garment.sum() < 3 else garment  # it may lose its way
+    _, pieces, statistics, _ = cv2.connectedComponentsWithStats(garment.astype(np.uint8))
+    sizes = np.where(np.arange(len(statistics)) > 0, statistics[:, cv2.CC_STAT_AREA], 0)  # the first is the background
+    garment &= (sizes >= 0.05 * sizes.max())[pieces]
+    background = cv2.cvtColor(cv2.cvtColor(surface.astype(np.float32), cv2.COLOR_LAB2RGB), cv2.COLOR_RGB2GRAY)
+    return garment, background, bool(is_busy or garment[border].mean() > 0.25)
+
+
+def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """Bring a picture to the form of the data set's images, as its paper does (Xiao et al. 2017, section 2).
+
+    Returns the image, uint8 (28, 28); the picture, uint8 RGB (H, W, 3), at most 1024 pixels a side, transparent parts
+    white; and a reason to doubt the image, or "". Raises a UserError where `decode` does, and if there is no garment.
     """
-    gray, alpha = decode(path)
-    if not alpha.any():
+    colors, opacity = decode(path)
+    if not opacity.any():
         raise UserError("is transparent all over, there is nothing to classify: use another picture")
-    border, border_alpha = (np.concatenate([x[0], x[-1], x[:, 0], x[:, -1]]) for x in (gray, alpha))
-    if np.median(border_alpha) > 0.5:
-        background = float(np.median(border[border_alpha > 0.5]))
-    else:  # cut out: as the data set's garments were, photographed on white, unless it would vanish there
-        background = 0.0 if (gray * alpha).sum() > 0.8 * alpha.sum() else 1.0
-    # The garment may be lighter or darker than its background: what it mostly is becomes light on dark.
-    contrast = (gray - background) * alpha
-    if np.abs(contrast).max() < 0.02:
+    picture, background, note = 1 - (1 - colors) * opacity[..., None], None, ""
+    if np.median(np.concatenate([opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]])) > 0.5:
+        size = [max(1, round(side * min(1, WORKING_SIZE / max(opacity.shape)))) for side in opacity.shape[::-1]]
+        colors = strip_frame(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+        opacity, background, is_doubtful = find_garment(colors)
+        note = "the background is not even, or the garment reaches the edges" if is_doubtful else ""
+    gray = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_RGB2GRAY)
+    if background is None:  # as the data set's garments were, photographed on white, unless it would vanish there
+        background = float((gray * opacity).sum() <= 0.8 * opacity.sum())
+    rows, columns = (np.flatnonzero((opacity > 0.5).any(axis=axis)) for axis in (1, 0))
+    if not rows.size:
         raise UserError("is of one even colour, there is nothing to classify: use another picture")
-    foreground = np.clip(contrast / (1 - background) if contrast.sum() > 0 else -contrast / background, 0, 1)
-    inside = foreground > 0.05 * foreground.max()
-    rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
-    garment = foreground[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-    scale = IMAGE_SIZE / max(garment.shape)
-    height, width = (max(1, round(side * scale)) for side in garment.shape)
-    garment = cv2.resize(garment, (width, height), interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    image = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    top, left = (IMAGE_SIZE - height) // 2, (IMAGE_SIZE - width) // 2
-    image[top : top + height, left : left + width] = garment
-    return np.clip(np.rint(image * 255), 0, 255).astype(np.uint8)
+    is_lighter = ((gray - background) * opacity).sum() > 0
+    room = is_lighter - background  # up to white, or down to black
+    value = (gray - background) / np.where(room == 0, 1, room)
+    if (is_lighter and np.median(background) > 0.3) or np.quantile(value[opacity > 0.5], 0.9) < 0.2:
+        value = 1 - gray  # as it would be on white; on black garments are as light as the data set's
+    value = np.clip(value, 0.1, 1) * opacity  # no part of it vanishes
+    value = value[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
+    side = max(value.shape)
+    square = np.pad(value, [((side - n) // 2, (side - n + 1) // 2) for n in value.shape])
+    image = cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+    return np.rint(image * 255).astype(np.uint8), np.rint(picture * 255).astype(np.uint8), note
