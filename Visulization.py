@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 try:
@@ -119,28 +120,29 @@ def printable(text: object) -> str:
 
 
 def find_pictures(given: list[Path]) -> list[Path]:
-    """The files in folders, and those of wildcards that no shell has expanded; whatever else is given stays."""
-    found = []
+    """The pictures in folders, and those of wildcards that no shell has expanded; whatever else is given stays."""
+    found, endings = [], {*Image.registered_extensions(), ".heic", ".heif"}
     for path in given:
-        if path.is_dir():
-            found += sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        if os.path.isdir(path):
+            names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
+            found += [Path(path, name) for name in names if Path(name).suffix.lower() in endings]
         else:
-            found += [path] if path.exists() else sorted(map(Path, glob.glob(str(path)))) or [path]
-    return found
+            found += [path] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path)))) or [path]
+    if not found:
+        raise UserError("--image: there are no pictures in this folder; name another one")
+    return list(dict.fromkeys(found))
 
 
-def doubts(model: HybridClassifier, image: torch.Tensor, familiar: dict | None) -> list[str]:
-    """Why the answer for a uint8 image (1, 28, 28) may mean little: how far it is from the training images."""
-    if familiar is None:
-        return []
+def doubt(model: HybridClassifier, image: torch.Tensor, familiar: dict) -> str:
+    """Why the answer for a uint8 image (1, 28, 28) may mean little, or "": how far it is from the training images."""
     turns = torch.stack([image.rot90(quarter, (1, 2)) for quarter in range(4)])
     distances = distance(embed(model, turns), familiar["means"], familiar["precision"]) / familiar["limit"]
-    if distances[0] <= 1:
-        return []
+    if not distances[0] > 1:  # or not a number, after a run on a handful of images
+        return ""
     if distances.min() < 0.5:
         turn = ("", "by 90 degrees to the left", "upside down", "by 90 degrees to the right")[distances.argmin()]
-        return [f"turned {turn}, it would look more familiar to the model"]
-    return ["the model has never seen the like"]
+        return f"turned {turn}, it would look more familiar to the model"
+    return "the model has never seen anything like it"
 
 
 def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
@@ -156,7 +158,8 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
         (e,) = explain(cam, image[None], torch.tensor([-1]), [-1], args.target_class, args.versus)
         likeliest = e.probabilities.argsort()[::-1][:3]
         answer = ", ".join(f"{CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in likeliest)
-        notes = [f"note: {doubt}" for doubt in (note, *doubts(cam.model, image, args.familiar)) if doubt]
+        notes = [note, doubt(cam.model, image, args.familiar) if args.familiar else ""]
+        notes = [f"note: {note}" for note in notes if note]
         tqdm.write("\n  ".join([f"{printable(path)}: {answer}", *notes]))
         e.name, e.photograph = printable(path.name), photograph
         e.stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
@@ -175,7 +178,8 @@ def draw_layers(args: Namespace, cam: GradCAM, e: Explanation, path: Path) -> No
         (maps[f"{layer}, {side}x{side}"],) = heatmaps(GradCAM(cam.model, layer, args.method), image, target, versus)
     gamma = 0.5  # a coarse layer's strongest place holds many times the share of a fine one's
     cells = [
-        Cell(paint(e.image, power(heatmap, gamma))[1:], caption) for caption, heatmap in on_one_scale(maps).items()
+        Cell(paint(e.image, power(heatmap, gamma), e.versus >= 0)[1:], caption)
+        for caption, heatmap in on_one_scale(maps).items()
     ]
     title = f"{e.name}: {e.answer()}\n{args.method} {e.role(e.target)}: heatmap, overlay"
     label = f"{SCALE_LABEL if versus is None else SIGNED_SCALE_LABEL}, in any layer, square root scale"
@@ -186,7 +190,7 @@ def draw_sheet(args: Namespace, explanations: list[Explanation]) -> None:
     """One sheet of test images: the worst errors, or each class's mean, or a row of each class."""
     method = f"{args.method} of {' + '.join(args.target_layer)}"
     is_signed = args.versus is not None
-    scale = f"{SIGNED_SCALE_LABEL if is_signed else SCALE_LABEL}, in the image"
+    scale = SIGNED_SCALE_LABEL if is_signed else f"{SCALE_LABEL}, in the image"
     members = {label: [e for e in explanations if e.label == label] for label in args.classes}
     if args.worst:
         shown = "heatmap and overlay of the contrast" if is_signed else "overlays for both classes"
@@ -243,7 +247,7 @@ def parse_arguments() -> Namespace:
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
     add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: the stem's at 28x28 and 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
-    add("--versus", type=other_class, metavar="CLASS", help="why not this class; next: why not the likeliest other one")
+    add("--versus", type=other_class, metavar="CLASS", help="why not this class; next: the likeliest other one")
     add("--compare-layers", **yes, help="one image (--index, --image) seen from every layer, on one sheet")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels, predictions, probabilities")
     add("--html", **yes, help="also write index.html, a gallery that is filtered by class and result")
@@ -273,7 +277,7 @@ def load_model(args: Namespace) -> GradCAM:
     last = (checkpoint.get("history") or [{}])[-1]
     accuracy = last.get("val_accuracy", last.get("train_accuracy", 1))
     if accuracy < 0.7:  # as after a fraction of an epoch
-        print(f"note: {args.model_name} is right on {accuracy:.0%} only: such a model's maps light the background, too")
+        print(f"note: {args.model_name} is right on only {accuracy:.0%}: its maps light up the background, too")
     try:
         cam = GradCAM(model, args.target_layer, args.method)
         cam(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))  # complains of a layer without places
@@ -304,9 +308,8 @@ def main() -> None:
             if args.compare_layers:
                 draw_layers(args, cam, e, args.output_dir / f"{e.stem}_layers.png")
             else:
-                contrast = f"_not_{SLUGS[e.versus]}" if e.versus >= 0 else ""
-                name = f"{e.stem}_as_{SLUGS[e.predicted]}{contrast}.png"
-                save_overlay(e, args.model_name, args.output_dir / name)
+                name = SLUGS[e.predicted] if e.versus < 0 else f"{SLUGS[e.target]}_not_{SLUGS[e.versus]}"
+                save_overlay(e, args.model_name, args.output_dir / f"{e.stem}_as_{name}.png")
         if args.save_arrays and explanations:
             save_arrays(args, explanations)
         if args.html and explanations:

@@ -276,9 +276,9 @@ def random_noise(images: torch.Tensor, generator: torch.Generator, deviation: fl
 def random_rectangles(
     images: torch.Tensor, generator: torch.Generator, probability: float, area: tuple[float, float]
 ) -> torch.Tensor:
-    """A mask, bool (N, 1, H, W), of a random rectangle in a random part of the images, as large a part of them as that.
+    """A mask, bool (N, 1, H, W), of one random rectangle in some of the images; `probability` is per image.
 
-    The area is uniform between its bounds; one side is at most 3.3 times the other, where the image has room.
+    Its area is uniform between two fractions of the image's; one side is at most 3.3 times the other, if there is room.
     """
     n, _, height, width = images.shape
     chance, size, aspect, top, left = torch.rand(5, n, 1, 1, generator=generator, device=images.device)
@@ -299,7 +299,7 @@ def random_erase(
 ) -> torch.Tensor:
     """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv 1708.04896).
 
-    It takes from 2 % of the area to `largest`, a part of 1. `probability` is per image.
+    It takes from 2 % of the area to `largest`, a fraction of it. `probability` is per image.
     """
     inside = random_rectangles(images, generator, probability, (0.02, largest))
     noise = torch.randint(0, 256, images.shape, generator=generator, device=images.device, dtype=torch.uint8)

@@ -55,7 +55,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     flip=(True, None, "mirror half of the images"),
     shift=(2, (0, 27), "move every image by up to so many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
-    erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a part of the image"),
+    erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
     cutmix=(0.0, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
     rotate=(0.0, (0.0, 180.0), "turn half of the images by up to so many degrees either way"),
     noise=(0.0, (0.0, 1.0), "add Gaussian noise to half of them, of a deviation up to this part of the range"),
@@ -75,7 +75,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     batch_size=(256, (1, INF), "images per step, of all processes together"),
     optimizer=("muon", ("muon", "adamw"), "muon is for matrices and filters, with adamw for the rest"),
     lr=(8e-3, (0.0, INF), "peak learning rate; after it half a cosine"),
-    lr_floor=(0.0, (0.0, 1.0), "learning rate at the end of the cosine, as a part of the peak"),
+    lr_floor=(0.0, (0.0, 1.0), "learning rate at the end of the cosine, as a fraction of the peak"),
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
     label_smoothing=(0.1, (0.0, 0.99), "share of the target spread evenly over all classes"),
@@ -84,7 +84,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
         (0.0, 0.999999),
         "moving average of the weights, the ones evaluated and kept; 0 averages nothing",
     ),
-    swa_share=(0.0, (0.0, 1.0), "last part of the run, of whose weights the equal mean is taken instead; 0 is without"),
+    swa_share=(0.0, (0.0, 1.0), "final fraction of the run whose weights are averaged equally instead; 0 is without"),
     grad_clip=(1.0, (0.0, INF), "largest norm of the gradient; 0 clips nothing"),
     # distillation
     teacher=((), None, "checkpoints whose mean prediction the model learns from, besides the labels"),
@@ -271,7 +271,9 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
-        if config.swa_share and epoch >= (1 - config.swa_share) * config.epochs - 1:  # no weights had these statistics
+        if (
+            config.swa_share and epoch > (1 - config.swa_share) * config.epochs - 1
+        ):  # whose statistics are not the mean's
             update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
         row = dict(epoch=epoch + 1, lr=lr, **report.summary("train", logits, labels[torch.cat(batches)], config.quiet))
         for split, (x, y) in held_out.items():

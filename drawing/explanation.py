@@ -84,7 +84,8 @@ def without_a_tenth(
 ) -> list[tuple[float, float]]:
     """The classes' probabilities once the hottest tenth of the pixels is black, and once a random tenth is.
 
-    Takes what `heatmaps` takes and makes. If the second is not well above the first, the map says little.
+    Takes what `heatmaps` takes and makes. The random tenth is the same for all images. If the second probability is not
+    well above the first, the map says little.
     """
     hottest = torch.from_numpy(maps).flatten(1)
     anywhere = torch.rand(IMAGE_SIZE**2, generator=torch.Generator().manual_seed(0)).expand_as(hottest)
@@ -104,9 +105,9 @@ def explain(
 ) -> list[Explanation]:
     """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, int64 (N,) or one for all, or else the predicted.
 
-    With a class `versus`, or -1 for each image's likeliest other class, the map is of the contrast with it. Otherwise,
-    an image whose label, int64 (N,), is known (not -1) and another class than that is explained for both. `indices` are
-    the images' numbers in the test split, -1 for a person's own.
+    With a class `versus`, the map is of the contrast with it; with -1, or where that is the class itself, with each
+    image's likeliest other class. Otherwise, an image whose label, int64 (N,), is known (not -1) and another class than
+    that is explained for both. `indices` are the images' numbers in the test split, -1 for a person's own.
     """
     probabilities = classify(cam.model, images)
     targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets).expand(len(images))

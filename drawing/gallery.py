@@ -26,14 +26,14 @@ def figure(e: Explanation) -> str:
     """An image under the heatmap of each explained class, its answer below; it has a link, and what it is sorted by."""
     name, image, panels = html.escape(e.name), data_url(e.image), ""
     for label, heatmap in on_one_scale(e.heatmaps).items():
-        heat = data_url(cv2.cvtColor(colorize(heatmap), cv2.COLOR_RGBA2BGRA))
+        heat = data_url(cv2.cvtColor(colorize(heatmap, e.versus >= 0), cv2.COLOR_RGBA2BGRA))
         none = "" if heatmap.any() else '<span class="none">no evidence</span>'
         panels += f'<div><button class="picture"><img class="input" src="{image}" alt="{name}"><img class="heat" '
         panels += f'src="{heat}" alt="heatmap {e.role(label)}">{none}</button>{e.role(label)}<br>{e.trust(label)}</div>'
     true = CLASS_NAMES[e.label] if e.label >= 0 else ""
     result = "" if e.label < 0 else "right" if e.label == e.predicted else "wrong"
     data = f'data-true="{true}" data-predicted="{CLASS_NAMES[e.predicted]}" data-result="{result}"'
-    hottest, anywhere = e.hidden[e.target]
+    hottest, anywhere = e.hidden[e.target] if e.heatmaps[e.target].any() else (0, 0)
     data += f' data-confidence="{e.probabilities.max():.4f}" data-trust="{anywhere - hottest:.4f}"'
     link = quote(e.stem if e.index < 0 else str(e.index))
     caption = f'<figcaption><a href="#{link}">{name}</a>: {e.answer()}</figcaption>'

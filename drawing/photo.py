@@ -97,7 +97,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         surface = fit_surface(lab, keep, start)
         smooth = np.linalg.norm(lab - surface, axis=2)
         distance = np.minimum.reduce([smooth, *others])
-        cut = max(FAINT, 3.6 * np.quantile(distance[border], 0.4), 0.06 * np.quantile(distance, 0.995))
+        cut = max(FAINT, 0.06 * np.quantile(distance, 0.995))
         if is_busy := np.quantile(smooth[border], 0.6) > BUSY:
             otsu, _ = cv2.threshold((2 * distance).clip(0, 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
             cut = max(cut, 0.3 * otsu)

@@ -20,7 +20,7 @@ from drawing.explanation import Explanation
 COLOR_MAP = "inferno"  # equal steps of evidence look equally large
 SIGNED_COLOR_MAP = "berlin"  # the same, from blue for one class through black to red for the other
 SCALE_LABEL = "share of the evidence (1 = largest)"
-SIGNED_SCALE_LABEL = "evidence for the class (1), for the other (-1)"
+SIGNED_SCALE_LABEL = "for the class (1), for the other (-1)"
 OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
 SCALE = 12  # an image pixel becomes so many picture pixels, both ways
 FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
@@ -34,16 +34,15 @@ def on_one_scale(heatmaps: dict) -> dict:
     return {key: heatmap / peak for key, heatmap in heatmaps.items()}
 
 
-def colorize(heatmap: np.ndarray) -> np.ndarray:
+def colorize(heatmap: np.ndarray, is_signed: bool) -> np.ndarray:
     """The colours of a heatmap (H, W), 0 to 1, signed ones from -1: uint8 RGBA (H, W, 4), more opaque the hotter."""
-    signed = heatmap.min() < 0
-    color_map, place = (SIGNED_COLOR_MAP, (heatmap + 1) / 2) if signed else (COLOR_MAP, heatmap)
+    color_map, place = (SIGNED_COLOR_MAP, (heatmap + 1) / 2) if is_signed else (COLOR_MAP, heatmap)
     colors = colormaps[color_map](place, bytes=True)
-    colors[..., 3] = np.rint(255 * OPACITY * (np.abs(heatmap) if signed else heatmap**0.5))
+    colors[..., 3] = np.rint(255 * OPACITY * (np.abs(heatmap) if is_signed else heatmap**0.5))
     return colors
 
 
-def paint(image: np.ndarray, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def paint(image: np.ndarray, heatmap: np.ndarray, is_signed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), -1 to 1, and lay one over the other.
 
     Returns:
@@ -53,7 +52,7 @@ def paint(image: np.ndarray, heatmap: np.ndarray) -> tuple[np.ndarray, np.ndarra
     size = tuple(side * SCALE for side in image.shape[::-1])
     gray = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB)
     heat = cv2.resize(heatmap.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
-    colors = colorize(heat)
+    colors = colorize(heat, is_signed)
     colored, opacity = colors[..., :3].copy(), colors[..., 3:] / 255
     overlay = (gray * (1 - opacity) + colored * opacity).astype(np.uint8)
     if not heatmap.any():
@@ -79,15 +78,15 @@ class Cell:
 
 def make_cell(explanation: Explanation, caption: str) -> Cell:
     """An image on a sheet: input, heatmap, overlay; or input and the overlays of two classes where they differ."""
-    heatmaps = on_one_scale(explanation.heatmaps)
-    panels, *others = [paint(explanation.image, heatmap) for heatmap in heatmaps.values()]
-    color = "black" if explanation.label in (-1, explanation.predicted) else "crimson"
-    if not others:
-        return Cell(
-            panels, caption, ["", explanation.role(explanation.target)] if explanation.versus >= 0 else [], color
+    heatmaps, is_signed = on_one_scale(explanation.heatmaps), explanation.versus >= 0
+    panels, *others = [paint(explanation.image, heatmap, is_signed) for heatmap in heatmaps.values()]
+    labels = ["", explanation.role(explanation.target)] if is_signed else []
+    if others:
+        panels, labels = (
+            [panels[0], panels[2], others[0][2]],
+            ["", *(f"for {CLASS_NAMES[label]}" for label in heatmaps)],
         )
-    labels = ["", *(f"for {CLASS_NAMES[label]}" for label in heatmaps)]
-    return Cell([panels[0], panels[2], others[0][2]], caption, labels, color)
+    return Cell(panels, caption, labels, "black" if explanation.label in (-1, explanation.predicted) else "crimson")
 
 
 def in_rows(cells: list[Cell], columns: int) -> list[Row]:
@@ -97,20 +96,17 @@ def in_rows(cells: list[Cell], columns: int) -> list[Row]:
 
 def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
     """Write the picture of one image: the input, and a row of heatmap and overlay for each explained class."""
-    rows = []
+    rows, is_signed = [], e.versus >= 0
     for label, heatmap in on_one_scale(e.heatmaps).items():
-        gray, colored, overlay = paint(e.image, heatmap)
+        gray, colored, overlay = paint(e.image, heatmap, is_signed)
         panels = [np.full_like(gray, 255) if rows else gray, colored, overlay]  # the input once is enough
         names = ["" if rows else "input", "heatmap", "overlay"]
         if e.photograph is not None:
             panels.insert(0, np.asarray(ImageOps.pad(Image.fromarray(e.photograph), gray.shape[:2], color="white")))
             names.insert(0, "photograph")
-        rows.append(("", [Cell(panels, f"{e.role(label)}: {e.trust(label)}", names)]))
-    is_signed, scale = e.versus >= 0, SCALE_LABEL
-    if is_signed:
-        scale = f"for {CLASS_NAMES[e.versus]} (-1), for {CLASS_NAMES[e.target]} (1)"
-    width = 3.3 * len(rows[0][1][0].panels)
-    save_sheet(rows, f"{e.name}: {e.answer()}", scale, model_name, path, is_signed, width=width)
+        rows.append(("", [Cell(panels, ": ".join(filter(None, (e.role(label), e.trust(label)))), names)]))
+    scale = f"for {CLASS_NAMES[e.versus]} (-1), for {CLASS_NAMES[e.target]} (1)" if is_signed else SCALE_LABEL
+    save_sheet(rows, f"{e.name}: {e.answer()}", scale, model_name, path, is_signed, width=3.3 * len(panels))
 
 
 def power(heatmap: np.ndarray, gamma: float) -> np.ndarray:

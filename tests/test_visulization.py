@@ -165,7 +165,7 @@ def test_signed_maps_keep_their_sign_on_the_scale_and_have_two_colours():
     heatmap[2, 2], heatmap[25, 25] = 0.25, -0.75
     maps = on_one_scale({0: heatmap})
     assert (maps[0][2, 2], maps[0][25, 25]) == (pytest.approx(1 / 3), -1)
-    _, colored, overlay = paint(np.full((28, 28), 90, np.uint8), maps[0])
+    _, colored, overlay = paint(np.full((28, 28), 90, np.uint8), maps[0], is_signed=True)
     red, blue = colored[30, 30].astype(int), colored[306, 306].astype(int)
     assert red[0] > red[2] + 30 and blue[2] > blue[0] + 100
     assert colored[168, 168].max() < 40 and (overlay[168, 168] == 90).all()  # no evidence either way: black
@@ -307,6 +307,8 @@ def test_a_contrast_is_drawn_with_two_colours_and_named(run, drawn):
     assert own.cells[0].caption.startswith("for Shirt, not Coat: 0.90, without the hottest tenth")
     reds, blues = (own.cells[0].panels[1][..., channel].astype(int) for channel in (0, 2))
     assert (reds - blues).max() > 40 and (blues - reds).max() > 100
+    run("--index", 0, "--target-class", "Coat", "--versus", "Bag")
+    assert "HeapImg/00000_Ankle-boot_as_Coat_not_Bag.png" in drawn
     run("--worst", 1, "--classes", "Coat", "--versus", "next")
     (cell,) = drawn["HeapImg/worst.png"].cells
     assert cell.labels == ["", "for Shirt, not Coat"] and drawn["HeapImg/worst.png"].is_signed
@@ -401,6 +403,30 @@ def test_pictures_of_one_name_from_two_folders_are_both_drawn(run, drawn, tmp_pa
     assert saved["names"].tolist() == ["a.png", "a.png"]
     assert saved["labels"].tolist() == saved["indices"].tolist() == [-1, -1]
     assert saved["target_classes"].tolist() == [8, 8] and saved["maps"].any() and not saved["true_maps"].any()
+
+
+def test_folders_and_wildcards_are_looked_into_and_each_picture_is_taken_once(run, drawn, capsys, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("b.png", "a.jpg", ".hidden.png"):
+        garment().save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.txt").touch()
+    assert run("--image", "photos", "photos/b.png", "phot*/*.jpg") == 0
+    assert sorted(drawn) == ["HeapImg/a_as_Trouser.png", "HeapImg/b_as_Trouser.png"]
+    (tmp_path / "empty").mkdir()
+    assert "there are no pictures in this folder" in run("--image", "empty")
+
+
+def test_a_note_says_that_the_model_has_never_seen_the_like(shipped, test_split):
+    familiar = load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[1]["familiar"]
+    upright, noise = test_split[0][0], torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8)
+    assert Visulization.doubt(shipped, upright, familiar) == ""
+    assert Visulization.doubt(shipped, noise, familiar) == "the model has never seen anything like it"
+    turned = upright.rot90(-1, (1, 2))
+    familiar["limit"] = familiar["limit"] / 2  # this boot is just below it
+    expected = "turned by 90 degrees to the left, it would look more familiar to the model"
+    assert Visulization.doubt(shipped, turned, familiar) == expected
+    familiar["limit"] *= torch.nan  # after a run on a handful of images
+    assert Visulization.doubt(shipped, noise, familiar) == ""
 
 
 @pytest.fixture

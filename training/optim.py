@@ -118,14 +118,9 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 
 def take_step(
-    model: nn.Module,
-    ema: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    lr: float,
-    decay: float,
-    grad_clip: float,
+    model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, decay: float, grad_clip: float
 ) -> None:
-    """Take a step along the gradients, of at most that norm, which are used up; let the average follow."""
+    """Take a step along the gradients, clipped to that norm, which are used up; let the average follow."""
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

@@ -100,7 +100,7 @@ def advice_to_resume(folder: Path, since: float) -> str:
 
 
 def finish_run(folder: Path, history: History, trained: tuple, held_out: tuple | None) -> None:
-    """Give best.pt the whole history, and what tells how familiar an image is, from images and labels (see there)."""
+    """Give best.pt the whole history, and what tells how familiar an image is, see `familiarity.measure`."""
     model, best = load_checkpoint(folder / "best.pt")
     contents = {name: best[name] for name in ("train_config", "epoch", "environment")}
     contents["familiar"] = familiarity.measure(model, *trained, (held_out or trained)[0].cpu())
