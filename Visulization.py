@@ -301,7 +301,8 @@ def main() -> None:
             images, labels = dataset.load(args.data_dir, train=False)
             index = choose_images(args, cam.model, images, labels)
             targets = labels[index] if args.average else args.target_class
-            explanations = explain(cam, images[index], labels[index], index.tolist(), targets, args.versus)
+            columns = images[index], labels[index], index.tolist(), targets, args.versus
+            explanations = explain(cam, *columns, with_trust=not args.average)
             if not args.compare_layers:
                 draw_sheet(args, explanations)
         for e in explanations if not (args.worst or args.average) else []:

@@ -102,12 +102,14 @@ def explain(
     indices: list[int],
     targets: torch.Tensor | int | None = None,
     versus: int | None = None,
+    with_trust: bool = True,
 ) -> list[Explanation]:
     """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, int64 (N,) or one for all, or else the predicted.
 
     With a class `versus`, the map is of the contrast with it; with -1, or where that is the class itself, with each
     image's likeliest other class. Otherwise, an image whose label, int64 (N,), is known (not -1) and another class than
-    that is explained for both. `indices` are the images' numbers in the test split, -1 for a person's own.
+    that is explained for both. `indices` are the images' numbers in the test split, -1 for a person's own. Only
+    `with_trust` are the numbers of `without_a_tenth` computed.
     """
     probabilities = classify(cam.model, images)
     targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets).expand(len(images))
@@ -126,7 +128,9 @@ def explain(
     ]
     for index, classes in parts:
         maps = heatmaps(cam, images[index], classes, contrasts)
-        hidden = without_a_tenth(cam.model, images[index], classes, maps)
+        hidden = [(0.0, 0.0)] * len(index)
+        if with_trust:
+            hidden = without_a_tenth(cam.model, images[index], classes, maps)
         for i, label, heatmap, pair in zip(index.tolist(), classes.tolist(), maps, hidden, strict=True):
             explanations[i].heatmaps[label], explanations[i].hidden[label] = heatmap, pair
     return explanations

@@ -43,7 +43,9 @@ def colorize(heatmap: np.ndarray, is_signed: bool) -> np.ndarray:
 
 
 def paint(image: np.ndarray, heatmap: np.ndarray, is_signed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), -1 to 1, and lay one over the other.
+    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), and lay one over the other.
+
+    The heatmap is from 0 to 1, a signed one from -1.
 
     Returns:
         Three uint8 RGB arrays (28 * SCALE, 28 * SCALE, 3): the image, with its pixels sharp; the heatmap in colours;
@@ -82,10 +84,8 @@ def make_cell(explanation: Explanation, caption: str) -> Cell:
     panels, *others = [paint(explanation.image, heatmap, is_signed) for heatmap in heatmaps.values()]
     labels = ["", explanation.role(explanation.target)] if is_signed else []
     if others:
-        panels, labels = (
-            [panels[0], panels[2], others[0][2]],
-            ["", *(f"for {CLASS_NAMES[label]}" for label in heatmaps)],
-        )
+        panels = [panels[0], panels[2], others[0][2]]
+        labels = ["", *(f"for {CLASS_NAMES[label]}" for label in heatmaps)]
     return Cell(panels, caption, labels, "black" if explanation.label in (-1, explanation.predicted) else "crimson")
 
 
