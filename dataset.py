@@ -219,6 +219,7 @@ def augment(
     erase_area: float = 0.33,
     rotate: float = 0.0,
     noise: float = 0.0,
+    distort_share: float = 0.5,
 ) -> torch.Tensor:
     """Draw a random variant of each image, of the same shape and type: turned, mirrored, shifted, noisy, partly erased.
 
@@ -229,13 +230,14 @@ def augment(
         shift: move each by up to that many pixels each way, 0 to 27; uncovered pixels become background.
         erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see `random_erase`).
         erase_area: the largest such rectangle, as a part of the image, 0.02 to 1.
-        rotate: turn half of the images by up to so many degrees either way.
-        noise: add Gaussian noise to half of them, of a deviation up to this part of the range.
+        rotate: turn some of the images by up to so many degrees either way.
+        noise: add Gaussian noise to some of them, of a deviation up to this part of the range.
+        distort_share: the part of the images that is turned, and the part that is noisy, above 0 to 1.
     """
     n, _, height, width = images.shape
     device = images.device
     if rotate:
-        images = random_rotate(images, generator, rotate)
+        images = random_rotate(images, generator, rotate, distort_share)
     if flip or shift:
         # Every output pixel is one input pixel, so flip and shift are one look-up of rows and columns.
         rows = torch.arange(height, device=device).expand(n, height)
@@ -250,27 +252,31 @@ def augment(
         image = torch.arange(n, device=device)
         images = images[image[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
     if noise:
-        images = random_noise(images, generator, noise)
+        images = random_noise(images, generator, noise, distort_share)
     if erase:
         images = random_erase(images, generator, erase, erase_area)
     return images
 
 
-def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float) -> torch.Tensor:
-    """Turn half of the uint8 images (N, 1, H, W) about their centre, by an angle of uniformly -degrees to degrees."""
+def random_rotate(
+    images: torch.Tensor, generator: torch.Generator, degrees: float, share: float = 0.5
+) -> torch.Tensor:
+    """Turn a share of the uint8 images (N, 1, H, W) about their centre, by uniformly -degrees to degrees."""
     draw = 2 * torch.rand(len(images), generator=generator, device=images.device) - 1
-    angle = draw.sign() * (2 * draw.abs() - 1).clamp(min=0) * np.deg2rad(degrees).item()
+    angle = draw.sign() * ((draw.abs() - 1) / share + 1).clamp(min=0) * np.deg2rad(degrees).item()
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     matrices = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
     return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()  # at 0 degrees nothing changes
 
 
-def random_noise(images: torch.Tensor, generator: torch.Generator, deviation: float) -> torch.Tensor:
-    """Add Gaussian noise to half of the uint8 images (N, 1, H, W), of uniformly 0 to `deviation` of the range."""
+def random_noise(
+    images: torch.Tensor, generator: torch.Generator, deviation: float, share: float = 0.5
+) -> torch.Tensor:
+    """Add Gaussian noise to a share of the uint8 images (N, 1, H, W), of uniformly 0 to `deviation` of the range."""
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    return noise.mul_(255 * deviation * (2 * draw - 1).clamp(min=0)).add_(images).round_().clamp_(0, 255).byte()
+    return noise.mul_(255 * deviation * ((draw - 1) / share + 1).clamp(min=0)).add_(images).round_().clamp_(0, 255).byte()
 
 
 def random_rectangles(

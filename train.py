@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from dataset import UserError
 from model import MAX_PARAMETERS, SHIPPED_CHECKPOINT, HybridClassifier, ModelConfig, load_checkpoint
 from training import familiarity, processes, report, runs
 from training.optim import averaging_decay, learning_rate, make_optimizers, take_step
+from training.replay import replayed
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -57,8 +59,9 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
     cutmix=(0.0, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
-    rotate=(0.0, (0.0, 180.0), "turn half of the images by up to so many degrees either way"),
-    noise=(0.0, (0.0, 1.0), "add Gaussian noise to half of them, of a deviation up to this part of the range"),
+    rotate=(0.0, (0.0, 180.0), "turn some of the images by up to so many degrees either way"),
+    noise=(0.0, (0.0, 1.0), "add Gaussian noise to some of them, of a deviation up to this part of the range"),
+    distort_share=(0.5, (0.01, 1.0), "part of the images that is turned, and part that is noisy"),
     # model
     stem_dims=((16, 32), (1, INF), "channels of the convolutional stem at 28x28 and at 14x14"),
     stem_blocks=((2, 2, 2), (0, INF), "residual blocks of the stem at 28x28, at 14x14 and at 7x7"),
@@ -142,7 +145,8 @@ def augmented_batch(
     images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, config: SimpleNamespace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random variants of uint8 images (N, 1, 28, 28), normalised, and their targets: int64 (N,), or mixed, (N, 10)."""
-    options = {name: getattr(config, name) for name in ("flip", "shift", "erase", "erase_area", "rotate", "noise")}
+    names = ("flip", "shift", "erase", "erase_area", "rotate", "noise", "distort_share")
+    options = {name: getattr(config, name) for name in names}
     images = dataset.augment(images, generator, **options)
     if config.cutmix:
         targets = F.one_hot(labels, len(dataset.CLASS_NAMES)).float()
@@ -207,6 +211,23 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 500) -> to
 # ---- The training loop ----------------------------------------------------------------------------------------------
 
 
+def training_step(
+    run: SimpleNamespace, index: torch.Tensor, lr: float | torch.Tensor, decay: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of a run on the images of these indices, int64 (N,); returns the loss and the logits, (N, 10).
+
+    The run names its model, the `forward` of it (compiled or not), ema, optimizers, teachers, images, labels,
+    generator and config. With several processes each takes its part of the batch.
+    """
+    x, y = augmented_batch(run.images[index], run.labels[index], run.generator, run.config)
+    x, y = processes.own_part(x), processes.own_part(y)
+    loss, logits = training_loss(run.forward, run.teachers, x, y, run.config)
+    loss.backward()
+    processes.average_gradients(run.model)
+    take_step(run.model, run.ema, run.optimizers, lr, decay, run.config.grad_clip)
+    return loss.detach(), logits.detach()
+
+
 def stream(*numbers: int) -> int:
     """A seed of its own for each row of numbers, by NumPy's SeedSequence."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
@@ -236,7 +257,11 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
     history = runs.resume_run(output_dir, (model, ema, optimizers)) if resume else []
-    forward = torch.compile(model) if config.compile else model
+    run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, images=images, labels=labels)
+    run.config, run.generator = config, torch.Generator(device)
+    compile_one = partial(torch.compile, dynamic=False) if config.compile else lambda network: network
+    run.forward, *run.teachers = map(compile_one, (model, *teachers))
+    step_once = replayed(partial(training_step, run), run.generator)
     if rank == 0:
         print("\n".join(f"{name:16} {value}" for name, value in vars(config).items()))
         print(f"\n{model.num_parameters():,} parameters, {len(train_index):,} training images, {world_size} processes")
@@ -245,22 +270,17 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
     seconds_before, started = history[-1]["seconds"] if history else 0.0, time.perf_counter()
     for epoch in range(len(history), config.epochs):
-        generator = torch.Generator(device).manual_seed(stream(config.seed, epoch))  # the same in every process
+        run.generator.manual_seed(stream(config.seed, epoch))  # the same in every process
         torch.manual_seed(stream(config.seed, epoch, 1 + rank))  # stochastic depth: each process its own
-        order = torch.randperm(len(train_index), generator=generator, device=device)[: steps * config.batch_size]
+        order = torch.randperm(len(train_index), generator=run.generator, device=device)[: steps * config.batch_size]
         batches = train_index[order].split(config.batch_size)
         bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, mininterval=0.5, disable=config.quiet or rank > 0)
         outputs = []
         model.train()
         for step, index in enumerate(bar, start=epoch * steps):
-            x, y = augmented_batch(images[index], labels[index], generator, config)
-            loss, logits = training_loss(forward, teachers, x[rank::world_size], y[rank::world_size], config)
-            loss.backward()
-            processes.average_gradients(model)
             lr = learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor)
-            decay = averaging_decay(step, total_steps, config.ema_decay, config.swa_share)
-            take_step(model, ema, optimizers, lr, decay, config.grad_clip)
-            outputs.append(logits.detach())
+            loss, logits = step_once(index, lr, averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
+            outputs.append(logits)
             if step % 20 == 0:  # seldom, since a GPU has to be waited for
                 bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
 

@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ import dataset
 import train
 from model import EncoderBlock, Pool
 from training import optim, processes
+from training.replay import replayed
 
 TABLE = Path(__file__).resolve().parent / "peers.csv"
 
@@ -163,22 +165,22 @@ def fit(
     steps, first, started = len(images) // config.batch_size, 0, time.perf_counter()
     total_steps = config.epochs * steps
     warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps)
+    run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, teachers=[], images=images, labels=labels)
+    run.config, run.generator = config, torch.Generator(device)
+    run.forward = (lambda x: model(cutout(x, run.generator))) if with_cutout else model
+    step_once = replayed(partial(train.training_step, run), run.generator)
     if state and state.exists():
         saved = torch.load(state)
         for part, values in zip((model, ema, *optimizers), saved["parts"], strict=True):
             part.load_state_dict(values)
         first, started = saved["epoch"], started - saved["seconds"]
     for epoch in range(first, config.epochs):
-        generator = torch.Generator(device).manual_seed(train.stream(config.seed, epoch))
-        order = torch.randperm(len(images), generator=generator, device=device)[: steps * config.batch_size]
+        run.generator.manual_seed(train.stream(config.seed, epoch))
+        order = torch.randperm(len(images), generator=run.generator, device=device)[: steps * config.batch_size]
         batches = tqdm(order.split(config.batch_size), f"{name}, epoch {epoch + 1}", mininterval=60)
         for step, index in enumerate(batches, start=epoch * steps):
-            x, y = train.augmented_batch(images[index], labels[index], generator, config)
-            x = cutout(x, generator) if with_cutout else x
-            train.training_loss(model, [], x, y, config)[0].backward()
             lr = optim.learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor)
-            decay = optim.averaging_decay(step, total_steps, config.ema_decay, config.swa_share)
-            optim.take_step(model, ema, optimizers, lr, decay, config.grad_clip)
+            step_once(index, lr, optim.averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
         if state:
             with dataset.whole_file(state) as file:
                 parts = [part.state_dict() for part in (model, ema, *optimizers)]
@@ -194,7 +196,7 @@ def train_peer(args: argparse.Namespace) -> tuple[nn.Module, float]:
     model, optimizers = PEERS[args.train]().to(device), None
     if args.train == "ResNet-20, cutout":
         settings |= OWN_RECIPE
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)]
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)]
     config = step_time.settings_of("default", processes.choose_precision("auto", device), **settings)
     images, labels = dataset.load(args.data_dir, train=True)
     index = dataset.split_indices(labels, args.val_size, args.seed)[0]

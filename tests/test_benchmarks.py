@@ -128,7 +128,7 @@ def test_a_peer_goes_on_from_its_saved_epoch(monkeypatch, tmp_path):
         sgd = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
         return peers.fit(model, images, labels, config, "peer", [sgd], state)[0].state_dict()
 
-    whole, calls, take_step = fit(None), [], peers.optim.take_step
+    whole, calls, take_step = fit(None), [], peers.train.take_step
 
     def stopping(*arguments):
         calls.append(arguments)
@@ -136,7 +136,7 @@ def test_a_peer_goes_on_from_its_saved_epoch(monkeypatch, tmp_path):
             raise KeyboardInterrupt
         take_step(*arguments)
 
-    monkeypatch.setattr(peers.optim, "take_step", stopping)
+    monkeypatch.setattr(peers.train, "take_step", stopping)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "state.pt")
     for name, tensor in fit(tmp_path / "state.pt").items():

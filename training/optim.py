@@ -37,7 +37,7 @@ class Muon(torch.optim.Optimizer):
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update.view_as(p), alpha=-lr * scale)
+                    p.sub_(update.view_as(p) * (lr * scale))
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
@@ -75,8 +75,9 @@ def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[to
         dict(params=[p for p in weights if id(p) not in hidden_ids], weight_decay=weight_decay),
         dict(params=[p for p in model.parameters() if id(p) not in ids], weight_decay=0.0),
     ]
-    fused = next(model.parameters()).device.type != "mps"
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=fused)]
+    device = next(model.parameters()).device.type
+    options = dict(fused=device != "mps", capturable=device == "cuda")  # a CUDA graph can be made of it
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), **options)]
     if hidden:
         optimizers.append(Muon(hidden, lr=0.0, weight_decay=weight_decay))
     return optimizers
@@ -105,7 +106,7 @@ def averaging_decay(step: int, total_steps: int, ema_decay: float, swa_share: fl
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float | torch.Tensor) -> None:
     """Move the averaged weights, and batch norm's statistics, a little towards the current ones."""
     parameters, averaged, current = dict(ema.named_parameters()), [], []
     for (name, a), c in zip(ema.state_dict().items(), model.state_dict().values(), strict=True):
@@ -114,11 +115,17 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
             current.append(c)
         else:  # other buffers; and to bfloat16 numbers, steps this small would add nothing
             a.copy_(c)
-    torch._foreach_lerp_(averaged, current, 1 - decay)
+    torch._foreach_mul_(averaged, decay)
+    torch._foreach_add_(averaged, torch._foreach_mul(current, 1 - decay))
 
 
 def take_step(
-    model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer], lr: float, decay: float, grad_clip: float
+    model: nn.Module,
+    ema: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    lr: float | torch.Tensor,
+    decay: float | torch.Tensor,
+    grad_clip: float,
 ) -> None:
     """Take a step along the gradients, clipped to that norm, which are used up; let the average follow."""
     if grad_clip:

@@ -81,6 +81,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_part(rows: torch.Tensor) -> torch.Tensor:
+    """Of rows (N, ...) those that this process takes, (N / processes, ...)."""
+    return rows[dist.get_rank() :: count()] if dist.is_initialized() else rows
+
+
 def average_gradients(model: nn.Module) -> None:
     """Average the gradients over the processes, always in one order, so that a resumed run rounds alike."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]

@@ -1,0 +1,51 @@
+"""A training step on a GPU, recorded once and then replayed: one launch in place of a thousand."""
+
+from collections.abc import Callable
+
+import torch
+
+from training import processes
+
+WARM_UP = 3  # steps that run as they are: they make the optimiser's state, and compile
+
+Step = Callable[..., tuple[torch.Tensor, ...]]
+
+
+class ReplayedStep:
+    """`step(index, *numbers)` as a CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
+
+    A step of a small model is a thousand operations of a few microseconds each, less than Python takes to launch one.
+    The step gets its numbers as tensors, must read none on the CPU, and draws random numbers from `generator` only.
+    """
+
+    def __init__(self, step: Step, generator: torch.Generator) -> None:
+        self.step, self.calls = step, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        torch.backends.cudnn.benchmark = True  # all batches have one shape, so try which algorithms are fastest
+        self.graph.register_generator_state(generator)
+
+    def __call__(self, index: torch.Tensor, *numbers: float) -> tuple[torch.Tensor, ...]:
+        """Take a step; the index must have the same shape each time."""
+        if self.calls == 0:
+            self.inputs = [torch.empty_like(index), *(torch.zeros((), device=index.device) for _ in numbers)]
+        self.inputs[0].copy_(index)
+        for tensor, number in zip(self.inputs[1:], numbers, strict=True):
+            tensor.fill_(number)
+        self.calls += 1
+        if self.calls <= WARM_UP:  # on the stream that records, as PyTorch asks for
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.outputs = self.step(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+        else:
+            if self.calls == WARM_UP + 1:
+                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                    self.outputs = self.step(*self.inputs)
+            self.graph.replay()
+        return tuple(output.clone() for output in self.outputs)
+
+
+def replayed(step: Step, generator: torch.Generator) -> Step:
+    """The step as a CUDA graph if the generator is on a GPU and this is the only process, else as it is."""
+    on_gpu = generator.device.type == "cuda" and processes.count() == 1
+    return ReplayedStep(step, generator) if on_gpu else step
