@@ -258,9 +258,7 @@ def augment(
     return images
 
 
-def random_rotate(
-    images: torch.Tensor, generator: torch.Generator, degrees: float, share: float = 0.5
-) -> torch.Tensor:
+def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float, share: float = 0.5) -> torch.Tensor:
     """Turn a share of the uint8 images (N, 1, H, W) about their centre, by uniformly -degrees to degrees."""
     draw = 2 * torch.rand(len(images), generator=generator, device=images.device) - 1
     angle = draw.sign() * ((draw.abs() - 1) / share + 1).clamp(min=0) * np.deg2rad(degrees).item()
@@ -275,8 +273,9 @@ def random_noise(
 ) -> torch.Tensor:
     """Add Gaussian noise to a share of the uint8 images (N, 1, H, W), of uniformly 0 to `deviation` of the range."""
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
+    deviations = 255 * deviation * ((draw - 1) / share + 1).clamp(min=0)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    return noise.mul_(255 * deviation * ((draw - 1) / share + 1).clamp(min=0)).add_(images).round_().clamp_(0, 255).byte()
+    return noise.mul_(deviations).add_(images).round_().clamp_(0, 255).byte()
 
 
 def random_rectangles(

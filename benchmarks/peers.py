@@ -196,7 +196,8 @@ def train_peer(args: argparse.Namespace) -> tuple[nn.Module, float]:
     model, optimizers = PEERS[args.train]().to(device), None
     if args.train == "ResNet-20, cutout":
         settings |= OWN_RECIPE
-        optimizers = [torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)]
+        options = dict(momentum=0.9, nesterov=True, weight_decay=1e-4, fused=True)
+        optimizers = [torch.optim.SGD(model.parameters(), lr=0.0, **options)]
     config = step_time.settings_of("default", processes.choose_precision("auto", device), **settings)
     images, labels = dataset.load(args.data_dir, train=True)
     index = dataset.split_indices(labels, args.val_size, args.seed)[0]

@@ -43,11 +43,11 @@ def test_the_distance_is_mahalanobis_from_the_nearest_class(measured):
         assert d.item() == pytest.approx(min(mahalanobis(token, mean, precision) for mean in means) ** 2, rel=1e-3)
 
 
-def test_two_in_a_hundred_of_those_held_out_are_strange_and_what_lies_far_off_is(measured):
+def test_three_in_two_hundred_of_those_held_out_are_strange_and_what_lies_far_off_is(measured):
     _, _, others, familiar = measured
     far = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     far[..., :3] = 255
-    for x, share in ((others, 0.02), (far, 1.0)):
+    for x, share in ((others, 0.015), (far, 1.0)):
         found = distance(embed(Pixels(), x), familiar["means"], familiar["precision"])
         assert (found > familiar["limit"]).double().mean() == pytest.approx(share, abs=0.006)
 
@@ -60,6 +60,7 @@ def test_a_run_leaves_what_is_familiar_to_its_model_in_its_checkpoint(run_config
     trained, held_out = dataset.split_indices(labels, val_size, config.seed)
     if config.train_size:
         trained = trained[dataset.split_indices(labels[trained], config.train_size, config.seed)[1]]
-    expected = measure(model, images[trained], labels[trained], images[held_out if val_size else trained])
+    known, others = (trained, held_out) if val_size else trained.chunk(2)
+    expected = measure(model, images[known], labels[known], images[others])
     for name, value in expected.items():
         torch.testing.assert_close(checkpoint["familiar"][name], value, rtol=1e-3, atol=1e-5)

@@ -13,12 +13,20 @@ from conftest import SMALL_MODEL, assert_identical
 import dataset
 import model as model_module
 from dataset import UserError
-from model import CheckpointError, HybridClassifier, Pool, ResidualBlock, load_checkpoint, save_checkpoint
-from train import RECIPES, SETTINGS, SHIPPED_CHECKPOINT, predict
+from model import (
+    SHIPPED_CHECKPOINT,
+    CheckpointError,
+    HybridClassifier,
+    Pool,
+    ResidualBlock,
+    load_checkpoint,
+    save_checkpoint,
+)
+from train import RECIPES, SETTINGS, predict
 from training.settings import choose_settings
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "teacher"])
 def test_every_recipe_keeps_the_parameter_budget(recipe):
     settings = vars(choose_settings(SETTINGS, RECIPES, dict(recipe=recipe)))
     config = replace(SMALL_MODEL, **{name: settings[name] for name in vars(SMALL_MODEL)})
@@ -247,4 +255,4 @@ def test_the_shipped_checkpoint_is_small_and_right_about_the_first_thousand(test
     assert model.num_parameters() <= 600_000
     assert "training" not in checkpoint  # an optimiser's state would treble the file
     right = (predict(model, test_split[0][:1000]).argmax(dim=1) == test_split[1][:1000]).sum()
-    assert right == 957  # as often as when it was shipped
+    assert right == 961  # as often as when it was shipped

@@ -18,6 +18,7 @@ from training.optim import (
     take_step,
     update_ema,
 )
+from training.replay import replayed
 
 
 def draw_gradients(model: nn.Module, seed: int) -> None:
@@ -239,3 +240,37 @@ def test_a_bfloat16_weight_trains_beside_the_others_and_a_frozen_one_stays(small
         assert p.dtype == (torch.bfloat16 if "blocks.0.mlp" in name else torch.float32)
         torch.testing.assert_close(p.float(), q, rtol=2e-2, atol=5e-3, msg=name)
     assert torch.equal(small_model.blocks[1].mlp[0].weight, frozen)
+
+
+def test_a_step_takes_its_numbers_as_tensors_too(small_model):
+    """As a CUDA graph needs them, whose numbers are places in memory."""
+    x, results = torch.rand(4, 1, 28, 28), []
+    for kind in (float, torch.tensor):
+        model = copy.deepcopy(small_model)
+        ema, optimizers = copy.deepcopy(model), make_optimizers(model, "muon", 0.05)
+        for lr, decay in ((0.01, 0.5), (0.02, 0.9)):
+            model(x).square().sum().backward()
+            take_step(model, ema, optimizers, kind(lr), kind(decay), 1.0)
+        results.append({**model.state_dict(), **{f"ema.{name}": t for name, t in ema.state_dict().items()}})
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_replayed_step_is_the_step(small_model):
+    histories = []
+    for wrapped in (lambda step, generator: step, replayed):
+        model = copy.deepcopy(small_model).cuda()
+        ema, optimizers = copy.deepcopy(model), make_optimizers(model, "muon", 0.05)
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def step(index, lr, decay):
+            x = torch.rand(len(index), 1, 28, 28, generator=generator, device="cuda") + index[:, None, None, None]
+            loss = model(x).square().mean()
+            loss.backward()
+            take_step(model, ema, optimizers, lr, decay, 1.0)
+            return (loss.detach(),)
+
+        once = wrapped(step, generator)
+        histories.append([once(torch.arange(4, device="cuda"), 1e-3 * (i + 1), 0.9)[0].item() for i in range(8)])
+    assert histories[1] == pytest.approx(histories[0], rel=1e-3)

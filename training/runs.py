@@ -65,7 +65,8 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
     """Save what the next epoch needs as last.pt, the averaged weights as best.pt if they are best, and history.csv."""
     if len(history) == 1:
         put_aside(folder)
-    environment = f"torch {torch.__version__}, {platform.machine()}, {config.device}, {config.precision}"
+    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
+    environment = f"torch {torch.__version__}, {platform.machine()}, {device}, {config.precision}"
     environment += f", {config.threads} CPU threads, {processes.count()} processes"
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
     model, ema, optimizers = state
@@ -103,6 +104,8 @@ def finish_run(folder: Path, history: History, trained: tuple, held_out: tuple |
     """Give best.pt the whole history, and what tells how familiar an image is, see `familiarity.measure`."""
     model, best = load_checkpoint(folder / "best.pt")
     contents = {name: best[name] for name in ("train_config", "epoch", "environment")}
-    contents["familiar"] = familiarity.measure(model, *trained, (held_out or trained)[0].cpu())
+    images, labels = trained
+    known, others = (images, held_out[0].cpu()) if held_out else images.chunk(2)
+    contents["familiar"] = familiarity.measure(model, known, labels[: len(known)], others)
     save_checkpoint(folder / "best.pt", model, **contents, history=history)
     write_history(history, folder / "history.csv")  # of a run that was killed just before it did
