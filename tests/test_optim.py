@@ -18,7 +18,6 @@ from training.optim import (
     take_step,
     update_ema,
 )
-from training.replay import replayed
 
 
 def draw_gradients(model: nn.Module, seed: int) -> None:
@@ -254,23 +253,3 @@ def test_a_step_takes_its_numbers_as_tensors_too(small_model):
         results.append({**model.state_dict(), **{f"ema.{name}": t for name, t in ema.state_dict().items()}})
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_replayed_step_is_the_step(small_model):
-    histories = []
-    for wrapped in (lambda step, generator: step, replayed):
-        model = copy.deepcopy(small_model).cuda()
-        ema, optimizers = copy.deepcopy(model), make_optimizers(model, "muon", 0.05)
-        generator = torch.Generator("cuda").manual_seed(0)
-
-        def step(index, lr, decay):
-            x = torch.rand(len(index), 1, 28, 28, generator=generator, device="cuda") + index[:, None, None, None]
-            loss = model(x).square().mean()
-            loss.backward()
-            take_step(model, ema, optimizers, lr, decay, 1.0)
-            return (loss.detach(),)
-
-        once = wrapped(step, generator)
-        histories.append([once(torch.arange(4, device="cuda"), 1e-3 * (i + 1), 0.9)[0].item() for i in range(8)])
-    assert histories[1] == pytest.approx(histories[0], rel=1e-3)

@@ -559,6 +559,16 @@ def test_a_teacher_that_lies_where_the_run_saves_is_refused(run_config, monkeypa
             train.train(run_config(teacher=(path,)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, monkeypatch, tmp_path):
+    options = dict(device="cuda", cutmix=0.5, rotate=15.0, noise=0.1, precision="float32", lr=1e-3)
+    train.train(run_config(**options))
+    monkeypatch.setattr(train, "replayed", lambda step, generator: step)
+    train.train(run_config(**options, output_dir=str(tmp_path / "plain")))
+    for replayed, plain in zip(history_of(tmp_path / "run"), history_of(tmp_path / "plain"), strict=True):
+        assert replayed["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
+
+
 def test_the_record_learns_from_the_teacher_of_the_other_recipe(data_dir, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     shape = dict(stem_dims=(8, 8), embed_dim=8, num_heads=2, stem_blocks=(0, 0, 0))  # small ones for the test
