@@ -7,7 +7,7 @@
     python Visulization.py --average                          what it looks at in each class, over the whole test split
     python Visulization.py --index 1917 --compare-layers      one test image, seen from every layer
     python Visulization.py --image shoe.jpg photos/           your own pictures
-    python Visulization.py --index 1917 --versus Shirt        why this class and not that one
+    python Visulization.py --index 1917 --versus Coat         why this class and not that one
     python Visulization.py --html --save-arrays               a gallery to click through, the raw maps as arrays, too
 
 The pictures of the shipped model go to HeapImg/, those of any other to a folder of its own below that.

@@ -43,11 +43,7 @@ from training.settings import INF, Table, choose_settings, flag, make_parser, re
 # a new flag, and `config.NAME` in the code below.
 
 SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or anything (None), meaning)
-    recipe=(
-        "default",
-        None,
-        "default, fast, teacher or record: a row of RECIPES, which replaces some of these values",
-    ),
+    recipe=("default", None, "default, fast, teacher or record: a row of RECIPES, which replaces some values"),
     # data
     data_dir=("data", None, "folder with the four files of Fashion-MNIST; they are fetched if it lacks them"),
     val_size=(5000, (0, INF), "images held out of the 60,000 to choose the best epoch; 0 keeps the last weights"),
@@ -81,11 +77,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
     label_smoothing=(0.1, (0.0, 0.99), "share of the target spread evenly over all classes"),
-    ema_decay=(
-        0.999,
-        (0.0, 0.999999),
-        "moving average of the weights, the ones evaluated and kept; 0 averages nothing",
-    ),
+    ema_decay=(0.999, (0.0, 0.999999), "moving average of the weights, which is evaluated and kept; 0 is without"),
     swa_share=(0.0, (0.0, 1.0), "final fraction of the run whose weights are averaged equally instead; 0 is without"),
     grad_clip=(1.0, (0.0, INF), "largest norm of the gradient; 0 clips nothing"),
     # distillation
@@ -305,9 +297,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
-        if (
-            config.swa_share and epoch > (1 - config.swa_share) * config.epochs - 1
-        ):  # whose statistics are not the mean's
+        if config.swa_share and epoch > (1 - config.swa_share) * config.epochs - 1:  # batch norm must suit the mean
             update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
         row = dict(epoch=epoch + 1, lr=lr, **report.summary("train", logits, labels[torch.cat(batches)], config.quiet))
         for split, (x, y) in held_out.items():

@@ -1,10 +1,10 @@
 """Do the heatmaps show what the model's decision rests on? Every layer and method against maps that know no model.
 
     python benchmarks/faithfulness.py                           print the tables of faithfulness.csv
-    python benchmarks/faithfulness.py --split training          measure anew, on training images
+    python benchmarks/faithfulness.py --split validation        measure anew, on images held out of the training
     python benchmarks/faithfulness.py --split test              the same on test images
 
-The default layer and method of Visulization.py are chosen on training images and reported on test images. Every
+The default layer and method of Visulization.py are chosen on the validation split and reported on the test split. Every
 map is for the class that the model predicts, whose probability is followed:
 
 - deletion: the hottest pixels turn black first; the mean probability over the shares of pixels gone. Low is good.
@@ -229,9 +229,14 @@ def measure(
 
 def measure_split(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """One row for every map, of the first `args.num_images` images of a split."""
-    model, _ = load_checkpoint(args.checkpoint)
+    model, checkpoint = load_checkpoint(args.checkpoint)
     model.requires_grad_(False)
-    images, _ = dataset.load(args.data_dir, train=args.split == "training")
+    images, labels = dataset.load(args.data_dir, train=args.split == "validation")
+    if args.split == "validation":
+        config = checkpoint["train_config"]
+        if not config["val_size"]:
+            raise SystemExit(f"faithfulness.py: error: {args.checkpoint} was trained on all images: name another one")
+        images = images[dataset.split_indices(labels, config["val_size"], config["seed"])[1]]
     images = images[: args.num_images]  # the order of the data set is random
     with torch.no_grad():
         classes = torch.cat([model(dataset.normalize(chunk)).argmax(dim=1) for chunk in images.split(BATCH_SIZE)])
@@ -246,7 +251,7 @@ def measure_split(args: argparse.Namespace) -> Iterator[dict[str, str]]:
 
 
 def merit(row: dict[str, str]) -> float:
-    """What the default is chosen by, on the training images."""
+    """What the default is chosen by, on the validation split."""
     return float(row["insertion"]) - float(row["deletion"])
 
 
@@ -273,7 +278,7 @@ def print_table(rows: list[dict[str, str]], default: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--split", choices=("training", "test"), help="measure on images of this split")
+    parser.add_argument("--split", choices=("validation", "test"), help="measure on images of this split")
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED_CHECKPOINT)
     parser.add_argument("--data-dir", default="data")
@@ -296,7 +301,7 @@ def main() -> None:
         save_table(rows, args.output)
     model, _ = load_checkpoint(args.checkpoint)
     default = method_name(METHOD, default_layers(model))
-    for split in ("training", "test"):
+    for split in ("validation", "test"):
         candidates = sorted((r for r in rows if (r["split"], r["kind"]) == (split, "candidate")), key=merit)[::-1]
         others = [row for row in rows if row["split"] == split and row["kind"] != "candidate"]
         if not candidates:

@@ -767,4 +767,4 @@ def test_every_setting_is_a_flag_that_help_explains(main, capsys):
 def test_the_shipped_checkpoint_has_the_accuracy_that_the_readme_gives(main, data_dir, tmp_path, capsys):
     (tmp_path / "model.pt").write_bytes(SHIPPED_CHECKPOINT.read_bytes())
     assert main("--evaluate", "model.pt", "--data-dir", data_dir, "--threads", 1) == 0
-    assert "test accuracy 0.9561, loss" in capsys.readouterr().out
+    assert "test accuracy 0.9529, loss" in capsys.readouterr().out
