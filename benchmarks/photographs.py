@@ -3,6 +3,7 @@
     python benchmarks/photographs.py                      test images, the shipped model
     python benchmarks/photographs.py --split validation   the images on which all thresholds were chosen
     python benchmarks/photographs.py --save-dir examples  also some photographs, each beside the image made of it
+    python benchmarks/photographs.py --strange            how many pictures of something else get a note
 
 A photograph is made backwards: the data set shows garments on white, made grey and inverted (Xiao et al. 2017), so an
 image is inverted, enlarged, made opaque, given a colour, and put at a random place on a background. Where the garment
@@ -29,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import dataset
 import train
 from drawing.photo import read_image
-from model import SHIPPED_CHECKPOINT, load_checkpoint
+from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
+from Visulization import doubt
 
 Random = np.random.Generator
 Picture = np.ndarray  # float32 (H, W, 3), RGB, 0 to 1; a shading or a texture may be (H, W, 1)
@@ -217,6 +219,38 @@ def photograph(image: np.ndarray, kind: str, rng: Random) -> np.ndarray:
     return (picture * 255).round().clip(0, 255).astype(np.uint8)
 
 
+def strange_pictures(images: torch.Tensor, rng: Random) -> dict[str, torch.Tensor]:
+    """Pictures that are no upright garment, made of uint8 images (N, 1, 28, 28), as many of each kind."""
+    strokes, crops = [], []
+    for image in images[:, 0].numpy():
+        corners = rng.integers(20, 92, (rng.integers(3, 6), 2)).astype(np.int32)  # of a line as thick as a digit's
+        canvas = np.zeros((112, 112), np.uint8)
+        cv2.polylines(canvas, [corners], False, 255, int(rng.integers(8, 14)), cv2.LINE_AA)
+        strokes.append(cv2.resize(canvas, (28, 28), interpolation=cv2.INTER_AREA))
+        side = rng.integers(8, 15)
+        top, left = rng.integers(4, 25 - side, 2)
+        crops.append(cv2.resize(image[top : top + side, left : left + side], (28, 28)))
+    return {
+        "test images as they are": images,
+        "turned to the left": images.rot90(1, (2, 3)),
+        "turned upside down": images.rot90(2, (2, 3)),
+        "turned to the right": images.rot90(-1, (2, 3)),
+        "strokes like a digit's": torch.from_numpy(np.stack(strokes))[:, None],
+        "crops of 8 to 14 pixels": torch.from_numpy(np.stack(crops))[:, None],
+        "noise": torch.from_numpy(rng.integers(0, 256, images.shape, dtype=np.uint8)),
+    }
+
+
+def print_strange(model: HybridClassifier, familiar: dict, images: torch.Tensor, rng: Random) -> None:
+    """Print how many pictures get a note, and how many the one that says how they are turned."""
+    advice = {"left": "by 90 degrees to the right", "down": "upside down", "right": "by 90 degrees to the left"}
+    print("| pictures | with a note | that turns them upright |\n|---|---:|---:|")
+    for name, pictures in strange_pictures(images, rng).items():
+        notes = [doubt(model, image, familiar) for image in pictures]
+        noted, turned = sum(map(bool, notes)), sum(advice.get(name.split()[-1], "no such") in note for note in notes)
+        print(f"| {name} | {noted / len(notes):.1%} | {turned / len(notes):.1%} |", flush=True)
+
+
 def read_back(picture: np.ndarray, folder: Path) -> tuple[np.ndarray, str]:
     """What `--image` makes of a picture, uint8 RGB (H, W, 3): the image, uint8 (28, 28), and the note."""
     Image.fromarray(picture).save(folder / "photograph.jpg", quality=85)
@@ -247,6 +281,7 @@ def main() -> None:
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-dir", type=Path, help="for a sheet of examples of each kind")
+    parser.add_argument("--strange", action="store_true", help="how many pictures of something else get a note")
     args = parser.parse_args()
     set_threads()
     images, labels = dataset.load(args.data_dir, train=args.split == "validation")
@@ -255,7 +290,9 @@ def main() -> None:
         images, labels = images[index], labels[index]
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.num_images]
     images, labels = images[chosen], labels[chosen]
-    model, _ = load_checkpoint(args.checkpoint)
+    model, checkpoint = load_checkpoint(args.checkpoint)
+    if args.strange:
+        return print_strange(model, checkpoint["familiar"], images, np.random.default_rng(args.seed))
     right = int((train.predict(model, images).argmax(dim=1) == labels).sum())
     print(f"| {args.split} images on | right | of | with a note |\n|---|---:|---:|---:|")
     print(f"| nothing: as they are | {right / len(images):.1%} | {len(images)} | |")
