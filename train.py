@@ -35,7 +35,7 @@ from dataset import UserError
 from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
 from training import familiarity, processes, report, runs
 from training.optim import averaging_decay, learning_rate, make_optimizers, take_step
-from training.replay import replayed
+from training.replay import ReplayedStep
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,6 +90,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     precision=("auto", ("auto", "float32", "bfloat16"), "auto takes bfloat16 where the hardware computes in it"),
     threads=(0, (0, 1024), "CPU threads; 0 takes one per core, or only one where other work keeps the cores busy"),
     compile=(False, None, "use torch.compile: a minute of compilation first, so for long runs"),
+    cuda_graph=(True, None, "on a GPU, record a step and replay it; off for code in it that reads a number, as item()"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures are written"),
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
@@ -267,7 +268,9 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     run.config, run.generator = config, torch.Generator(device)
     compile_one = partial(torch.compile, dynamic=False) if config.compile else lambda network: network
     run.forward, *run.teachers = map(compile_one, (model, *teachers))
-    step_once = replayed(partial(training_step, run), run.generator)
+    step_once = partial(training_step, run)
+    if config.cuda_graph and device.type == "cuda" and world_size == 1:
+        step_once = ReplayedStep(step_once, run.generator)
     if rank == 0:
         print("\n".join(f"{name:16} {value}" for name, value in vars(config).items()))
         print(f"\n{model.num_parameters():,} parameters, {len(train_index):,} training images, {world_size} processes")

@@ -39,7 +39,7 @@ import dataset
 import train
 from model import EncoderBlock, Pool
 from training import optim, processes
-from training.replay import replayed
+from training.replay import ReplayedStep
 
 TABLE = Path(__file__).resolve().parent / "peers.csv"
 
@@ -168,7 +168,8 @@ def fit(
     run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, teachers=[], images=images, labels=labels)
     run.config, run.generator = config, torch.Generator(device)
     run.forward = (lambda x: model(cutout(x, run.generator))) if with_cutout else model
-    step_once = replayed(partial(train.training_step, run), run.generator)
+    step_once = partial(train.training_step, run)
+    step_once = ReplayedStep(step_once, run.generator) if device.type == "cuda" else step_once
     if state and state.exists():
         saved = torch.load(state)
         for part, values in zip((model, ema, *optimizers), saved["parts"], strict=True):

@@ -4,8 +4,6 @@ from collections.abc import Callable
 
 import torch
 
-from training import processes
-
 WARM_UP = 3  # steps that run as they are: they make the optimiser's state, and compile
 
 Step = Callable[..., tuple[torch.Tensor, ...]]
@@ -43,9 +41,3 @@ class ReplayedStep:
                     self.outputs = self.step(*self.inputs)
             self.graph.replay()
         return tuple(output.clone() for output in self.outputs)
-
-
-def replayed(step: Step, generator: torch.Generator) -> Step:
-    """The step as a CUDA graph if the generator is on a GPU and this is the only process, else as it is."""
-    on_gpu = generator.device.type == "cuda" and processes.count() == 1
-    return ReplayedStep(step, generator) if on_gpu else step
