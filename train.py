@@ -2,7 +2,8 @@
 
     python train.py                                     train with the defaults below, then test once
     python train.py --recipe fast                       minutes on two CPU cores
-    python train.py --recipe record                     the most accurate, for a GPU: see RECIPES
+    python train.py --recipe teacher --output-dir checkpoints/teacher     for a GPU: whom the record learns from
+    python train.py --recipe record --compile           the most accurate, after it
     python train.py --epochs 5 --lr 1e-3                every default is also a flag; --help lists them
     python train.py --resume                            go on with an interrupted run
     torchrun --nproc-per-node=2 train.py                in two processes, on two GPUs or two CPU cores
@@ -54,9 +55,9 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
     cutmix=(0.0, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
-    rotate=(0.0, (0.0, 180.0), "turn some of the images by up to so many degrees either way"),
-    noise=(0.0, (0.0, 1.0), "add Gaussian noise to some of them, of a deviation up to this part of the range"),
-    distort_share=(0.5, (0.01, 1.0), "part of the images that is turned, and part that is noisy"),
+    rotate=(0.0, (0.0, 180.0), "turn some images (see --distort-share) by up to so many degrees either way"),
+    noise=(0.0, (0.0, 1.0), "add Gaussian noise to some, of a deviation up to this part of the range"),
+    distort_share=(0.5, (0.01, 1.0), "share of the images that --rotate turns and, drawn separately, --noise changes"),
     # model
     stem_dims=((16, 32), (1, INF), "channels of the convolutional stem at 28x28 and at 14x14"),
     stem_blocks=((2, 2, 2), (0, INF), "residual blocks of the stem at 28x28, at 14x14 and at 7x7"),
@@ -77,8 +78,8 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
     label_smoothing=(0.1, (0.0, 0.99), "share of the target spread evenly over all classes"),
-    ema_decay=(0.999, (0.0, 0.999999), "moving average of the weights, which is evaluated and kept; 0 is without"),
-    swa_share=(0.0, (0.0, 1.0), "final fraction of the run whose weights are averaged equally instead; 0 is without"),
+    ema_decay=(0.999, (0.0, 0.999999), "decay of the moving average of the weights, which is what is kept; 0 is off"),
+    swa_share=(0.0, (0.0, 1.0), "final fraction of the run whose weights are averaged equally instead; 0 is off"),
     grad_clip=(1.0, (0.0, INF), "largest norm of the gradient; 0 clips nothing"),
     # distillation
     teacher=((), None, "checkpoints whose mean prediction the model learns from, besides the labels"),
@@ -90,12 +91,12 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     precision=("auto", ("auto", "float32", "bfloat16"), "auto takes bfloat16 where the hardware computes in it"),
     threads=(0, (0, 1024), "CPU threads; 0 takes one per core, or only one where other work keeps the cores busy"),
     compile=(False, None, "use torch.compile: a minute of compilation first, so for long runs"),
-    cuda_graph=(True, None, "on a GPU, record a step and replay it; off for code in it that reads a number, as item()"),
+    cuda_graph=(True, None, "on one GPU, record a step and replay it; off if your code in it reads numbers or prints"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures are written"),
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-LONG = dict(  # what both recipes for many epochs on a GPU share: no label smoothing, and images that differ every time
+LONG = dict(  # what the two recipes for a GPU share: strong augmentation in place of label smoothing, all images
     val_size=0,
     shift=3,
     erase=0.5,
@@ -114,7 +115,7 @@ RECIPES = dict(  # values that go together and replace the defaults above; flags
     fast=dict(val_size=0, shift=1, erase=0.0, stem_blocks=(0, 2, 2), mlp_ratio=1.0, epochs=7, batch_size=128),
     # A model of nine times the record's size, for the record to learn from.
     teacher=dict(**LONG, stem_dims=(32, 128), stem_blocks=(3, 3, 2), embed_dim=256, num_heads=8, epochs=64),
-    # The most accurate; the shipped checkpoint is its seed 0. First: --recipe teacher --output-dir checkpoints/teacher
+    # The most accurate. It needs its teacher first: --recipe teacher --output-dir checkpoints/teacher
     record=dict(
         **LONG, stem_dims=(32, 64), stem_blocks=(3, 3, 1), epochs=121, teacher=("checkpoints/teacher/best.pt",)
     ),
@@ -166,6 +167,8 @@ def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.d
     val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
     own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
     for path in config.teacher:
+        if path in RECIPES["record"]["teacher"] and not os.path.exists(path):
+            raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {Path(path).parent}")
         if os.path.realpath(os.path.expanduser(path)) in own:
             raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
         teacher, checkpoint = load_checkpoint(path, device)

@@ -561,7 +561,7 @@ def test_a_teacher_that_lies_where_the_run_saves_is_refused(run_config, monkeypa
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, tmp_path):
-    options = dict(device="cuda", cutmix=0.5, rotate=15.0, noise=0.1, precision="float32", lr=1e-3)
+    options = dict(device="cuda", cutmix=0.5, rotate=15.0, noise=0.1, drop_path=0.1, precision="float32", lr=1e-3)
     train.train(run_config(**options))
     train.train(run_config(**options, cuda_graph=False, output_dir=str(tmp_path / "plain")))
     for replayed, plain in zip(history_of(tmp_path / "run"), history_of(tmp_path / "plain"), strict=True):
@@ -572,7 +572,9 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(data_dir, monkey
     monkeypatch.chdir(tmp_path)
     shape = dict(stem_dims=(8, 8), embed_dim=8, num_heads=2, stem_blocks=(0, 0, 0))  # small ones for the test
     small = SMALL_RUN | shape | dict(data_dir=str(data_dir), train_size=20, val_size=0, batch_size=10, epochs=1)
-    with pytest.raises(UserError, match=r"cannot read checkpoints/teacher/best\.pt"):
+    with pytest.raises(
+        UserError, match=r"best\.pt is missing: first run .* --recipe teacher --output-dir checkpoints/teacher"
+    ):
         train.train(choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record")))
     given = small | dict(recipe="teacher", output_dir="checkpoints/teacher")
     train.train(choose_settings(train.SETTINGS, train.RECIPES, given))

@@ -13,13 +13,14 @@ class ReplayedStep:
     """`step(index, *numbers)` as a CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 
     A step of a small model is a thousand operations of a few microseconds each, less than Python takes to launch one.
-    The step gets its numbers as tensors, must read none on the CPU, and draws random numbers from `generator` only.
+    The step gets its numbers as tensors and must read none on the CPU. It draws random numbers from `generator` or from
+    PyTorch's default one; whatever else Python does in it is done once. cuDNN may try which algorithms are fastest.
     """
 
     def __init__(self, step: Step, generator: torch.Generator) -> None:
         self.step, self.calls = step, 0
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-        torch.backends.cudnn.benchmark = True  # all batches have one shape, so try which algorithms are fastest
+        torch.backends.cudnn.benchmark = True  # all batches have one shape
         self.graph.register_generator_state(generator)
 
     def __call__(self, index: torch.Tensor, *numbers: float) -> tuple[torch.Tensor, ...]:
