@@ -2,7 +2,7 @@
 
     python train.py                                     train with the defaults below, then test once
     python train.py --recipe fast                       minutes on two CPU cores
-    python train.py --recipe teacher --output-dir checkpoints/teacher     for a GPU: whom the record learns from
+    python train.py --recipe teacher --output-dir checkpoints/teacher     for a GPU: the teacher of the record
     python train.py --recipe record --compile           the most accurate, after it
     python train.py --epochs 5 --lr 1e-3                every default is also a flag; --help lists them
     python train.py --resume                            go on with an interrupted run
@@ -113,7 +113,7 @@ RECIPES = dict(  # values that go together and replace the defaults above; flags
     default={},
     # Minutes on two CPU cores: a lighter model, too few epochs to overfit, on all 60,000 images.
     fast=dict(val_size=0, shift=1, erase=0.0, stem_blocks=(0, 2, 2), mlp_ratio=1.0, epochs=7, batch_size=128),
-    # A model of nine times the record's size, for the record to learn from.
+    # A model of seven times the record's size, for the record to learn from.
     teacher=dict(**LONG, stem_dims=(32, 128), stem_blocks=(3, 3, 2), embed_dim=256, num_heads=8, epochs=64),
     # The most accurate. It needs its teacher first: --recipe teacher --output-dir checkpoints/teacher
     record=dict(
