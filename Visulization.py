@@ -7,7 +7,7 @@
     python Visulization.py --average                          what it looks at in each class, over the whole test split
     python Visulization.py --index 1917 --compare-layers      one test image, seen from every layer
     python Visulization.py --image shoe.jpg photos/           your own pictures
-    python Visulization.py --index 1917 --versus Coat         why this class and not that one
+    python Visulization.py --index 1917 --versus Shirt        why this class and not that one
     python Visulization.py --html --save-arrays               a gallery to click through, the raw maps as arrays, too
 
 The pictures of the shipped model go to HeapImg/, those of any other to a folder of its own below that.
@@ -64,8 +64,8 @@ UNUSED = dict(  # the flags that another one leaves nothing to do
 
 
 def default_layers(model: HybridClassifier) -> list[str]:
-    """The layers whose heatmaps are most faithful (benchmarks/faithfulness.py): the stem's ends at 28x28 and 14x14."""
-    return model.stage_ends()[:2]
+    """The layers whose maps are most faithful (benchmarks/faithfulness.py): the last at 28x28, the first at 14x14."""
+    return [model.stage_ends()[0], "stem.down1"]
 
 
 def all_layers(model: HybridClassifier) -> dict[str, int]:
@@ -245,7 +245,7 @@ def parse_arguments() -> Namespace:
     add("--only-errors", **yes, help="only test images that the model gets wrong")
     add("--seed", **number, default=0, help="which test images (default: 0)")
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
-    add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: the stem's at 28x28 and 14x14)")
+    add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: last at 28x28, first at 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
     add("--versus", type=other_class, metavar="CLASS", help="why not this class; next: the likeliest other one")
     add("--compare-layers", **yes, help="one image (--index, --image) seen from every layer, on one sheet")

@@ -125,7 +125,7 @@ MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet")
 EVALUATION_USES = ("data_dir", "device", "threads")
 
 
-# ---- Data and teachers ----------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 
 def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
@@ -160,25 +160,6 @@ def augmented_batch(
         targets = F.one_hot(labels, len(dataset.CLASS_NAMES)).float()
         images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
     return dataset.normalize(images), labels
-
-
-def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.device) -> list[nn.Module]:
-    """Load the teachers; refuse one that saw this run's validation images, which would flatter the run."""
-    val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
-    own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
-    for path in config.teacher:
-        if path in RECIPES["record"]["teacher"] and not os.path.exists(path):
-            raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {Path(path).parent}")
-        if os.path.realpath(os.path.expanduser(path)) in own:
-            raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
-        teacher, checkpoint = load_checkpoint(path, device)
-        saw = checkpoint.get("train_config", {})  # without it, the teacher may have seen every image
-        val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
-        if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
-            advice = f", or --val-size {val_size} --seed {seed} as it had" if val_size else ""
-            raise UserError(f"{path} was trained on images that are to validate this run: give --val-size 0{advice}")
-        teachers.append(teacher.requires_grad_(False))
-    return teachers
 
 
 # ---- The loss -------------------------------------------------------------------------------------------------------
@@ -254,7 +235,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     config.device, config.threads = device.type, processes.set_threads(config.threads)
     config.precision = processes.choose_precision(config.precision, device)
     images, labels, train_index, held_out = load_data(config, device)
-    teachers = load_teachers(config, labels, device)
+    teachers = runs.load_teachers(config, labels, device)
     steps = len(train_index) // config.batch_size  # what is left over waits for the next epoch's order
     if not steps or config.batch_size % world_size:
         shared = f", divisible by the {world_size} processes" if world_size > 1 else ""

@@ -12,10 +12,8 @@ beside this project's own. `--state FILE` saves every epoch there, and goes on f
 """
 
 import argparse
-import copy
 import csv
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -159,20 +157,18 @@ def fit(
     """
     device = images.device
     model.to(device, memory_format=torch.channels_last).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    with_cutout = optimizers is not None
-    optimizers = optimizers or optim.make_optimizers(model, config.optimizer, config.weight_decay)
+    run = step_time.make_run(model, config, images, labels, optimizers)
+    if optimizers:
+        run.forward = lambda x: model(cutout(x, run.generator))
     steps, first, started = len(images) // config.batch_size, 0, time.perf_counter()
     total_steps = config.epochs * steps
     warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps)
-    run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, teachers=[], images=images, labels=labels)
-    run.config, run.generator = config, torch.Generator(device)
-    run.forward = (lambda x: model(cutout(x, run.generator))) if with_cutout else model
     step_once = partial(train.training_step, run)
     step_once = ReplayedStep(step_once, run.generator) if device.type == "cuda" else step_once
+    parts = (model, run.ema, *run.optimizers)
     if state and state.exists():
         saved = torch.load(state)
-        for part, values in zip((model, ema, *optimizers), saved["parts"], strict=True):
+        for part, values in zip(parts, saved["parts"], strict=True):
             part.load_state_dict(values)
         first, started = saved["epoch"], started - saved["seconds"]
     for epoch in range(first, config.epochs):
@@ -184,9 +180,9 @@ def fit(
             step_once(index, lr, optim.averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
         if state:
             with dataset.whole_file(state) as file:
-                parts = [part.state_dict() for part in (model, ema, *optimizers)]
-                torch.save(dict(epoch=epoch + 1, seconds=time.perf_counter() - started, parts=parts), file)
-    return ema.cpu(), time.perf_counter() - started
+                saved = dict(epoch=epoch + 1, seconds=time.perf_counter() - started)
+                torch.save(saved | dict(parts=[part.state_dict() for part in parts]), file)
+    return run.ema.cpu(), time.perf_counter() - started
 
 
 def train_peer(args: argparse.Namespace) -> tuple[nn.Module, float]:
@@ -223,12 +219,13 @@ def line_of(model: nn.Module, args: argparse.Namespace) -> dict[str, object]:
 
 def seeds_line(model: nn.Module, seconds: float, args: argparse.Namespace) -> dict[str, object]:
     """The line, in seeds.csv, of a model that was trained on all images."""
+    device, threads = processes.choose_device("auto"), torch.get_num_threads()
     return dict(
         command=f'python benchmarks/peers.py --train "{args.train}" --epochs {args.epochs} --val-size 0',
         seed=args.seed,
         val_accuracy=math.nan,
         minutes=round(seconds / 60, 1),
-        environment=f"torch {torch.__version__}, {platform.machine()}, {torch.get_num_threads()} CPU threads",
+        environment=processes.environment(device.type, processes.choose_precision("auto", device), threads),
         **seeds.figures_of(model, *dataset.load(args.data_dir, train=False)),
     )
 

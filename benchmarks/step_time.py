@@ -91,6 +91,22 @@ def convolution_rate(channels: int, size: int, groups: int, precision: str) -> f
     return 3 * 2 * 128 * layer.weight.numel() * size**2 / statistics.median(seconds) / 1e9
 
 
+def make_run(
+    model: torch.nn.Module,
+    config: SimpleNamespace,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    optimizers: list[torch.optim.Optimizer] | None = None,
+) -> SimpleNamespace:
+    """What `train.training_step` works on, made as `train.train` makes it; the optimisers may be one's own."""
+    run = SimpleNamespace(model=model, config=config, images=images, labels=labels, teachers=[])
+    run.ema = copy.deepcopy(model).eval().requires_grad_(False)
+    run.optimizers = optimizers or optim.make_optimizers(model, config.optimizer, config.weight_decay)
+    run.forward = torch.compile(model) if config.compile else model
+    run.generator = torch.Generator(images.device)
+    return run
+
+
 def training_step(
     model: torch.nn.Module,
     config: SimpleNamespace,
@@ -98,28 +114,21 @@ def training_step(
     fused_attention: bool = False,
     batches: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Callable[[], None]:
-    """One whole step as `train.train` does it, augmentation and average included.
+    """One whole step of `train.py`, augmentation and average included.
 
     Args:
         batches: returns normalised images and labels, instead of a batch taken from 4,096 images and augmented.
     """
-    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    forward = torch.compile(model) if config.compile else model
-    optimizers = optim.make_optimizers(model, config.optimizer, config.weight_decay)
-    generator = torch.Generator().manual_seed(0)
+    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
     images = torch.randint(0, 256, (4096, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8)
-    labels = torch.randint(0, len(dataset.CLASS_NAMES), (4096,))
-
-    def batch() -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.randint(0, len(images), (config.batch_size,), generator=generator)
-        return train.augmented_batch(images[index], labels[index], generator, config)
+    run = make_run(model, config, images, torch.randint(0, len(dataset.CLASS_NAMES), (4096,)))
 
     def step() -> None:
-        with patch.object(model_module, "FUSED_ATTENTION", fused_attention):
-            loss, _ = train.training_loss(forward, [], *(batches or batch)(), config)
-        loss.backward()
-        optim.take_step(model, ema, optimizers, 1e-3, config.ema_decay, config.grad_clip)
+        index = torch.randint(0, len(images), (config.batch_size,))
+        batch = (lambda *_: batches()) if batches else train.augmented_batch
+        attention = patch.object(model_module, "FUSED_ATTENTION", fused_attention)
+        with attention, patch.object(train, "augmented_batch", batch):
+            train.training_step(run, index, 1e-3, config.ema_decay)
 
     return step
 

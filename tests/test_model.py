@@ -255,4 +255,4 @@ def test_the_shipped_checkpoint_is_small_and_right_about_the_first_thousand(test
     assert model.num_parameters() <= 600_000
     assert "training" not in checkpoint  # an optimiser's state would treble the file
     right = (predict(model, test_split[0][:1000]).argmax(dim=1) == test_split[1][:1000]).sum()
-    assert right == 957  # as often as when it was shipped
+    assert right == 961  # as often as when it was shipped

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import platform
 import time
 
 import torch
@@ -58,6 +59,13 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     return "bfloat16" if fast else "float32"
+
+
+def environment(device: str, precision: str, threads: int) -> str:
+    """What a run computes on, in words, for its checkpoint and the tables of results."""
+    name = torch.cuda.get_device_name() if device == "cuda" else device
+    words = f"torch {torch.__version__}, {platform.machine()}, {name}, {precision}"
+    return f"{words}, {threads} CPU threads, {count()} processes"
 
 
 def join(device: torch.device) -> tuple[int, int]:

@@ -1,8 +1,7 @@
-"""A run on the disk: its folder, `last.pt` to go on from, `best.pt` to keep, and `history.csv`."""
+"""A run on the disk: its folder, its teachers, `last.pt` to go on from, `best.pt` to keep, and `history.csv`."""
 
 import itertools
 import os
-import platform
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
+import dataset
 from dataset import UserError
 from model import HybridClassifier, load_checkpoint, save_checkpoint
 from training import familiarity, processes
@@ -65,9 +65,7 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
     """Save what the next epoch needs as last.pt, the averaged weights as best.pt if they are best, and history.csv."""
     if len(history) == 1:
         put_aside(folder)
-    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
-    environment = f"torch {torch.__version__}, {platform.machine()}, {device}, {config.precision}"
-    environment += f", {config.threads} CPU threads, {processes.count()} processes"
+    environment = processes.environment(config.device, config.precision, config.threads)
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
     model, ema, optimizers = state
     training = dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
@@ -90,6 +88,28 @@ def resume_run(folder: Path, state: State) -> History:
     for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return checkpoint["history"]
+
+
+def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.device) -> list[nn.Module]:
+    """Load the teachers; refuse one that saw this run's validation images, which would flatter the run."""
+    val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
+    own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
+    for path in config.teacher:
+        folder = shlex.quote(os.path.dirname(path) or ".")
+        if path.endswith("best.pt") and not os.path.exists(os.path.expanduser(path)):
+            raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {folder}")
+        if os.path.realpath(os.path.expanduser(path)) in own:
+            raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
+        teacher, checkpoint = load_checkpoint(path, device)
+        saw = checkpoint.get("train_config", {})  # without it, the teacher may have seen every image
+        if len(checkpoint.get("history", ())) < saw.get("epochs", 0):
+            raise UserError(f"{path} is of an unfinished run: first run train.py --resume --output-dir {folder}")
+        val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
+        if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
+            advice = f", or --val-size {val_size} --seed {seed} as it had" if val_size else ""
+            raise UserError(f"{path} was trained on images that are to validate this run: give --val-size 0{advice}")
+        teachers.append(teacher.requires_grad_(False))
+    return teachers
 
 
 def advice_to_resume(folder: Path, since: float) -> str:
