@@ -383,7 +383,7 @@ def test_one_bad_file_does_not_stop_the_others(run, capsys, tmp_path):
     )
     output = capsys.readouterr()
     assert [line.split(":")[0] for line in output.err.splitlines()] == ["text.png", "missing.png"]
-    *lines, last = output.out.splitlines()
+    *lines, last = (line for line in output.out.splitlines() if not line.startswith("  note: "))
     assert last == "images explained: 5; the pictures are in HeapImg"
     assert [line.split(": ")[0] for line in lines] == [*odd[:2], "a�b.png", "sch�h.png", odd[4]]
     assert all(line.count("%") == 3 for line in lines)
@@ -411,7 +411,7 @@ def test_folders_and_wildcards_are_looked_into_and_each_picture_is_taken_once(ru
         garment().save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").touch()
     assert run("--image", "photos", "photos/b.png", "phot*/*.jpg") == 0
-    assert sorted(drawn) == ["HeapImg/a_as_Trouser.png", "HeapImg/b_as_Trouser.png"]
+    assert sorted(path.split("_as_")[0] for path in drawn) == ["HeapImg/a", "HeapImg/b"]
     (tmp_path / "empty").mkdir()
     assert "there are no pictures in this folder" in run("--image", "empty")
 
