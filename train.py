@@ -96,19 +96,9 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-LONG = dict(  # what the two recipes for a GPU share: strong augmentation in place of label smoothing, all images
-    val_size=0,
-    shift=3,
-    erase=0.5,
-    erase_area=0.4,
-    cutmix=0.5,
-    rotate=15.0,
-    noise=0.1,
-    distort_share=0.125,
-    label_smoothing=0.0,
-    residual_unit="pyramidnet",
-    mlp_ratio=1.0,
-)
+# What the two recipes for a GPU share: all images, strong augmentation in place of label smoothing, another unit.
+LONG = dict(val_size=0, label_smoothing=0.0, residual_unit="pyramidnet", mlp_ratio=1.0)
+LONG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both
     default={},
     # Minutes on two CPU cores: a lighter model, too few epochs to overfit, on all 60,000 images.
