@@ -96,7 +96,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-# What the two recipes for a GPU share: all images, strong augmentation in place of label smoothing, another unit.
+# What the two recipes for a GPU share: all images, strong augmentation in place of label smoothing.
 LONG = dict(val_size=0, label_smoothing=0.0, residual_unit="pyramidnet", mlp_ratio=1.0)
 LONG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both

@@ -151,7 +151,7 @@ def fit(
     optimizers: list[torch.optim.Optimizer] | None = None,
     state: Path | None = None,
 ) -> tuple[nn.Module, float]:
-    """Train on all of the uint8 images (N, 1, 28, 28) as `train.train` does, or with one's own optimisers and cutout.
+    """Train on all of the uint8 images (N, 1, 28, 28) as `train.train` does, or with other optimisers and cutout.
 
     Saves every epoch in the file `state`, and goes on from there. Returns the averaged model, on the CPU, and seconds.
     """
@@ -219,13 +219,14 @@ def line_of(model: nn.Module, args: argparse.Namespace) -> dict[str, object]:
 
 def seeds_line(model: nn.Module, seconds: float, args: argparse.Namespace) -> dict[str, object]:
     """The line, in seeds.csv, of a model that was trained on all images."""
-    device, threads = processes.choose_device("auto"), torch.get_num_threads()
+    device = processes.choose_device("auto")
+    precision = processes.choose_precision("auto", device)
     return dict(
         command=f'python benchmarks/peers.py --train "{args.train}" --epochs {args.epochs} --val-size 0',
         seed=args.seed,
         val_accuracy=math.nan,
         minutes=round(seconds / 60, 1),
-        environment=processes.environment(device.type, processes.choose_precision("auto", device), threads),
+        environment=processes.environment(device.type, precision, torch.get_num_threads()),
         **seeds.figures_of(model, *dataset.load(args.data_dir, train=False)),
     )
 

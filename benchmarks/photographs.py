@@ -9,9 +9,9 @@ A photograph is made backwards: the data set shows garments on white, made grey 
 image is inverted, enlarged, made opaque, given a colour, and put at a random place on a background. Where the garment
 would be as dark as the background it is not inverted. Then come the light, the noise and the frame, and a JPEG file.
 
-All thresholds of `drawing/photo.py` were chosen with an earlier model, on 5,000 validation images that its training did
-not see, and on no picture of a kind in `UNTUNED`. The shipped model was trained on these, too. The simulation is kinder
-than life: no garment is worn, folded or seen from the side, and none has more detail than 28x28 pixels hold.
+All thresholds of `drawing/photo.py` were chosen with an earlier model, on 5,000 images held out of its training, and on
+no picture of a kind in `UNTUNED`. (The shipped model was trained on all 60,000.) The simulation is kinder than life: no
+garment is worn, folded or seen from the side, and none has more detail than 28x28 pixels hold.
 """
 
 import argparse
@@ -286,7 +286,7 @@ def main() -> None:
     set_threads()
     images, labels = dataset.load(args.data_dir, train=args.split == "validation")
     if args.split == "validation":
-        index = dataset.split_indices(labels, 5000, 0)[1]
+        index = dataset.split_indices(labels, 5000, 0)[1]  # on which the thresholds were chosen
         images, labels = images[index], labels[index]
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.num_images]
     images, labels = images[chosen], labels[chosen]

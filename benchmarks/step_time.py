@@ -98,11 +98,11 @@ def make_run(
     labels: torch.Tensor,
     optimizers: list[torch.optim.Optimizer] | None = None,
 ) -> SimpleNamespace:
-    """What `train.training_step` works on, made as `train.train` makes it; the optimisers may be one's own."""
+    """What `train.training_step` works on, as `train.train` makes it but without teachers; or with other optimisers."""
     run = SimpleNamespace(model=model, config=config, images=images, labels=labels, teachers=[])
     run.ema = copy.deepcopy(model).eval().requires_grad_(False)
     run.optimizers = optimizers or optim.make_optimizers(model, config.optimizer, config.weight_decay)
-    run.forward = torch.compile(model) if config.compile else model
+    run.forward = torch.compile(model, dynamic=False) if config.compile else model
     run.generator = torch.Generator(images.device)
     return run
 
@@ -114,12 +114,12 @@ def training_step(
     fused_attention: bool = False,
     batches: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Callable[[], None]:
-    """One whole step of `train.py`, augmentation and average included.
+    """One whole step of `train.py`, augmentation and average included; of a recipe with teachers, without these.
 
     Args:
         batches: returns normalised images and labels, instead of a batch taken from 4,096 images and augmented.
     """
-    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).train()
+    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     images = torch.randint(0, 256, (4096, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8)
     run = make_run(model, config, images, torch.randint(0, len(dataset.CLASS_NAMES), (4096,)))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import SMALL_RUN, assert_identical, flags_of, state_of
+from conftest import ROOT, SMALL_RUN, assert_identical, flags_of, state_of
 from torchmetrics.functional.classification import multiclass_accuracy
 
 import dataset
@@ -314,6 +314,9 @@ def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch,
     last = load_checkpoint(tmp_path / "run" / "last.pt")[1]
     assert last["epoch"] == 4
     assert_identical(last["model"], weights[3])
+    monkeypatch.undo()
+    finished, student = str(tmp_path / "run" / "best.pt"), str(tmp_path / "student")
+    train.train(run_config(teacher=(finished,), epochs=1, output_dir=student))  # whatever its best epoch was
 
 
 def test_without_a_validation_split_the_latest_weights_are_kept_and_nothing_is_not_a_number(
@@ -554,8 +557,11 @@ def test_a_teacher_whose_run_was_stopped_is_refused(run_config, stop, tmp_path):
     stop(12)
     with pytest.raises(KeyboardInterrupt):
         train.train(run_config(output_dir=str(tmp_path / "teacher")))
-    with pytest.raises(UserError, match=r"best\.pt is of an unfinished run: first run train\.py --resume --output-dir"):
-        train.train(run_config(teacher=(str(tmp_path / "teacher" / "best.pt"),)))
+    learn = run_config(teacher=(str(tmp_path / "teacher" / "best.pt"),), epochs=1)
+    with pytest.raises(UserError, match=r"best\.pt is of a run that stopped after 1 of 2 epochs: finish it with train"):
+        train.train(learn)
+    train.train(run_config(output_dir=str(tmp_path / "teacher")), resume=True)
+    train.train(learn)
 
 
 def test_a_teacher_that_lies_where_the_run_saves_is_refused(run_config, monkeypatch, tmp_path):
@@ -773,7 +779,10 @@ def test_every_setting_is_a_flag_that_help_explains(main, capsys):
 
 
 @pytest.mark.slow
-def test_the_shipped_checkpoint_has_the_accuracy_that_the_readme_gives(main, data_dir, tmp_path, capsys):
+def test_the_shipped_checkpoint_has_the_accuracy_of_the_readme_and_the_tables(main, data_dir, tmp_path, capsys):
     (tmp_path / "model.pt").write_bytes(SHIPPED_CHECKPOINT.read_bytes())
     assert main("--evaluate", "model.pt", "--data-dir", data_dir, "--threads", 1) == 0
-    assert "test accuracy 0.9561, loss" in capsys.readouterr().out
+    with open(ROOT / "benchmarks" / "seeds.csv", newline="") as file:
+        (row,) = [row for row in csv.DictReader(file) if "record" in row["command"] and row["seed"] == "0"]
+    assert f"test accuracy {row['test_accuracy']}, loss {row['test_loss']}, " in capsys.readouterr().out
+    assert f"seed 0 ({float(row['test_accuracy']):.2%})".replace("%", " %") in (ROOT / "README.md").read_text()

@@ -467,6 +467,21 @@ def test_a_note_says_that_a_model_has_learnt_little(run, drawn, checkpoint, caps
     assert len(notes) == bool(percent) and all(percent in note and "background" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    "row, cutmix, is_noted",
+    [
+        (dict(val_accuracy=0.69, train_accuracy=0.9), 0.5, True),
+        (dict(val_accuracy=0.71, train_accuracy=0.5), 0.0, False),
+        (dict(train_accuracy=0.69), 0.0, True),
+        (dict(train_accuracy=0.69), 0.5, False),  # of images with two labels
+    ],
+)
+def test_a_model_that_is_barely_trained_gets_a_note(run, drawn, small_model, capsys, tmp_path, row, cutmix, is_noted):
+    save_checkpoint(tmp_path / "model.pt", small_model, history=[row], train_config=dict(cutmix=cutmix))
+    assert run("--checkpoint", "model.pt", "--index", 0) == 0
+    assert ("is right on only 69%" in capsys.readouterr().out) == is_noted
+
+
 def test_a_tilde_is_the_home_folder(run, drawn, checkpoint, tmp_path, monkeypatch):
     checkpoint(val_accuracy=0.9)
     monkeypatch.setenv("HOME", str(tmp_path))

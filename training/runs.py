@@ -91,19 +91,21 @@ def resume_run(folder: Path, state: State) -> History:
 
 
 def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.device) -> list[nn.Module]:
-    """Load the teachers; refuse one that saw this run's validation images, which would flatter the run."""
+    """Load the teachers. A UserError for one that is missing, unfinished, this run's own, or saw validation images."""
     val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
     own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
     for path in config.teacher:
-        folder = shlex.quote(os.path.dirname(path) or ".")
-        if path.endswith("best.pt") and not os.path.exists(os.path.expanduser(path)):
-            raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {folder}")
         if os.path.realpath(os.path.expanduser(path)) in own:
             raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
+        if config.recipe == "record" and not os.path.exists(os.path.expanduser(path)):
+            folder = shlex.quote(os.path.dirname(path) or ".")
+            raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {folder}")
         teacher, checkpoint = load_checkpoint(path, device)
         saw = checkpoint.get("train_config", {})  # without it, the teacher may have seen every image
-        if len(checkpoint.get("history", ())) < saw.get("epochs", 0):
-            raise UserError(f"{path} is of an unfinished run: first run train.py --resume --output-dir {folder}")
+        epochs, planned = len(checkpoint.get("history", ())), saw.get("epochs", 0)
+        if epochs < planned:
+            advice = "finish it with train.py --resume, or name another teacher"
+            raise UserError(f"{path} is of a run that stopped after {epochs} of {planned} epochs: {advice}")
         val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
         if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
             advice = f", or --val-size {val_size} --seed {seed} as it had" if val_size else ""
