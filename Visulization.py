@@ -304,7 +304,7 @@ def main() -> None:
             targets = labels[index] if args.average else args.target_class
             columns = images[index], labels[index], index.tolist(), targets, args.versus
             explanations = explain(cam, *columns, with_trust=not args.average)
-            if not args.compare_layers:
+            if args.worst or args.average or (len(explanations) > 1 and not args.compare_layers):
                 draw_sheet(args, explanations)
         for e in explanations if not (args.worst or args.average) else []:
             if args.compare_layers:

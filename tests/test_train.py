@@ -776,6 +776,7 @@ def test_every_setting_is_a_flag_that_help_explains(main, capsys):
     text = " ".join(capsys.readouterr().out.split())
     for name, (_, _, meaning) in train.SETTINGS.items():
         assert f"--{name.replace('_', '-')}" in text and " ".join(meaning.split()) in text
+    assert "--pool attention|mean how 49 tokens" in text and "--stem-dims N N " in text
 
 
 @pytest.mark.slow

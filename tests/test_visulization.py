@@ -445,11 +445,11 @@ def test_every_checkpoint_has_a_folder_of_its_own(run, drawn, checkpoint, tmp_pa
     checkpoint(train_accuracy=0.9)
     monkeypatch.chdir(tmp_path / "mine")
     run("--index", 0, "--checkpoint", "best.pt")
-    assert {path.split("/")[1] for path in drawn} == {"mine_best"}
+    assert [path.split("/")[1] for path in drawn] == ["mine_best"]  # and no sheet of a single image
     assert (tmp_path / "mine" / "HeapImg" / "mine_best").is_dir()
     assert {sheet.model_name for sheet in drawn.values()} == {"mine/best.pt"}
     drawn.clear()
-    run("--index", 0, "--checkpoint", os.path.relpath(Visulization.SHIPPED_CHECKPOINT))
+    run("--index", 0, 1, "--checkpoint", os.path.relpath(Visulization.SHIPPED_CHECKPOINT))
     assert "HeapImg/contact_sheet.png" in drawn
 
 
@@ -487,7 +487,7 @@ def test_a_tilde_is_the_home_folder(run, drawn, checkpoint, tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     load, asked = dataset.load, []
     monkeypatch.setattr(dataset, "load", lambda data_dir, train: asked.append(data_dir) or load(data_dir, train))
-    assert run("--checkpoint=~/mine/best.pt", "--index", 0, "--data-dir=~/data", "--output-dir=~/out") == 0
+    assert run("--checkpoint=~/mine/best.pt", "--index", 0, 1, "--data-dir=~/data", "--output-dir=~/out") == 0
     assert asked == [tmp_path / "data"] and str(tmp_path / "out" / "contact_sheet.png") in drawn
     garment().save(tmp_path / "a.png")
     assert run("--image", "~/a.png") == 0
@@ -544,7 +544,7 @@ def test_a_bug_keeps_its_traceback(run, drawn, monkeypatch):
 
     monkeypatch.setattr(Visulization, "make_cell", bug)
     with pytest.raises(ValueError, match="a bug"):
-        run("--index", 0)
+        run("--index", 0, 1)
 
 
 def test_help_names_every_flag(run, capsys):

@@ -75,7 +75,8 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "TEXT"))
+            words = "|".join(allowed or ["TEXT"]) if kind is str else ""
+            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, words))
             if isinstance(default, tuple | list):
                 options["nargs"] = "*" if kind is str else len(default)
         parser.add_argument(flag(name), **options)
