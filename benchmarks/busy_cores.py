@@ -19,30 +19,23 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = str(os.cpu_count())
-SETTINGS = {
-    "as this project does it": {},
-    "PyTorch's threads": {"OMP_NUM_THREADS": CORES},
-    "PyTorch's threads, OMP_WAIT_POLICY=PASSIVE": {"OMP_NUM_THREADS": CORES, "OMP_WAIT_POLICY": "PASSIVE"},
-    "one thread": {"OMP_NUM_THREADS": "1"},
+SETTINGS = {  # what goes before the command: `env` with variables, `nice` for a low priority
+    "as this project does it": "env",
+    "the same at low priority": "nice -n 10",
+    "PyTorch's threads": f"env OMP_NUM_THREADS={CORES}",
+    "PyTorch's threads, OMP_WAIT_POLICY=PASSIVE": f"env OMP_NUM_THREADS={CORES} OMP_WAIT_POLICY=PASSIVE",
+    "one thread": "env OMP_NUM_THREADS=1",
+    "one thread at low priority": "nice -n 10 env OMP_NUM_THREADS=1",
 }
 
 
-def images_per_second(environment: dict[str, str], images: int, data_dir: str) -> float:
+def images_per_second(prefix: str, images: int, data_dir: str) -> float:
     """The speed that one short epoch reports."""
+    flags = f"--recipe fast --epochs 1 --train-size {images} --quiet"
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            ROOT / "train.py",
-            "--recipe",
-            "fast",
-            "--epochs",
-            1,
-            "--train-size",
-            images,
-            "--quiet",
-        ]
-        command = [str(word) for word in (*command, "--data-dir", data_dir, "--output-dir", folder)]
-        with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True) as process:
+        command = [*prefix.split(), sys.executable, str(ROOT / "train.py"), *flags.split()]
+        command += ["--data-dir", data_dir, "--output-dir", folder]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 if speed := re.search(r"(\d+) images/s", line):
                     process.kill()  # the rest is of no interest here
@@ -61,10 +54,10 @@ def main() -> None:
         for busy in (0, 1, 2):
             others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
             try:
-                for name, environment in SETTINGS.items():
+                for name, prefix in SETTINGS.items():
                     # PyTorch's own threads may take minutes for what takes seconds elsewhere.
                     images = args.images if busy < 2 or "PyTorch" not in name else args.images // 4
-                    speeds[name, busy].append(images_per_second(environment, images, args.data_dir))
+                    speeds[name, busy].append(images_per_second(prefix, images, args.data_dir))
             finally:
                 for other in others:
                     other.kill()
