@@ -82,7 +82,7 @@ def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
     loss.legend()
-    accuracies.legend()
+    accuracies.legend(loc="lower right")  # where no curve is
     return figure
 
 
