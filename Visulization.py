@@ -275,7 +275,7 @@ def load_model(args: Namespace) -> GradCAM:
     args.target_layer = args.target_layer or default_layers(model)
     args.familiar = checkpoint.get("familiar")
     last = (checkpoint.get("history") or [{}])[-1]
-    mixed = checkpoint.get("train_config", {}).get("cutmix")  # nobody is right about mixed training images
+    mixed = checkpoint.get("train_config", {}).get("cutmix")  # then training accuracy is low by design
     accuracy = last.get("val_accuracy", 1 if mixed else last.get("train_accuracy", 1))
     if accuracy < 0.7:  # as after a fraction of an epoch
         print(f"note: {args.model_name} is right on only {accuracy:.0%}: its maps light up the background, too")
