@@ -258,6 +258,16 @@ def augment(
     return images
 
 
+def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int) -> torch.Tensor:
+    """Mirror a random half of uint8 images (N, 1, H, W) in even epochs, and the others in odd ones.
+
+    So two epochs show every image both ways, which a random flip does for half of them (Jordan 2024, arXiv 2404.00498,
+    section 3.6). The generator must be in the same state each time.
+    """
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(mirrored ^ bool(epoch % 2), images.flip(3), images)
+
+
 def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float, share: float = 0.5) -> torch.Tensor:
     """Turn a share of the uint8 images (N, 1, H, W) about their centre, by uniformly -degrees to degrees."""
     draw = 2 * torch.rand(len(images), generator=generator, device=images.device) - 1

@@ -51,6 +51,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     train_size=(0, (0, INF), "train on only so many of the remaining images, for a quick try; 0 takes them all"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
+    alternate_flip=(False, None, "mirror each image in every other epoch instead"),
     shift=(2, (0, 27), "move every image by up to so many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
@@ -143,9 +144,9 @@ def augmented_batch(
     images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, config: SimpleNamespace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random variants of uint8 images (N, 1, 28, 28), normalised, and their targets: int64 (N,), or mixed, (N, 10)."""
-    names = ("flip", "shift", "erase", "erase_area", "rotate", "noise", "distort_share")
+    names = ("shift", "erase", "erase_area", "rotate", "noise", "distort_share")
     options = {name: getattr(config, name) for name in names}
-    images = dataset.augment(images, generator, **options)
+    images = dataset.augment(images, generator, config.flip and not config.alternate_flip, **options)
     if config.cutmix:
         targets = F.one_hot(labels, len(dataset.CLASS_NAMES)).float()
         images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
@@ -163,8 +164,7 @@ def training_loss(
     The distance is the Kullback-Leibler divergence of the softened answers, times temperature squared, so that its
     gradient keeps its size (Hinton et al. 2015, arXiv 1503.02531, section 2).
     Takes normalised images (N, 1, 28, 28) and targets: labels, int64 (N,), or the probability of each class, (N, 10).
-    Returns the mean loss, and logits, float32 (N, 10).
-    Only the forward passes compute in `config.precision`; weights and optimiser stay float32.
+    Returns the mean loss, and logits, float32 (N, 10). Only the forward passes compute in `config.precision`.
     """
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"):
         logits = model(x).float()
@@ -180,7 +180,7 @@ def training_loss(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 500) -> torch.Tensor:
+def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
     """Logits of uint8 images (N, 1, 28, 28) as a float32 tensor (N, 10); always in float32 and evaluation mode."""
     was_training = model.training
     model.eval()
@@ -238,7 +238,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
     history = runs.resume_run(output_dir, (model, ema, optimizers)) if resume else []
-    run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, images=images, labels=labels)
+    run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, images=images.clone(), labels=labels)
     run.config, run.generator = config, torch.Generator(device)
     compile_one = partial(torch.compile, dynamic=False) if config.compile else lambda network: network
     run.forward, *run.teachers = map(compile_one, (model, *teachers))
@@ -253,6 +253,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
     seconds_before, started = history[-1]["seconds"] if history else 0.0, time.perf_counter()
     for epoch in range(len(history), config.epochs):
+        if config.alternate_flip:
+            run.images.copy_(dataset.alternate_flip(images, run.generator.manual_seed(stream(config.seed)), epoch))
         run.generator.manual_seed(stream(config.seed, epoch))  # the same in every process
         torch.manual_seed(stream(config.seed, epoch, 1 + rank))  # stochastic depth: each process its own
         order = torch.randperm(len(train_index), generator=run.generator, device=device)[: steps * config.batch_size]

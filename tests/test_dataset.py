@@ -266,6 +266,18 @@ def test_flip_mirrors_half_of_the_images_left_to_right(test_split):
     assert 450 < mirrored.sum() < 550
 
 
+def test_alternate_flip_shows_every_image_both_ways_in_two_epochs(test_split):
+    images, epochs = test_split[0][:1000], []
+    for epoch in range(4):
+        flipped = dataset.alternate_flip(images, torch.Generator().manual_seed(7), epoch)
+        same = (flipped == images).flatten(1).all(dim=1)
+        mirrored = (flipped == images.flip(3)).flatten(1).all(dim=1)
+        assert torch.equal(same, ~mirrored)
+        epochs.append(mirrored)
+    assert 450 < epochs[0].sum() < 550
+    assert torch.equal(epochs[1], ~epochs[0]) and torch.equal(epochs[2], epochs[0]) and torch.equal(epochs[3], epochs[1])
+
+
 @pytest.mark.parametrize("shift", [1, 2])
 def test_shift_moves_each_image_and_fills_with_background(test_split, shift):
     images = test_split[0][:1000]

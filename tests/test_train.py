@@ -179,6 +179,17 @@ def test_images_are_augmented_as_the_settings_say(run_config, watch):
     assert len(set(variants)) == 20
 
 
+def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_config, watch):
+    calls = watch(train, "training_loss")
+    train.train(run_config(alternate_flip=True, shift=0, erase=0.0, train_size=0, batch_size=50))
+    images = dataset.normalize(splits_of(run_config())[0]).numpy()
+    number = {image.tobytes(): (i, False) for i, image in enumerate(images)}
+    number |= {image[:, :, ::-1].tobytes(): (i, True) for i, image in enumerate(images)}
+    seen = [number[image.tobytes()] for arguments, _ in calls for image in arguments[2].numpy()]
+    assert len(seen) == 800 and len(set(seen)) == 800  # in two epochs, each of 400 images as it is, and mirrored
+    assert 150 < sum(mirrored for _, mirrored in seen[:400]) < 250
+
+
 def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(run_config, watch, tmp_path):
     calls = watch(train, "training_loss")
     plain, mixed = (run_config(epochs=1, cutmix=p, output_dir=str(tmp_path / str(p))) for p in (0.0, 1.0))
@@ -404,7 +415,7 @@ def stop(monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize("changes", [dict(optimizer="muon"), dict(optimizer="adamw", val_size=0, report_test=True)])
+@pytest.mark.parametrize("changes", [dict(alternate_flip=True), dict(optimizer="adamw", val_size=0, report_test=True)])
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(run_config, stop, tmp_path, changes):
     options = changes | dict(epochs=3)
     whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))

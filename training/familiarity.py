@@ -13,7 +13,7 @@ FLAGGED = 0.015  # share of the images that set the limit which lie beyond it; o
 @torch.no_grad()
 def embed(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
     """The pooled tokens, float32 (N, C), of uint8 images (N, 1, 28, 28)."""
-    return torch.cat([model.embed(dataset.normalize(chunk)) for chunk in images.split(500)]).cpu()
+    return torch.cat([model.embed(dataset.normalize(chunk)) for chunk in images.split(100)]).cpu()
 
 
 def distance(tokens: torch.Tensor, means: torch.Tensor, precision: torch.Tensor) -> torch.Tensor:
