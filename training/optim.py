@@ -23,7 +23,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            lr, momentum, same_shape = group["lr"], group["momentum"], {}
+            lr, momentum, same_size = group["lr"], group["momentum"], {}
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -31,34 +31,34 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - momentum)
-                same_shape.setdefault(p.flatten(1).shape, []).append(p)
-            for shape, params in same_shape.items():
-                updates = [p.grad.lerp(self.state[p]["momentum"], momentum).flatten(1).float() for p in params]
-                scale = 0.2 * max(shape) ** 0.5
-                for p, update in zip(params, orthogonalize(torch.stack(updates)), strict=True):
+                update = p.grad.lerp(state["momentum"], momentum).flatten(1).float()
+                same_size.setdefault(min(update.shape), []).append((p, update))
+            for pairs in same_size.values():
+                for (p, _), update in zip(pairs, orthogonalize([update for _, update in pairs]), strict=True):
+                    scale = 0.2 * max(update.shape) ** 0.5
                     p.mul_(1 - lr * group["weight_decay"])
                     p.sub_(update.view_as(p) * (lr * scale))
 
 
-def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
     """Bring the singular values of each matrix close to 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
 
     A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so they are multiplied
     with each other first, in the smaller dimension, and with the matrix once.
-    Takes and returns K matrices of one shape, float32 (K, M, N). After five steps the singular values lie between 0.7
-    and 1.2, those near 0 below.
+    Takes and returns float32 matrices whose smaller dimension is the same: many small operations would take longer.
+    After five steps the singular values lie between 0.7 and 1.2, those near 0 below.
     """
-    x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    gram = x @ x.mT
-    identity = torch.eye(len(gram[0]), device=x.device)
+    wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
+    wide = [x / (x.norm() + 1e-7) for x in wide]
+    gram = torch.stack([x @ x.mT for x in wide])
+    identity = torch.eye(len(gram[0]), device=gram.device)
     product = identity.expand_as(gram)
     for _ in range(steps):
         polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
-    x = product @ x
-    return x.mT if matrices.shape[1] > matrices.shape[2] else x
+    pairs = zip(product, wide, matrices, strict=True)
+    return [(p @ x).mT if matrix.shape[0] > matrix.shape[1] else p @ x for p, x, matrix in pairs]
 
 
 def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
