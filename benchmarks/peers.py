@@ -176,7 +176,7 @@ def fit(
         order = torch.randperm(len(images), generator=run.generator, device=device)[: steps * config.batch_size]
         batches = tqdm(order.split(config.batch_size), f"{name}, epoch {epoch + 1}", mininterval=60)
         for step, index in enumerate(batches, start=epoch * steps):
-            lr = optim.learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor)
+            lr = optim.learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor, config.schedule)
             step_once(index, lr, optim.averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
         if state:
             with dataset.whole_file(state) as file:

@@ -33,6 +33,12 @@ def test_the_learning_rate_warms_up_and_falls_along_a_cosine():
     assert learning_rate(0, total_steps=10, warmup_steps=0, peak=0.5) == 0.5
 
 
+def test_the_learning_rate_falls_along_a_line():
+    options = dict(total_steps=110, warmup_steps=10, peak=0.5, floor=0.2, schedule="linear")
+    for step, value in {4: 0.25, 10: 0.5, 35: 0.4, 60: 0.3, 110: 0.1}.items():
+        assert learning_rate(step, **options) == pytest.approx(value)
+
+
 def test_the_cosine_ends_at_the_floor():
     options = dict(total_steps=110, warmup_steps=10, peak=0.5, floor=0.2)
     assert learning_rate(4, **options) == 0.25  # the warm-up knows no floor

@@ -83,15 +83,19 @@ def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[to
     return optimizers
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0) -> float:
-    """Linear warm-up to `peak`, then half a cosine (Loshchilov & Hutter 2017) down to `floor`, a part of the peak.
+def learning_rate(
+    step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0, schedule: str = "cosine"
+) -> float:
+    """Linear warm-up to `peak`, then half a cosine or a straight line down to `floor`, a part of the peak.
 
-    `step` counts from 0.
+    The cosine is Loshchilov & Hutter's (2017), the line as in Bergsma et al. 2025 (arXiv 2502.15938). `step` counts
+    from 0.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
-    return peak * (floor + (1 - floor) * cosine)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return peak * (floor + (1 - floor) * left)
 
 
 def averaging_decay(step: int, total_steps: int, ema_decay: float, swa_share: float) -> float:
