@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import platform
 import re
 import signal
 import subprocess
@@ -44,6 +45,22 @@ def test_one_thread_is_taken_where_two_are_hardly_faster(two_threads, capsys, ra
     two_threads(ratio)
     assert set_threads() == torch.get_num_threads() == threads
     assert ("other work keeps the CPU busy" in capsys.readouterr().out) == (threads == 1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_step():
+    code = """
+import resource, torch
+from training.processes import keep_freed_memory
+keep_freed_memory()
+for _ in range(11):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(20_000_000)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    faults = list(map(int, done.stdout.split()))
+    assert faults[0] > 30 and sum(faults[-5:]) < 10  # 80 MB are 20,000 pages of 4 KiB, or 40 large ones
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3])
