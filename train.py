@@ -50,7 +50,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     train_size=(0, (0, INF), "train on only so many of the remaining images, for a quick try; 0 takes them all"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
-    alternate_flip=(False, None, "mirror each image in every other epoch instead"),
+    alternate_flip=(False, None, "mirror each image in every other epoch instead of at random"),
     shift=(2, (0, 27), "move every image by up to so many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
