@@ -34,6 +34,7 @@ from torchvision.datasets import FashionMNIST
 
 CLASS_NAMES = tuple(FashionMNIST.classes)  # label 0 is the first
 IMAGE_SIZE = 28  # pixels, both ways
+EASY_SHARE = 0.8  # of the images, see `epoch_order`
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixel values scaled to [0, 1]
 
 # SHA-256 of the four uncompressed files. The MD5 sums that the authors publish are those of their own .gz files;
@@ -89,9 +90,8 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; make room, or choose another folder"
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; make room, or choose another folder") from error
     finally:
         with suppress(OSError):  # it has its name by now, unless something failed
             part.unlink()
@@ -234,8 +234,7 @@ def augment(
         noise: add Gaussian noise to some of them, of a deviation up to this part of the range.
         distort_share: the part of the images that is turned, and the part that is noisy, above 0 to 1.
     """
-    n, _, height, width = images.shape
-    device = images.device
+    (n, _, height, width), device = images.shape, images.device
     if rotate:
         images = random_rotate(images, generator, rotate, distort_share)
     if flip or shift:
@@ -249,8 +248,8 @@ def augment(
             images = F.pad(images, (shift, shift, shift, shift))
             offsets = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator, device=device)
             rows, columns = rows + offsets[0], columns + offsets[1]
-        image = torch.arange(n, device=device)
-        images = images[image[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
+        image = torch.arange(n, device=device)[:, None, None, None]
+        images = images[image, 0, rows[:, None, :, None], columns[:, None, None, :]]
     if noise:
         images = random_noise(images, generator, noise, distort_share)
     if erase:
@@ -268,7 +267,18 @@ def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int)
     return torch.where(mirrored ^ bool(epoch % 2), images.flip(3), images)
 
 
-def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float, share: float = 0.5) -> torch.Tensor:
+def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) -> torch.Tensor:
+    """An epoch's random order, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest loss, float (N,).
+
+    After Qin et al. 2024 (arXiv 2303.04947), who also raise the weight of the easy images that remain.
+    """
+    order = torch.randperm(len(losses), generator=generator, device=losses.device)
+    easy = losses[order] <= losses.quantile(EASY_SHARE)
+    left_out = easy.cumsum(0) * skipped // easy.sum()  # so many until then, evenly spread over the epoch
+    return order[left_out.diff(prepend=left_out.new_zeros(1)) == 0]
+
+
+def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float, share: float) -> torch.Tensor:
     """Turn a share of the uint8 images (N, 1, H, W) about their centre, by uniformly -degrees to degrees."""
     draw = 2 * torch.rand(len(images), generator=generator, device=images.device) - 1
     angle = draw.sign() * ((draw.abs() - 1) / share + 1).clamp(min=0) * np.deg2rad(degrees).item()
@@ -278,9 +288,7 @@ def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: flo
     return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()  # at 0 degrees nothing changes
 
 
-def random_noise(
-    images: torch.Tensor, generator: torch.Generator, deviation: float, share: float = 0.5
-) -> torch.Tensor:
+def random_noise(images: torch.Tensor, generator: torch.Generator, deviation: float, share: float) -> torch.Tensor:
     """Add Gaussian noise to a share of the uint8 images (N, 1, H, W), of uniformly 0 to `deviation` of the range."""
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
     deviations = 255 * deviation * ((draw - 1) / share + 1).clamp(min=0)
@@ -309,14 +317,12 @@ def random_rectangles(
     return (inside & (chance < probability)).unsqueeze(1)
 
 
-def random_erase(
-    images: torch.Tensor, generator: torch.Generator, probability: float, largest: float = 0.33
-) -> torch.Tensor:
+def random_erase(images: torch.Tensor, generator: torch.Generator, probability: float, area: float) -> torch.Tensor:
     """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv 1708.04896).
 
-    It takes from 2 % of the area to `largest`, a fraction of it. `probability` is per image.
+    It takes from 2 % of the image to `area`, a fraction of it. `probability` is per image.
     """
-    inside = random_rectangles(images, generator, probability, (0.02, largest))
+    inside = random_rectangles(images, generator, probability, (0.02, area))
     noise = torch.randint(0, 256, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
     return torch.where(inside, noise, images)
 

@@ -2,8 +2,7 @@
 
     python train.py                                     train with the defaults below, then test once
     python train.py --recipe fast                       minutes on two CPU cores
-    python train.py --recipe teacher --output-dir checkpoints/teacher     for a GPU: the teacher of the record
-    python train.py --recipe record --compile           the most accurate, after it
+    python train.py --recipe record --compile           the most accurate, on a GPU, after its teacher
     python train.py --epochs 5 --lr 1e-3                every default is also a flag; --help lists them
     python train.py --resume                            go on with an interrupted run
     torchrun --nproc-per-node=2 train.py                in two processes, on two GPUs or two CPU cores
@@ -48,6 +47,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     data_dir=("data", None, "folder with the four files of Fashion-MNIST; they are fetched if it lacks them"),
     val_size=(5000, (0, INF), "images held out of the 60,000 to choose the best epoch; 0 keeps the last weights"),
     train_size=(0, (0, INF), "train on only so many of the remaining images, for a quick try; 0 takes them all"),
+    skip_easy=(0.0, (0.0, 1.0), "after the first epoch, leave out this share of the four fifths with the lowest loss"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
     alternate_flip=(False, None, "mirror each image in every other epoch instead of at random"),
@@ -97,7 +97,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-# What the two recipes for a GPU share: all images, strong augmentation in place of label smoothing.
+# What the record and its teacher of seven times its size share: all images, augmentation in place of label smoothing.
 LONG = dict(val_size=0, label_smoothing=0.0, residual_unit="pyramidnet", mlp_ratio=1.0)
 LONG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both
@@ -105,14 +105,11 @@ RECIPES = dict(  # values that go together and replace the defaults above; flags
     # Minutes on two CPU cores: a smaller model, too few epochs to overfit, on all 60,000 images.
     fast=dict(val_size=0, alternate_flip=True, shift=0, erase=0.0, stem_blocks=(0, 2, 1), embed_dim=64, num_heads=2)
     | dict(mlp_ratio=1.0, epochs=6, batch_size=128, lr=1.2e-2, schedule="linear", warmup_epochs=0.25),
-    # A model of seven times the record's size, for the record to learn from.
     teacher=dict(**LONG, stem_dims=(32, 128), stem_blocks=(3, 3, 2), embed_dim=256, num_heads=8, epochs=64),
     # The most accurate. It needs its teacher first: --recipe teacher --output-dir checkpoints/teacher
-    record=dict(
-        **LONG, stem_dims=(32, 64), stem_blocks=(3, 3, 1), epochs=121, teacher=("checkpoints/teacher/best.pt",)
-    ),
+    record=dict(**LONG, stem_dims=(32, 64), stem_blocks=(3, 3, 1), epochs=121)
+    | dict(teacher=("checkpoints/teacher/best.pt",)),
 )
-# Flags that --resume may be given anew, and those that --evaluate uses.
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet")
 EVALUATION_USES = ("data_dir", "device", "threads")
 
@@ -225,23 +222,24 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     config.device, config.threads = device.type, processes.set_threads(config.threads)
     config.precision = processes.choose_precision(config.precision, device)
     images, labels, train_index, held_out = load_data(config, device)
-    teachers = runs.load_teachers(config, labels, device)
-    steps = len(train_index) // config.batch_size  # what is left over waits for the next epoch's order
-    if not steps or config.batch_size % world_size:
+    skipped = round(config.skip_easy * dataset.EASY_SHARE * len(train_index))  # images of each epoch but the first
+    steps = [(len(train_index) - bool(epoch) * skipped) // config.batch_size for epoch in range(config.epochs)]
+    if not steps[-1] or config.batch_size % world_size:
         shared = f", divisible by the {world_size} processes" if world_size > 1 else ""
-        raise UserError(f"--batch-size {config.batch_size}: give at most {len(train_index):,}{shared}")
-    total_steps, warmup_steps = config.epochs * steps, round(min(config.warmup_epochs, config.epochs / 4) * steps)
+        raise UserError(f"--batch-size {config.batch_size}: give at most {len(train_index) - skipped:,}{shared}")
+    warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps[0])
 
     torch.manual_seed(config.seed)
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
-    history = runs.resume_run(output_dir, (model, ema, optimizers)) if resume else []
+    losses = torch.zeros(len(labels), device=device)  # of each training image, the last time that it was seen
+    history = runs.resume_run(output_dir, (model, ema, optimizers, losses)) if resume else []
     run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, images=images.clone(), labels=labels)
     run.config, run.generator = config, torch.Generator(device)
     compile_one = partial(torch.compile, dynamic=False) if config.compile else lambda network: network
-    run.forward, *run.teachers = map(compile_one, (model, *teachers))
+    run.forward, *run.teachers = map(compile_one, (model, *runs.load_teachers(config, labels, device)))
     step_once = partial(training_step, run)
     if config.cuda_graph and device.type == "cuda" and world_size == 1:
         step_once = ReplayedStep(step_once, run.generator)
@@ -257,20 +255,21 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             run.images.copy_(dataset.alternate_flip(images, run.generator.manual_seed(stream(config.seed)), epoch))
         run.generator.manual_seed(stream(config.seed, epoch))  # the same in every process
         torch.manual_seed(stream(config.seed, epoch, 1 + rank))  # stochastic depth: each process its own
-        order = torch.randperm(len(train_index), generator=run.generator, device=device)[: steps * config.batch_size]
-        batches = train_index[order].split(config.batch_size)
-        bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, mininterval=0.5, disable=config.quiet or rank > 0)
+        order = dataset.epoch_order(losses[train_index], run.generator, skipped if epoch else 0)
+        seen = train_index[order[: steps[epoch] * config.batch_size]]  # the others wait for the next epoch's order
+        bar = tqdm(seen.split(config.batch_size), f"epoch {epoch + 1}", leave=False, disable=config.quiet or rank > 0)
         outputs = []
         model.train()
-        for step, index in enumerate(bar, start=epoch * steps):
-            lr = learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor, config.schedule)
-            loss, logits = step_once(index, lr, averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
+        for step, index in enumerate(bar, start=sum(steps[:epoch])):
+            lr = learning_rate(step, sum(steps), warmup_steps, config.lr, config.lr_floor, config.schedule)
+            loss, logits = step_once(index, lr, averaging_decay(step, sum(steps), config.ema_decay, config.swa_share))
             outputs.append(logits)
             if step % 20 == 0:  # seldom, since a GPU has to be waited for
                 bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
 
         # The end of the epoch: its figures, the history, the checkpoints.
         logits = processes.gather(torch.cat(outputs))
+        losses[seen] = F.cross_entropy(logits, labels[seen], reduction="none")
         if not all(tensor.isfinite().all() for tensor in (logits, *ema.parameters())):
             advice = f"try an --lr below {config.lr:g}, or --precision float32"
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
@@ -278,14 +277,15 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             continue  # the first process reports and saves
         if config.swa_share and epoch > (1 - config.swa_share) * config.epochs - 1:  # batch norm must suit the mean
             update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
-        row = dict(epoch=epoch + 1, lr=lr, **report.summary("train", logits, labels[torch.cat(batches)], config.quiet))
+        row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
+        row |= report.summary("train", logits, labels[seen], config.quiet)
         for split, (x, y) in held_out.items():
             row |= report.summary(split, predict(ema, x), y, config.quiet)
         # A number that you add to the row goes to history.csv and the checkpoints.
         row["seconds"] = round(seconds_before + time.perf_counter() - started, 2)
         history.append({name: value.item() if hasattr(value, "item") else value for name, value in row.items()})
-        runs.save_run(output_dir, config, history, (model, ema, optimizers))
-        print(report.epoch_line(history, config.epochs, images=len(order)), flush=True)
+        runs.save_run(output_dir, config, history, (model, ema, optimizers, losses))
+        print(report.epoch_line(history, config.epochs), flush=True)
     if rank == 0:
         sample = train_index[: 2 * familiarity.SAMPLE]
         runs.finish_run(output_dir, history, (images[sample].cpu(), labels[sample].cpu()), held_out.get("val"))

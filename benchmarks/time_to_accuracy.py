@@ -97,9 +97,8 @@ def measure(seed: int, processes: int, flags: list[str]) -> dict[str, object]:
             raise SystemExit(f"time_to_accuracy.py: error: {shlex.join(command)} failed")
         ceilings.append(step_time.matrix_rate(precision))
         model, checkpoint = load_checkpoint(Path(folder) / "best.pt")
-    config, history = checkpoint["train_config"], checkpoint["history"]
-    images = config["train_size"] or 60_000 - config["val_size"]
-    images_per_second = len(history) * (images - images % config["batch_size"]) / history[-1]["seconds"]
+    history = checkpoint["history"]
+    images_per_second = sum(row["images"] for row in history) / history[-1]["seconds"]
     return dict(
         command=shlex.join(["torchrun" if processes > 1 else "python", *launcher[3:], "train.py", *flags]),
         test_accuracy=float(re.search(r"^test accuracy ([\d.]+)", text, re.MULTILINE)[1]),

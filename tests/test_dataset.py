@@ -279,6 +279,21 @@ def test_alternate_flip_shows_every_image_both_ways_in_two_epochs(test_split):
     assert torch.equal(epochs[3], epochs[1])
 
 
+def test_an_order_has_all_hard_images_and_some_easy_ones():
+    losses = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    losses[-200:] += 1  # the hardest fifth
+    orders = [dataset.epoch_order(losses, torch.Generator().manual_seed(seed), skipped=500) for seed in range(100)]
+    assert all(len(order) == len(set(order.tolist())) == 500 for order in orders)
+    assert all(set(range(800, 1000)) < set(order.tolist()) for order in orders)
+    times = torch.cat(orders).bincount(minlength=1000)[:800]
+    assert 15 < times.min() and times.max() < 60  # by chance 3 of 8 easy images, which is 37.5 of 100 times
+    hard = (torch.stack(orders) >= 800).float()
+    for part in hard.split(100, dim=1):  # as many of them in every part of the epoch
+        assert part.mean().item() == pytest.approx(0.4, abs=0.02)
+    whole = dataset.epoch_order(losses, torch.Generator().manual_seed(0), skipped=0)
+    assert torch.equal(whole, torch.randperm(1000, generator=torch.Generator().manual_seed(0)))
+
+
 @pytest.mark.parametrize("shift", [1, 2])
 def test_shift_moves_each_image_and_fills_with_background(test_split, shift):
     images = test_split[0][:1000]

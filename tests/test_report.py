@@ -10,8 +10,9 @@ from training import report
 # Three images of class 0, one of them taken for class 1; and one image of class 1.
 LABELS, PREDICTIONS = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 1, 1])
 HISTORY = [
-    dict(epoch=1, lr=0.2, train_loss=2.0, train_accuracy=0.5, seconds=10.0),
-    dict(epoch=2, lr=0.1, train_loss=1.0, train_accuracy=0.75, val_loss=1.5, val_accuracy=0.625, seconds=30.0),
+    dict(epoch=1, lr=0.2, images=640, train_loss=2.0, train_accuracy=0.5, seconds=10.0),
+    dict(epoch=2, lr=0.1, images=320, train_loss=1.0, train_accuracy=0.75)
+    | dict(val_loss=1.5, val_accuracy=0.625, seconds=30.0),
 ]
 
 
@@ -38,13 +39,13 @@ def test_a_summary_has_cross_entropy_and_accuracy(capsys, split, title):
 
 
 def test_the_line_of_an_epoch_gives_pace_and_time_left():
-    line = report.epoch_line(HISTORY, epochs=5, images=640)  # the epoch took 20 seconds, 3 are left
+    line = report.epoch_line(HISTORY, epochs=5)  # the epoch took 20 seconds, 3 are left
     assert line == (
         "epoch 2/5  train loss 1.0000 accuracy 0.7500  val (averaged weights) loss 1.5000 accuracy 0.6250  "
-        "last lr 0.1  32 images/s  elapsed 0:00:30  remaining 0:01:00"
+        "last lr 0.1  16 images/s  elapsed 0:00:30  remaining 0:01:00"
     )
-    assert "val" not in report.epoch_line(HISTORY[:1], epochs=5, images=640)
-    assert "1000 images/s" in report.epoch_line([HISTORY[0] | dict(seconds=0.0)], epochs=5, images=10)
+    assert "val" not in report.epoch_line(HISTORY[:1], epochs=5)
+    assert "1000 images/s" in report.epoch_line([HISTORY[0] | dict(images=10, seconds=0.0)], epochs=5)
 
 
 def test_the_history_is_a_table_whose_columns_come_and_go(tmp_path):

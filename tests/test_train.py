@@ -171,6 +171,27 @@ def test_images_left_over_wait_for_the_order_of_the_next_epoch(run_config, watch
     assert [len(arguments[3]) for arguments, _ in calls] == [16, 16]
 
 
+def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch, tmp_path):
+    calls, steps = watch(train, "training_loss"), watch(train, "take_step")
+    config = run_config(flip=False, shift=0, erase=0.0, skip_easy=0.5, epochs=3, warmup_epochs=0.0)
+    train.train(config)
+    images, labels = splits_of(config)[:2]
+    number = {image.tobytes(): i for i, image in enumerate(dataset.normalize(images).numpy())}
+    order = [number[image.tobytes()] for arguments, _ in calls for image in arguments[2].numpy()]
+    # Of 160 images 128 are easy, and half of these are left out.
+    first, second, third = set(order[:160]), order[160:256], order[256:]
+    assert len(first) == 160 and len(set(second)) == len(second) == len(set(third)) == len(third) == 96
+    logits = torch.cat([result[1].detach() for _, result in calls]).double().numpy()
+    losses = dict(zip(order[:160], -log_softmax(logits[:160])[np.arange(160), labels[order[:160]]], strict=True))
+    hardest = sorted(losses, key=losses.get)[128:]
+    assert set(hardest) <= set(second) < first
+    losses |= dict(zip(second, -log_softmax(logits[160:256])[np.arange(96), labels[second]], strict=True))
+    assert set(sorted(losses, key=losses.get)[128:]) <= set(third) and set(third) != set(second)
+    cosine = [config.lr * 0.5 * (1 + math.cos(math.pi * step / 22)) for step in range(22)]
+    assert [arguments[3] for arguments, _ in steps] == pytest.approx(cosine)
+    assert [row["images"] for row in history_of(tmp_path / "run")] == [160, 96, 96]
+
+
 def test_images_are_augmented_as_the_settings_say(run_config, watch):
     calls = watch(dataset, "augment")
     train.train(run_config(flip=False, shift=3, erase=0.75, erase_area=0.5, rotate=20.0, noise=0.2, distort_share=0.4))
@@ -415,15 +436,17 @@ def stop(monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize("changes", [dict(alternate_flip=True), dict(optimizer="adamw", val_size=0, report_test=True)])
+@pytest.mark.parametrize(
+    "changes", [dict(alternate_flip=True, skip_easy=0.5), dict(optimizer="adamw", val_size=0, report_test=True)]
+)
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(run_config, stop, tmp_path, changes):
     options = changes | dict(epochs=3)
     whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))
     train.train(whole)
-    for step in (14, 4):  # in the second epoch; then, in the run that goes on, in the second again
+    for step in (13, 3):  # in the second epoch; then, in the run that goes on, in the second again
         stop(step)
         with pytest.raises(KeyboardInterrupt):
-            train.train(parts, resume=step == 4)
+            train.train(parts, resume=step == 3)
         assert len(load_checkpoint(tmp_path / "parts" / "last.pt")[1]["history"]) == 1
         torch.rand(5)
     stop(1000)

@@ -54,7 +54,7 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
     identity = torch.eye(len(gram[0]), device=gram.device)
     product = identity.expand_as(gram)
     for _ in range(steps):
-        polynomial = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315).add_(3.4445 * identity)
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
     pairs = zip(product, wide, matrices, strict=True)

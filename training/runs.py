@@ -22,7 +22,7 @@ with suppress(ImportError):
     import fcntl
 
 History = list[dict[str, float]]  # a row of numbers for each epoch
-State = tuple[nn.Module, HybridClassifier, list[torch.optim.Optimizer]]  # model, averaged model, optimisers
+State = tuple[nn.Module, HybridClassifier, list[torch.optim.Optimizer], torch.Tensor]  # model, ema, optimizers, losses
 
 
 @contextmanager
@@ -67,8 +67,8 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
         put_aside(folder)
     environment = processes.environment(config.device, config.precision, config.threads)
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
-    model, ema, optimizers = state
-    training = dict(model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers])
+    model, ema, optimizers, losses = state
+    training = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], losses=losses)
     # last.pt comes last: a run that is killed before it repeats this epoch, bit for bit.
     if is_best(history) or not (folder / "best.pt").exists():
         save_checkpoint(folder / "best.pt", ema, **contents)
@@ -78,7 +78,7 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
 
 def resume_run(folder: Path, state: State) -> History:
     """Load what `save_run` saved into `state`, and return the history."""
-    model, ema, optimizers = state
+    model, ema, optimizers, losses = state
     checkpoint = load_checkpoint(folder / "last.pt")[1]
     training = checkpoint["training"]
     if (before := training["processes"]) != processes.count():  # batch norm would see other batches
@@ -87,6 +87,7 @@ def resume_run(folder: Path, state: State) -> History:
     model.load_state_dict(training["model"])
     for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
+    losses.copy_(training["losses"])
     return checkpoint["history"]
 
 
