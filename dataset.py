@@ -34,7 +34,7 @@ from torchvision.datasets import FashionMNIST
 
 CLASS_NAMES = tuple(FashionMNIST.classes)  # label 0 is the first
 IMAGE_SIZE = 28  # pixels, both ways
-EASY_SHARE = 0.8  # of the images, see `epoch_order`
+EASY_SHARE = 0.6  # of the images, see `epoch_order`
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixel values scaled to [0, 1]
 
 # SHA-256 of the four uncompressed files. The MD5 sums that the authors publish are those of their own .gz files;

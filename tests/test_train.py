@@ -178,18 +178,18 @@ def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch, tmp
     images, labels = splits_of(config)[:2]
     number = {image.tobytes(): i for i, image in enumerate(dataset.normalize(images).numpy())}
     order = [number[image.tobytes()] for arguments, _ in calls for image in arguments[2].numpy()]
-    # Of 160 images 128 are easy, and half of these are left out.
-    first, second, third = set(order[:160]), order[160:256], order[256:]
-    assert len(first) == 160 and len(set(second)) == len(second) == len(set(third)) == len(third) == 96
+    # Of 160 images 96 are easy, and half of these are left out.
+    first, second, third = set(order[:160]), order[160:272], order[272:]
+    assert len(first) == 160 and len(set(second)) == len(second) == len(set(third)) == len(third) == 112
     logits = torch.cat([result[1].detach() for _, result in calls]).double().numpy()
     losses = dict(zip(order[:160], -log_softmax(logits[:160])[np.arange(160), labels[order[:160]]], strict=True))
-    hardest = sorted(losses, key=losses.get)[128:]
+    hardest = sorted(losses, key=losses.get)[96:]
     assert set(hardest) <= set(second) < first
-    losses |= dict(zip(second, -log_softmax(logits[160:256])[np.arange(96), labels[second]], strict=True))
-    assert set(sorted(losses, key=losses.get)[128:]) <= set(third) and set(third) != set(second)
-    cosine = [config.lr * 0.5 * (1 + math.cos(math.pi * step / 22)) for step in range(22)]
+    losses |= dict(zip(second, -log_softmax(logits[160:272])[np.arange(112), labels[second]], strict=True))
+    assert set(sorted(losses, key=losses.get)[96:]) <= set(third) and set(third) != set(second)
+    cosine = [config.lr * 0.5 * (1 + math.cos(math.pi * step / 24)) for step in range(24)]
     assert [arguments[3] for arguments, _ in steps] == pytest.approx(cosine)
-    assert [row["images"] for row in history_of(tmp_path / "run")] == [160, 96, 96]
+    assert [row["images"] for row in history_of(tmp_path / "run")] == [160, 112, 112]
 
 
 def test_images_are_augmented_as_the_settings_say(run_config, watch):
