@@ -268,7 +268,7 @@ def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int)
 
 
 def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) -> torch.Tensor:
-    """An epoch's random order, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest loss, float (N,).
+    """A random order of images, int64 (N - skipped,), some of the `EASY_SHARE` of lowest loss, float (N,), left out.
 
     After Qin et al. 2024 (arXiv 2303.04947), who also raise the weight of the easy images that remain.
     """

@@ -2,7 +2,7 @@
 
     python train.py                                     train with the defaults below, then test once
     python train.py --recipe fast                       minutes on two CPU cores
-    python train.py --recipe record --compile           the most accurate, on a GPU, after its teacher
+    python train.py --recipe record --compile           the most accurate; it needs a GPU, and first its teacher
     python train.py --epochs 5 --lr 1e-3                every default is also a flag; --help lists them
     python train.py --resume                            go on with an interrupted run
     torchrun --nproc-per-node=2 train.py                in two processes, on two GPUs or two CPU cores
@@ -47,7 +47,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     data_dir=("data", None, "folder with the four files of Fashion-MNIST; they are fetched if it lacks them"),
     val_size=(5000, (0, INF), "images held out of the 60,000 to choose the best epoch; 0 keeps the last weights"),
     train_size=(0, (0, INF), "train on only so many of the remaining images, for a quick try; 0 takes them all"),
-    skip_easy=(0.0, (0.0, 1.0), "after the first epoch, leave out this share of the three fifths of lowest loss"),
+    skip_easy=(0.0, (0.0, 1.0), "from the second epoch on, leave out this share of the 60 % of images of lowest loss"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
     alternate_flip=(False, None, "mirror each image in every other epoch instead of at random"),
@@ -70,7 +70,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet has a batch norm first and no ReLU last"),
     squeeze=(0, (0, INF), "squeeze-and-excitation in residual blocks, with channels divided by this; 0 is without"),
     # optimisation
-    epochs=(30, (1, INF), "passes over the training images"),
+    epochs=(30, (1, INF), "passes over the training images, see --skip-easy"),
     batch_size=(256, (1, INF), "images per step, of all processes together"),
     optimizer=("muon", ("muon", "adamw"), "muon is for matrices and filters, with adamw for the rest"),
     lr=(8e-3, (0.0, INF), "peak learning rate"),
@@ -97,18 +97,18 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-# What the recipes for a GPU share (the teacher has seven times the size): strong augmentation, no label smoothing.
-GPU = dict(val_size=0, label_smoothing=0.0, residual_unit="pyramidnet", mlp_ratio=1.0)
-GPU |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
+# What the record and its teacher, a model of seven times its size, share: strong augmentation, no label smoothing.
+BIG = dict(val_size=0, label_smoothing=0.0, residual_unit="pyramidnet", mlp_ratio=1.0)
+BIG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both
     default={},
-    # Minutes on two CPU cores: a smaller model, too few epochs to overfit, on all 60,000 images.
+    # Minutes on two CPU cores: a smaller model, too few epochs to overfit.
     fast=dict(val_size=0, skip_easy=0.8, alternate_flip=True, shift=0, erase=0.0)
     | dict(stem_blocks=(0, 2, 1), embed_dim=64, num_heads=2, mlp_ratio=1.0)
     | dict(epochs=7, batch_size=128, lr=1.6e-2, schedule="linear", warmup_epochs=0.25, grad_clip=0.0),
-    teacher=dict(**GPU, stem_dims=(32, 128), stem_blocks=(3, 3, 2), embed_dim=256, num_heads=8, epochs=64),
+    teacher=dict(**BIG, stem_dims=(32, 128), stem_blocks=(3, 3, 2), embed_dim=256, num_heads=8, epochs=64),
     # The most accurate. It needs its teacher first: --recipe teacher --output-dir checkpoints/teacher
-    record=dict(**GPU, stem_dims=(32, 64), stem_blocks=(3, 3, 1), teacher=("checkpoints/teacher/best.pt",), epochs=121),
+    record=dict(**BIG, stem_dims=(32, 64), stem_blocks=(3, 3, 1), teacher=("checkpoints/teacher/best.pt",), epochs=121),
 )
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet")
 EVALUATION_USES = ("data_dir", "device", "threads")
@@ -222,19 +222,19 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     config.device, config.threads = device.type, processes.set_threads(config.threads)
     config.precision = processes.choose_precision(config.precision, device)
     images, labels, train_index, held_out = load_data(config, device)
-    skipped = round(config.skip_easy * dataset.EASY_SHARE * len(train_index))  # images of each epoch but the first
-    steps = [(len(train_index) - bool(epoch) * skipped) // config.batch_size for epoch in range(config.epochs)]
+    skipped = round(config.skip_easy * dataset.EASY_SHARE * len(train_index)) if config.epochs > 1 else 0
+    steps = [(len(train_index) - (skipped if epoch else 0)) // config.batch_size for epoch in range(config.epochs)]
     if not steps[-1] or config.batch_size % world_size:
         shared = f", divisible by the {world_size} processes" if world_size > 1 else ""
         raise UserError(f"--batch-size {config.batch_size}: give at most {len(train_index) - skipped:,}{shared}")
-    warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps[0])
+    warmup_steps = round(min(config.warmup_epochs * steps[0], sum(steps) / 4))
 
     torch.manual_seed(config.seed)
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
-    losses = torch.zeros(len(labels), device=device)  # of each training image, the last time that it was seen
+    losses = torch.full((len(labels),), 100.0, device=device)  # of each image when last seen, at first as if hard
     history = runs.resume_run(output_dir, (model, ema, optimizers, losses)) if resume else []
     run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, images=images.clone(), labels=labels)
     run.config, run.generator = config, torch.Generator(device)
@@ -275,7 +275,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
-        if config.swa_share and epoch > (1 - config.swa_share) * config.epochs - 1:  # batch norm must suit the mean
+        if config.swa_share and sum(steps[: epoch + 1]) > (1 - config.swa_share) * sum(steps):  # suit batch norm to it
             update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
         row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
         row |= report.summary("train", logits, labels[seen], config.quiet)

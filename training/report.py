@@ -32,7 +32,7 @@ def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool)
 
 
 def epoch_line(history: Sequence[dict[str, float]], epochs: int) -> str:
-    """One line for the latest epoch of so many."""
+    """One line for the latest of so many epochs."""
     row, seconds = history[-1], history[-1]["seconds"] - (history[-2]["seconds"] if len(history) > 1 else 0)
     words = [f"epoch {len(history)}/{epochs}"]
     for split, name in (("train", "train"), ("val", "val (averaged weights)"), ("test", "test (chooses nothing)")):
