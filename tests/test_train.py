@@ -192,6 +192,22 @@ def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch, tmp
     assert [row["images"] for row in history_of(tmp_path / "run")] == [160, 112, 112]
 
 
+def test_images_that_the_first_epoch_did_not_reach_count_as_hard(run_config, watch):
+    calls = watch(train, "training_loss")
+    config = run_config(flip=False, shift=0, erase=0.0, train_size=25, batch_size=10, skip_easy=1.0)
+    train.train(config)
+    first, second = [
+        {image.tobytes() for arguments, _ in part for image in arguments[2].numpy()} for part in (calls[:2], calls[2:])
+    ]
+    assert len(first) == 20 and len(second) == 10 and len(second - first) == 5
+
+
+def test_the_warm_up_takes_at_most_a_quarter_of_the_steps(run_config, watch):
+    calls = watch(train, "take_step")
+    train.train(run_config(lr=0.5, warmup_epochs=1.0, skip_easy=1.0))  # 10 and 4 steps, of which 3.5 are a quarter
+    assert [arguments[3] for arguments, _ in calls][:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+
+
 def test_images_are_augmented_as_the_settings_say(run_config, watch):
     calls = watch(dataset, "augment")
     train.train(run_config(flip=False, shift=3, erase=0.75, erase_area=0.5, rotate=20.0, noise=0.2, distort_share=0.4))
