@@ -55,7 +55,7 @@ def edit(folder):
     for path in (*ROOT.glob("*.py"), ROOT / "training"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     text = (folder / "train.py").read_text()
-    table_end = ")\n# What the two recipes for a GPU share"
+    table_end = ")\n# What the record and its teacher"
     assert text.count(table_end) == 1
     (folder / "train.py").write_text(text.replace(table_end, ROWS + table_end))
     for name, start, new in EDITS:
