@@ -234,7 +234,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
-    losses = torch.full((len(labels),), 100.0, device=device)  # of each image when last seen, at first as if hard
+    losses = torch.full((len(labels),), 100.0, device=device)  # of each image when last seen; unseen ones are hard
     history = runs.resume_run(output_dir, (model, ema, optimizers, losses)) if resume else []
     run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, images=images.clone(), labels=labels)
     run.config, run.generator = config, torch.Generator(device)
@@ -275,7 +275,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
-        if config.swa_share and sum(steps[: epoch + 1]) > (1 - config.swa_share) * sum(steps):  # suit batch norm to it
+        if config.swa_share and sum(steps[: epoch + 1]) > (1 - config.swa_share) * sum(steps):  # batch norm must suit it
             update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
         row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
         row |= report.summary("train", logits, labels[seen], config.quiet)
