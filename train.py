@@ -275,7 +275,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
-        if config.swa_share and sum(steps[: epoch + 1]) > (1 - config.swa_share) * sum(steps):  # batch norm must suit it
+        if config.swa_share and sum(steps[: epoch + 1]) > (1 - config.swa_share) * sum(steps):  # fit batch norm to it
             update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
         row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
         row |= report.summary("train", logits, labels[seen], config.quiet)
