@@ -54,7 +54,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     shift=(2, (0, 27), "move every image by up to so many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
-    cutmix=(0.0, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
+    cutmix=(0.3, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
     rotate=(0.0, (0.0, 180.0), "turn some images (see --distort-share) by up to so many degrees either way"),
     noise=(0.0, (0.0, 1.0), "add Gaussian noise to some, of a deviation up to this part of the range"),
     distort_share=(0.5, (0.01, 1.0), "share of the images that --rotate turns and, drawn separately, --noise changes"),
@@ -78,7 +78,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     lr_floor=(0.0, (0.0, 1.0), "learning rate at the end, as a fraction of the peak"),
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
-    label_smoothing=(0.1, (0.0, 0.99), "share of the target spread evenly over all classes"),
+    label_smoothing=(0.0, (0.0, 0.99), "share of the target spread evenly over all classes"),
     ema_decay=(0.999, (0.0, 0.999999), "decay of the moving average of the weights, which is what is kept; 0 is off"),
     swa_share=(0.0, (0.0, 1.0), "final fraction of the run whose weights are averaged equally instead; 0 is off"),
     grad_clip=(1.0, (0.0, INF), "largest norm of the gradient; 0 clips nothing"),
@@ -97,13 +97,13 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-# What the record and its teacher, a model of seven times its size, share: strong augmentation, no label smoothing.
-BIG = dict(val_size=0, label_smoothing=0.0, residual_unit="pyramidnet", mlp_ratio=1.0)
+# What the record and its teacher, a model of seven times its size, share: stronger augmentation.
+BIG = dict(val_size=0, residual_unit="pyramidnet", mlp_ratio=1.0)
 BIG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both
     default={},
     # Minutes on two CPU cores: a smaller model, too few epochs to overfit.
-    fast=dict(val_size=0, skip_easy=0.9, alternate_flip=True, shift=0, erase=0.0)
+    fast=dict(val_size=0, skip_easy=0.9, alternate_flip=True, shift=0, erase=0.0, cutmix=0.0, label_smoothing=0.1)
     | dict(stem_blocks=(0, 2, 1), embed_dim=64, num_heads=2, mlp_ratio=1.0)
     | dict(epochs=7, batch_size=128, lr=1.6e-2, schedule="linear", warmup_epochs=0.25, grad_clip=0.0),
     teacher=dict(**BIG, stem_dims=(32, 128), stem_blocks=(3, 3, 2), embed_dim=256, num_heads=8, epochs=64),
