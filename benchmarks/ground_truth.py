@@ -133,7 +133,8 @@ def main() -> None:
     processes.set_threads()
     generator = torch.Generator().manual_seed(args.seed)
     marks = make_marks(generator)
-    config = step_time.settings_of("default", epochs=args.epochs, seed=args.seed, flip=False, shift=0, erase=0.0)
+    without = dict(flip=False, shift=0, erase=0.0, cutmix=0.0)  # which would move or hide marks
+    config = step_time.settings_of("default", epochs=args.epochs, seed=args.seed, label_smoothing=0.1, **without)
     images = dataset.load(args.data_dir, train=True)[0]
     labels, places = draw(len(images), generator)
     torch.manual_seed(args.seed)
