@@ -33,7 +33,7 @@ SMALL_MODEL = ModelConfig(
 )
 # A run of half a second: ten steps an epoch. Two threads would only wait for each other.
 SMALL_RUN = vars(SMALL_MODEL) | dict(train_size=160, val_size=100, epochs=2, batch_size=16, drop_path=0.2)
-SMALL_RUN |= dict(device="cpu", precision="float32", threads=1, quiet=True)
+SMALL_RUN |= dict(device="cpu", precision="float32", threads=1, quiet=True, cutmix=0.0)
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
 
