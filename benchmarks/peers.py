@@ -4,7 +4,7 @@
     python benchmarks/peers.py --train "ResNet-18"  train one of them, test its last averaged weights, save its line
     python benchmarks/peers.py --time               measure seconds an epoch, all in turn, with nothing else running
 
-Training takes the default recipe of `train.py` for `--epochs`, with label smoothing instead of CutMix, which pays only in
+Training takes the default recipe of `train.py` for `--epochs`, with label smoothing instead of CutMix, which pays in
 long runs. The recipe's 5,000 validation images choose nothing here.
 "ResNet-20, cutout" has a recipe of its own, that of https://github.com/hysts/pytorch_image_classification, whose last
 epoch reaches 95.51 % (median of three runs of 200 epochs): SGD, crops with a border of 4 pixels, mirror images, and a
