@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import step_time
 from faithfulness import BATCH_SIZE, baseline_maps, method_name
-from peers import fit
+from peers import RECIPE, fit
 
 import dataset
 import train
@@ -133,8 +133,8 @@ def main() -> None:
     processes.set_threads()
     generator = torch.Generator().manual_seed(args.seed)
     marks = make_marks(generator)
-    without = dict(flip=False, shift=0, erase=0.0, cutmix=0.0)  # which would move or hide marks
-    config = step_time.settings_of("default", epochs=args.epochs, seed=args.seed, label_smoothing=0.1, **without)
+    changes = RECIPE | dict(flip=False, shift=0, erase=0.0)  # nothing that moves or hides marks
+    config = step_time.settings_of("default", epochs=args.epochs, seed=args.seed, **changes)
     images = dataset.load(args.data_dir, train=True)[0]
     labels, places = draw(len(images), generator)
     torch.manual_seed(args.seed)

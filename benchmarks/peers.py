@@ -4,8 +4,8 @@
     python benchmarks/peers.py --train "ResNet-18"  train one of them, test its last averaged weights, save its line
     python benchmarks/peers.py --time               measure seconds an epoch, all in turn, with nothing else running
 
-Training takes the default recipe of `train.py` for `--epochs`, with label smoothing instead of CutMix, which pays in
-long runs. The recipe's 5,000 validation images choose nothing here.
+Training takes the default recipe of `train.py` for `--epochs`, with label smoothing instead of CutMix, which is
+meant for long runs. The recipe's 5,000 validation images choose nothing here.
 "ResNet-20, cutout" has a recipe of its own, that of https://github.com/hysts/pytorch_image_classification, whose last
 epoch reaches 95.51 % (median of three runs of 200 epochs): SGD, crops with a border of 4 pixels, mirror images, and a
 square of 16x16 pixels in mean grey. With `--val-size 0` a model sees all 60,000 images, and its line goes to seeds.csv,
@@ -139,7 +139,7 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
     "CCT-4/3x2": CompactConvolutionalTransformer,
     "ResNet-20, cutout": preact_resnet,
 }
-RECIPE = dict(cutmix=0.0, label_smoothing=0.1)
+RECIPE = dict(cutmix=0.0, label_smoothing=0.1)  # of the others, where it differs from the default
 OWN_RECIPE = dict(batch_size=128, lr=0.1, warmup_epochs=0.0, shift=4, erase=0.0, cutmix=0.0)  # of the last one
 OWN_RECIPE |= dict(label_smoothing=0.0, ema_decay=0.0, grad_clip=0.0)
 

@@ -453,7 +453,8 @@ def stop(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(alternate_flip=True, skip_easy=0.5), dict(optimizer="adamw", val_size=0, report_test=True)]
+    "changes",
+    [dict(alternate_flip=True, skip_easy=0.5), dict(cutmix=0.5, optimizer="adamw", val_size=0, report_test=True)],
 )
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(run_config, stop, tmp_path, changes):
     options = changes | dict(epochs=3)
