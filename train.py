@@ -34,12 +34,11 @@ import dataset
 from dataset import UserError
 from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
 from training import familiarity, processes, report, runs
-from training.optim import averaging_decay, learning_rate, make_optimizers, take_step
+from training.optim import averaging_decay, learning_rate, make_optimizers, take_step, whiten_first_layer
 from training.replay import ReplayedStep
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The defaults. Edit a value here, or pass it as a flag: --stem-dims for stem_dims. A new row is `config.NAME` below.
+# ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims); a new row is `config.NAME`
 
 SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or anything (None), meaning)
     recipe=("default", None, "default, fast, teacher or record: a row of RECIPES, which replaces some values"),
@@ -69,6 +68,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet has a batch norm first and no ReLU last"),
     squeeze=(0, (0, INF), "squeeze-and-excitation in residual blocks, with channels divided by this; 0 is without"),
+    whiten=(False, None, "set the first filters by the covariance of the images' patches, and do not train that layer"),
     # optimisation
     epochs=(30, (1, INF), "passes over the training images, see --skip-easy"),
     batch_size=(256, (1, INF), "images per step, of all processes together"),
@@ -104,7 +104,7 @@ RECIPES = dict(  # values that go together and replace the defaults above; flags
     default={},
     # Minutes on two CPU cores: a smaller model, too few epochs to overfit.
     fast=dict(val_size=0, skip_easy=0.9, alternate_flip=True, shift=0, erase=0.0, cutmix=0.0, label_smoothing=0.1)
-    | dict(stem_blocks=(0, 2, 1), embed_dim=64, num_heads=2, mlp_ratio=1.0)
+    | dict(stem_blocks=(0, 2, 1), embed_dim=64, num_heads=2, mlp_ratio=1.0, whiten=True)
     | dict(epochs=7, batch_size=128, lr=1.6e-2, schedule="linear", warmup_epochs=0.25, grad_clip=0.0),
     teacher=dict(**BIG, stem_dims=(32, 128), stem_blocks=(3, 3, 2), embed_dim=256, num_heads=8, epochs=64),
     # The most accurate. It needs its teacher first: --recipe teacher --output-dir checkpoints/teacher
@@ -132,8 +132,7 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     if config.train_size:
         train_index = train_index[dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]]
     held_out = {"val": (images[val_index], labels[val_index])} if config.val_size else {}
-    if config.report_test:
-        held_out["test"] = dataset.load(config.data_dir, train=False)
+    held_out |= {"test": dataset.load(config.data_dir, train=False)} if config.report_test else {}
     held_out = {name: (x.to(device), y.to(device)) for name, (x, y) in held_out.items()}
     return images.to(device), labels.to(device), train_index.to(device), held_out
 
@@ -171,8 +170,7 @@ def training_loss(
     if teachers:
         log_probabilities = (logits / config.temperature).log_softmax(dim=1)
         divergence = F.kl_div(log_probabilities, torch.stack(answers).mean(dim=0), reduction="batchmean")
-        distance = divergence * config.temperature**2
-        loss = (1 - config.teacher_weight) * loss + config.teacher_weight * distance
+        loss = (1 - config.teacher_weight) * loss + config.teacher_weight * config.temperature**2 * divergence
     return loss, logits
 
 
@@ -232,6 +230,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     torch.manual_seed(config.seed)
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
+    if config.whiten:
+        whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
     losses = torch.full((len(labels),), 100.0, device=device)  # of each image when last seen; unseen ones are hard

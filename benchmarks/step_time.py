@@ -43,7 +43,9 @@ def settings_of(recipe: str = "default", precision: str = "auto", **changes: obj
 
 def build(config: SimpleNamespace) -> HybridClassifier:
     """This project's model in the shape that the settings give it."""
-    return HybridClassifier(ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)}))
+    model = HybridClassifier(ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)}))
+    model.stem.first.requires_grad_(not config.whiten)
+    return model
 
 
 def multiply_adds(model: torch.nn.Module) -> int:

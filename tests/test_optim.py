@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import SMALL_MODEL
+from sklearn.decomposition import PCA
 
+import dataset
 from model import HybridClassifier
 from training.optim import (
     Muon,
@@ -17,6 +19,7 @@ from training.optim import (
     orthogonalize,
     take_step,
     update_ema,
+    whiten_first_layer,
 )
 
 
@@ -44,6 +47,27 @@ def test_the_cosine_ends_at_the_floor():
     assert learning_rate(4, **options) == 0.25  # the warm-up knows no floor
     for step, value in {10: 0.5, 60: 0.3, 110: 0.1}.items():
         assert learning_rate(step, **options) == pytest.approx(value)
+
+
+# ---- The first layer -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [8, 24])
+def test_whitened_filters_are_the_principal_components_of_patches_with_both_signs(test_split, channels):
+    x = dataset.normalize(test_split[0][:20])
+    patches = np.lib.stride_tricks.sliding_window_view(x[:, 0].numpy(), (3, 3), axis=(1, 2)).reshape(-1, 9)
+    components = PCA().fit(patches).components_[: channels // 2]
+    model = HybridClassifier(replace(SMALL_MODEL, stem_dims=(channels, 8)))
+    before = model.stem.first[0][0].weight.detach().clone()
+    whiten_first_layer(model, x)
+    filters = model.stem.first[0][0].weight.view(channels, 9)
+    cosines = (filters[: 2 * len(components) : 2] * torch.from_numpy(components)).sum(dim=1).abs()
+    assert cosines.tolist() == pytest.approx([1.0] * len(components), abs=1e-3)
+    assert torch.equal(filters[:18:2], -filters[1:18:2]) and filters[:18].norm(dim=1).allclose(torch.tensor(1.0))
+    assert torch.equal(filters[18:], before.view(channels, 9)[18:])
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
+        f"stem.first.0.{name}" for name in ("0.weight", "1.weight", "1.bias")
+    ]
 
 
 # ---- The averaged weights --------------------------------------------------------------------------------------------

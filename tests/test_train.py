@@ -227,6 +227,17 @@ def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_con
     assert 150 < sum(mirrored for _, mirrored in seen[:400]) < 250
 
 
+def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run_config, watch, tmp_path):
+    calls = watch(train, "whiten_first_layer")
+    train.train(run_config(whiten=True, train_size=0))
+    assert torch.equal(calls[0][0][1], dataset.normalize(splits_of(run_config())[0]))
+    conv, norm = load_checkpoint(tmp_path / "run" / "last.pt")[0].stem.first[0]
+    assert conv.weight.view(4, 9).norm(dim=1).tolist() == pytest.approx([1.0] * 4)  # He's have other norms
+    assert torch.equal(conv.weight[::2], -conv.weight[1::2])
+    assert norm.weight.tolist() == [1.0] * 4 and norm.bias.tolist() == [0.0] * 4
+    assert norm.running_mean.abs().min() > 0  # its statistics follow the images
+
+
 def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(run_config, watch, tmp_path):
     calls = watch(train, "training_loss")
     plain, mixed = (run_config(epochs=1, cutmix=p, output_dir=str(tmp_path / str(p))) for p in (0.0, 1.0))
@@ -454,7 +465,10 @@ def stop(monkeypatch):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(alternate_flip=True, skip_easy=0.5), dict(cutmix=0.5, optimizer="adamw", val_size=0, report_test=True)],
+    [
+        dict(alternate_flip=True, skip_easy=0.5, whiten=True),
+        dict(cutmix=0.5, optimizer="adamw", val_size=0, report_test=True),
+    ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(run_config, stop, tmp_path, changes):
     options = changes | dict(epochs=3)
