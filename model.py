@@ -183,7 +183,7 @@ class HybridClassifier(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def num_parameters(self) -> int:
-        """The number of weights and biases, frozen ones included."""
+        """The number of values in all parameters, frozen ones included."""
         return sum(p.numel() for p in self.parameters())
 
     def stage_ends(self) -> list[str]:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 import dataset
 from dataset import UserError
 from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
-from training import familiarity, processes, report, runs
+from training import processes, report, runs
 from training.optim import averaging_decay, learning_rate, make_optimizers, take_step, whiten_first_layer
 from training.replay import ReplayedStep
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
@@ -68,7 +68,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet has a batch norm first and no ReLU last"),
     squeeze=(0, (0, INF), "squeeze-and-excitation in residual blocks, with channels divided by this; 0 is without"),
-    whiten=(False, None, "set the first filters by the covariance of the images' patches, and do not train that layer"),
+    whiten=(False, None, "make the first filters, 18 at most, principal components of patches, and do not train them"),
     # optimisation
     epochs=(30, (1, INF), "passes over the training images, see --skip-easy"),
     batch_size=(256, (1, INF), "images per step, of all processes together"),
@@ -287,8 +287,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         runs.save_run(output_dir, config, history, (model, ema, optimizers, losses))
         print(report.epoch_line(history, config.epochs), flush=True)
     if rank == 0:
-        sample = train_index[: 2 * familiarity.SAMPLE]
-        runs.finish_run(output_dir, history, (images[sample].cpu(), labels[sample].cpu()), held_out.get("val"))
+        runs.finish_run(output_dir, history, (images, labels, train_index), held_out.get("val"))
     return output_dir / "best.pt"
 
 

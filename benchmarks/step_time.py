@@ -42,7 +42,7 @@ def settings_of(recipe: str = "default", precision: str = "auto", **changes: obj
 
 
 def build(config: SimpleNamespace) -> HybridClassifier:
-    """This project's model in the shape that the settings give it."""
+    """This project's model in the shape that the settings give it; with --whiten, its first layer is frozen."""
     model = HybridClassifier(ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)}))
     model.stem.first.requires_grad_(not config.whiten)
     return model
@@ -225,7 +225,7 @@ def main() -> None:
     if args.profile:
         return profile(config)
     own = f"--recipe {args.recipe}, batch size {config.batch_size}"
-    shape = {field.name: train.SETTINGS[field.name][0] for field in fields(ModelConfig)}
+    shape = {name: train.SETTINGS[name][0] for name in (*(field.name for field in fields(ModelConfig)), "whiten")}
     variants: dict[str, tuple[dict, dict]] = {  # settings that change, options of training_step
         own: ({}, {}),
         "float32": (dict(precision="float32"), {}),

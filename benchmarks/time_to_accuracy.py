@@ -7,6 +7,7 @@
 
 Everything counts: Python's start, the check of the data, training, reports and saving, the test split. The ceiling is
 the mean rate of large matrix products, in the type that training computes in, right before and right after each run.
+A step counts as three forward passes, though a first layer that is not trained needs less.
 
 FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with its batch size of 2,
 take 500 steps before and after each run; all its 97 epochs of 60,000 images are counted at that speed, since its 93.1 %

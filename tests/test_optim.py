@@ -10,6 +10,7 @@ from conftest import SMALL_MODEL
 from sklearn.decomposition import PCA
 
 import dataset
+from dataset import UserError
 from model import HybridClassifier
 from training.optim import (
     Muon,
@@ -52,22 +53,26 @@ def test_the_cosine_ends_at_the_floor():
 # ---- The first layer -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels", [8, 24])
+@pytest.mark.parametrize("channels", [5, 8, 18])
 def test_whitened_filters_are_the_principal_components_of_patches_with_both_signs(test_split, channels):
     x = dataset.normalize(test_split[0][:20])
     patches = np.lib.stride_tricks.sliding_window_view(x[:, 0].numpy(), (3, 3), axis=(1, 2)).reshape(-1, 9)
-    components = PCA().fit(patches).components_[: channels // 2]
+    components = PCA().fit(patches).components_[: (channels + 1) // 2]
     model = HybridClassifier(replace(SMALL_MODEL, stem_dims=(channels, 8)))
-    before = model.stem.first[0][0].weight.detach().clone()
     whiten_first_layer(model, x)
     filters = model.stem.first[0][0].weight.view(channels, 9)
-    cosines = (filters[: 2 * len(components) : 2] * torch.from_numpy(components)).sum(dim=1).abs()
+    cosines = (filters[::2] * torch.from_numpy(components)).sum(dim=1).abs()
     assert cosines.tolist() == pytest.approx([1.0] * len(components), abs=1e-3)
-    assert torch.equal(filters[:18:2], -filters[1:18:2]) and filters[:18].norm(dim=1).allclose(torch.tensor(1.0))
-    assert torch.equal(filters[18:], before.view(channels, 9)[18:])
+    assert filters.norm(dim=1).tolist() == pytest.approx([1.0] * channels)
+    assert torch.equal(filters[1::2], -filters[: channels - 1 : 2])
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == [
         f"stem.first.0.{name}" for name in ("0.weight", "1.weight", "1.bias")
     ]
+
+
+def test_there_are_18_whitened_filters():
+    with pytest.raises(UserError, match="--whiten makes only 18 filters: give a first --stem-dims of at most that"):
+        whiten_first_layer(HybridClassifier(replace(SMALL_MODEL, stem_dims=(19, 8))), torch.rand(4, 1, 28, 28))
 
 
 # ---- The averaged weights --------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ train.take_step = stopping
 @pytest.mark.slow
 def test_three_stopped_processes_end_bit_for_bit_like_uninterrupted_ones(together, flags, tmp_path):
     # Three, since adding up two gradients rounds alike in any order.
-    flags = [*flags, "--batch-size", 15, "--skip-easy", 0.3]
+    flags = [*flags, "--batch-size", 15, "--skip-easy", 0.3, "--whiten"]
     whole = together(*flags, "--output-dir", "whole", number=3)
     assert whole.returncode == 0, whole.stderr
     # The first process asks torchrun to stop all within the second epoch: as a queue does, and as Ctrl-C does.

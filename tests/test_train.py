@@ -229,6 +229,8 @@ def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_con
 
 def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run_config, watch, tmp_path):
     calls = watch(train, "whiten_first_layer")
+    train.train(run_config(output_dir=str(tmp_path / "other")))
+    assert not calls
     train.train(run_config(whiten=True, train_size=0))
     assert torch.equal(calls[0][0][1], dataset.normalize(splits_of(run_config())[0]))
     conv, norm = load_checkpoint(tmp_path / "run" / "last.pt")[0].stem.first[0]
@@ -641,6 +643,7 @@ def test_a_teacher_that_lies_where_the_run_saves_is_refused(run_config, monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, tmp_path):
     options = dict(device="cuda", cutmix=0.5, rotate=15.0, noise=0.1, drop_path=0.1, precision="float32", lr=1e-3)
+    options["whiten"] = True
     train.train(run_config(**options))
     train.train(run_config(**options, cuda_graph=False, output_dir=str(tmp_path / "plain")))
     for replayed, plain in zip(history_of(tmp_path / "run"), history_of(tmp_path / "plain"), strict=True):

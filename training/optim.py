@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from dataset import UserError
+
 # Layers next to the input or the output, which AdamW suits better than Muon.
 FIRST_AND_LAST = ("stem.first.", "pool.score.", "head.")
 
@@ -66,16 +68,18 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
 def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
     """Make the first filters the principal components of 3x3 patches of images, with both signs, and freeze that layer.
 
-    Behind its batch norm all components vary alike, so the next layer sees whitened patches (Jordan 2024, arXiv
-    2404.00498, whose first layer has no batch norm). ReLU lets the positive half of each sign pass.
-    Takes normalised images, float32 (N, 1, 28, 28). There are nine components; the one of largest variance comes first,
-    and of more than 18 filters the others stay as they are.
+    Its batch norm gives all components one variance, which whitens the patches. Jordan 2024 (arXiv 2404.00498) takes
+    2x2 patches, and scales the filters instead. ReLU lets the positive part of each sign pass.
+    Takes normalised images, float32 (N, 1, 28, 28). The components of largest variance come first. There are nine, so
+    more than 18 filters raise a `UserError`.
     """
-    patches = F.unfold(x, kernel_size=3).transpose(0, 1).flatten(1)  # (9, N * 26 * 26)
-    components = torch.linalg.eigh(patches.cov().cpu()).eigenvectors.T.flip(0)  # in rows; eigh is ascending
+    patches = F.unfold(x.cpu(), kernel_size=3).transpose(0, 1).flatten(1)  # (9, N * 26 * 26)
+    components = torch.linalg.eigh(patches.cov()).eigenvectors.T.flip(0)  # in rows; eigh is ascending
     filters = torch.stack([components, -components], dim=1).view(-1, 1, 3, 3)
-    first = model.stem.first.requires_grad_(False)[0][0]
-    first.weight[: len(filters)] = filters[: len(first.weight)].to(x.device)
+    weight = model.stem.first.requires_grad_(False)[0][0].weight
+    if len(weight) > len(filters):
+        raise UserError(f"--whiten makes only {len(filters)} filters: give a first --stem-dims of at most that")
+    weight.copy_(filters[: len(weight)])
 
 
 def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:

@@ -124,10 +124,13 @@ def advice_to_resume(folder: Path, since: float) -> str:
 
 
 def finish_run(folder: Path, history: History, trained: tuple, held_out: tuple | None) -> None:
-    """Give best.pt the whole history, and what tells how familiar an image is, see `familiarity.measure`."""
+    """Give best.pt the whole history, and what tells how familiar an image is, see `familiarity.measure`.
+
+    `trained` is images, labels and the indices that were trained on; `held_out`, images and labels that were not.
+    """
     model, best = load_checkpoint(folder / "best.pt")
     contents = {name: best[name] for name in ("train_config", "epoch", "environment")}
-    images, labels = trained
+    images, labels = (tensor[trained[2][: 2 * familiarity.SAMPLE]].cpu() for tensor in trained[:2])
     known, others = (images, held_out[0].cpu()) if held_out else images.chunk(2)
     contents["familiar"] = familiarity.measure(model, known, labels[: len(known)], others)
     save_checkpoint(folder / "best.pt", model, **contents, history=history)
