@@ -51,7 +51,7 @@ class PerSample(Dataset):
 
 
 def loader(data_dir: str, config: SimpleNamespace) -> DataLoader:
-    """The usual way: per-sample transforms in two worker processes."""
+    """The usual way: per-sample transforms in two worker processes, without CutMix."""
     steps = [transforms.RandomHorizontalFlip()] if config.flip else []
     if config.shift:
         steps.append(transforms.RandomCrop(dataset.IMAGE_SIZE, padding=config.shift))
