@@ -71,7 +71,7 @@ def test_whitened_filters_are_the_principal_components_of_patches_with_both_sign
 
 
 def test_there_are_18_whitened_filters():
-    with pytest.raises(UserError, match="--whiten makes only 18 filters: give a first --stem-dims of at most that"):
+    with pytest.raises(UserError, match="only 18 filters: lower the first --stem-dims, or add --no-whiten"):
         whiten_first_layer(HybridClassifier(replace(SMALL_MODEL, stem_dims=(19, 8))), torch.rand(4, 1, 28, 28))
 
 

@@ -78,7 +78,7 @@ def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
     filters = torch.stack([components, -components], dim=1).view(-1, 1, 3, 3)
     weight = model.stem.first.requires_grad_(False)[0][0].weight
     if len(weight) > len(filters):
-        raise UserError(f"--whiten makes only {len(filters)} filters: give a first --stem-dims of at most that")
+        raise UserError(f"--whiten makes only {len(filters)} filters: lower the first --stem-dims, or add --no-whiten")
     weight.copy_(filters[: len(weight)])
 
 
