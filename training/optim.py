@@ -68,8 +68,8 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
 def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
     """Make the first filters the principal components of 3x3 patches of images, with both signs, and freeze that layer.
 
-    Its batch norm gives all components one variance, which whitens the patches. Jordan 2024 (arXiv 2404.00498) takes
-    2x2 patches, and scales the filters instead. ReLU lets the positive part of each sign pass.
+    Batch norm then gives all components the same variance, which whitens the patches. Jordan 2024 (arXiv 2404.00498)
+    takes 2x2 patches, and scales the filters instead. Both signs are needed, as ReLU keeps only positive values.
     Takes normalised images, float32 (N, 1, 28, 28). The components of largest variance come first. There are nine, so
     more than 18 filters raise a `UserError`.
     """
