@@ -247,7 +247,7 @@ def parse_arguments() -> Namespace:
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
     add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: last at 28x28, first at 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
-    add("--versus", type=other_class, metavar="CLASS", help="why not this class; next: the likeliest other one")
+    add("--versus", type=other_class, metavar="CLASS", help="why not this class; next or its own: the likeliest other")
     add("--compare-layers", **yes, help="one image (--index, --image) seen from every layer, on one sheet")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels, predictions, probabilities")
     add("--html", **yes, help="also write index.html, a gallery that is filtered by class and result")
@@ -278,7 +278,7 @@ def load_model(args: Namespace) -> GradCAM:
     mixed = checkpoint.get("train_config", {}).get("cutmix")  # then training accuracy is low by design
     accuracy = last.get("val_accuracy", 1 if mixed else last.get("train_accuracy", 1))
     if accuracy < 0.7:  # as after a fraction of an epoch
-        print(f"note: {args.model_name} is right on only {accuracy:.0%}: its maps light up the background, too")
+        print(f"note: {args.model_name} reached only {accuracy:.0%} in training: its maps light up the background, too")
     try:
         cam = GradCAM(model, args.target_layer, args.method)
         cam(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))  # complains of a layer without places
@@ -317,7 +317,8 @@ def main() -> None:
         if args.html and explanations:
             save_gallery(explanations, args.model_name, args.method, args.target_layer, args.output_dir / "index.html")
         if explanations:
-            print(f"images explained: {len(explanations):,}; the pictures are in {args.output_dir}")
+            where = args.output_dir / "index.html" if args.html else args.output_dir
+            print(f"images explained: {len(explanations):,}; the pictures are in {where}")
         if args.image and (failed := len(args.image) - len(explanations)):
             raise UserError(f"{failed} of {len(args.image)} pictures could not be explained")
 

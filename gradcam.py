@@ -5,8 +5,8 @@
 
 One forward pass keeps the layer's activations A (channels k, a small grid of places), one backward pass tells how much
 the class score y grows with each of them, G = dy / dA. A method turns both into weights w, and the map is
-relu(sum_k w_k A_k): the channels added up, and what speaks against the class cut off. `METHODS` ends with the most
-faithful one (benchmarks/faithfulness.py).
+relu(sum_k w_k A_k): the channels added up, and what speaks against the class cut off. Which of the `METHODS` is the
+most faithful is measured in benchmarks/faithfulness.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ def tokens_to_grid(activation: torch.Tensor, image_size: Sequence[int]) -> torch
         h, w = (short, tokens // short) if height < width else (tokens // short, short)
         grids = [activation.mT.unflatten(2, (h, w))] if h * w == tokens else []
     for grid in grids:
-        # The longer side foretells the shorter one; strides and borders that round it move it by less than two places.
+        # In the image's proportions, h * W = w * H; strides and borders that round move a side by less than two places.
         if abs(grid.shape[2] * width - grid.shape[3] * height) < 2 * max(height, width):
             return grid
     raise ValueError(
@@ -212,7 +212,9 @@ class GradCAM:
             if versus is not None:
                 score = score - logits.gather(1, self._classes("versus", versus)[:, None])
             # An image's score depends on its own activations alone, so the gradient of the sum holds every image's.
-            gradients = score.requires_grad and torch.autograd.grad(score.sum(), activations, allow_unused=True)
+            gradients = None
+            if score.requires_grad:
+                gradients = torch.autograd.grad(score.sum(), activations, allow_unused=True)
         if not gradients or any(gradient is None for gradient in gradients):
             raise ValueError(
                 "no gradient reaches the target layer: the logits do not depend on it, or no_grad or detach cuts it off"

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         n, t, c = x.shape
         q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
         if x.device.type == "cpu" and not FUSED_ATTENTION:
-            x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v  # (N, heads, T, C / heads)
+            x = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v  # (N, heads, T, C / heads)
         else:
             x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(n, t, c))

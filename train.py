@@ -8,8 +8,8 @@
     torchrun --nproc-per-node=2 train.py                in two processes, on two GPUs or two CPU cores
     python train.py --evaluate checkpoints/best.pt      only the last step: evaluate a checkpoint on the test split
 
-The best checkpoint by validation accuracy is kept as `checkpoints/best.pt`, the state of the run as
-`checkpoints/last.pt`. The test split is evaluated once, at the end, and chooses nothing.
+The best epoch by validation accuracy, or the last one without a validation split, is kept as `checkpoints/best.pt`, the
+state of the run as `checkpoints/last.pt`. The test split is evaluated once, at the end, and chooses nothing.
 """
 
 import copy
@@ -323,10 +323,8 @@ def main() -> None:
             if unused := [flag(name) for name in given if name not in EVALUATION_USES] + ["--resume"] * resume:
                 raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")
         elif resume:
-            last = Path(os.path.expanduser(given.setdefault("output_dir", SETTINGS["output_dir"][0])), "last.pt")
-            saved = load_checkpoint(last)[1]
-            if "training" not in saved:
-                raise UserError(f"{last} is a finished model, not a run to resume: start anew without --resume")
+            folder = Path(os.path.expanduser(given.setdefault("output_dir", SETTINGS["output_dir"][0])))
+            saved = runs.load_run(folder)
             given = resumed_settings(SETTINGS, saved["train_config"], given, MAY_CHANGE_ON_RESUME)
         config = choose_settings(SETTINGS, RECIPES, given)
         if checkpoint is None:

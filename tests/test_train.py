@@ -699,7 +699,8 @@ def test_a_run_stopped_in_its_first_epoch_does_not_advise_to_resume_an_earlier_o
     assert main(*flags) == 0
     stop(3)
     assert main(*flags, "--seed", 5) == 130
-    assert "no epoch was finished, so nothing was saved" in capsys.readouterr().out.splitlines()[-1]
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert "no epoch was finished, so nothing was saved; checkpoints/last.pt is of an earlier run" in last_line
 
 
 def test_a_run_whose_folder_has_moved_goes_on_where_it_lies(main, flags, stop, tmp_path):
@@ -740,14 +741,14 @@ def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(main, f
     assert {path.name for path in (tmp_path / "checkpoints").glob("[!.]*")} == made
     before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
     assert main("--resume") == 0
-    assert "test accuracy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "going on with checkpoints/last.pt after epoch 1 of 1" in out and "test accuracy" in out
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
 
 
 def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_path):
     assert main("--resume") == (
-        "train.py: error: cannot read checkpoints/last.pt: No such file or directory; "
-        "name a checkpoint that train.py wrote"
+        "train.py: error: there is no run to resume in checkpoints: name its --output-dir, or start without --resume"
     )
     assert main(*flags, "--epochs", 1) == 0
     for change in (["--lr", 0.5], ["--threads", 2], ["--stem-dims", 4, 16], ["--no-flip"], ["--teacher", "a.pt"]):

@@ -76,6 +76,17 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
     save_checkpoint(folder / "last.pt", ema, **contents, training=training | dict(processes=processes.count()))
 
 
+def load_run(folder: Path) -> dict:
+    """The contents of the folder's last.pt; a UserError if there is none, or one that holds no run to go on with."""
+    path = folder / "last.pt"
+    if not path.exists():
+        raise UserError(f"there is no run to resume in {folder}: name its --output-dir, or start without --resume")
+    saved = load_checkpoint(path)[1]
+    if "training" not in saved:
+        raise UserError(f"{path} is a finished model, not a run to resume: start anew without --resume")
+    return saved
+
+
 def resume_run(folder: Path, state: State) -> History:
     """Load what `save_run` saved into `state`, and return the history."""
     model, ema, optimizers, losses = state
@@ -88,6 +99,9 @@ def resume_run(folder: Path, state: State) -> History:
     for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     losses.copy_(training["losses"])
+    if processes.is_first():
+        planned = checkpoint["train_config"]["epochs"]
+        print(f"going on with {folder / 'last.pt'} after epoch {checkpoint['epoch']} of {planned}")
     return checkpoint["history"]
 
 
@@ -117,8 +131,11 @@ def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.d
 
 def advice_to_resume(folder: Path, since: float) -> str:
     """How to go on with a run that stops now and began at `time.time()` = since."""
-    if not (folder / "last.pt").exists() or (folder / "last.pt").stat().st_mtime < since:  # it is an earlier run's
-        return "no epoch was finished, so nothing was saved"
+    last, nothing = folder / "last.pt", "no epoch was finished, so nothing was saved"
+    if not last.exists():
+        return nothing
+    if last.stat().st_mtime < since:
+        return f"{nothing}; {last} is of an earlier run"
     launcher = "python" if processes.count() == 1 else f"torchrun --nproc-per-node={processes.count()}"
     return f"go on from the last whole epoch with: {launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
 
