@@ -53,7 +53,9 @@ from training.familiarity import distance, embed
 from training.processes import set_threads
 
 METHOD = "layercam"
-LIMITS = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))  # what there is, what fits
+LIMITS = dict(
+    index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1)
+)  # of the test split; of a sheet
 UNUSED = dict(  # the flags that another one leaves nothing to do
     image=("classes", "num_images", "only_errors", "seed", "data_dir"),
     index=("classes", "num_images", "only_errors", "seed"),
@@ -170,7 +172,7 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
 
 
 def draw_layers(args: Namespace, cam: GradCAM, e: Explanation, path: Path) -> None:
-    """One image seen from every layer, on one scale; the layers of the other pictures first."""
+    """One image seen from every layer, on one scale, the map of `args.target_layer` first."""
     image, target = torch.from_numpy(e.image)[None, None], torch.tensor([e.target])
     versus = torch.tensor([e.versus]) if e.versus >= 0 else None
     maps = {" + ".join(args.target_layer): e.heatmaps[e.target]}
@@ -311,6 +313,8 @@ def main() -> None:
                 draw_layers(args, cam, e, args.output_dir / f"{e.stem}_layers.png")
             else:
                 name = SLUGS[e.predicted] if e.versus < 0 else f"{SLUGS[e.target]}_not_{SLUGS[e.versus]}"
+                if e.versus < 0 and args.target_class not in (None, e.predicted):
+                    name += f"_for_{SLUGS[args.target_class]}"
                 save_overlay(e, args.model_name, args.output_dir / f"{e.stem}_as_{name}.png")
         if args.save_arrays and explanations:
             save_arrays(args, explanations)

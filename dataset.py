@@ -231,7 +231,7 @@ def augment(
         erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see `random_erase`).
         erase_area: the largest such rectangle, as a part of the image, 0.02 to 1.
         rotate: turn some of the images by up to so many degrees either way.
-        noise: add Gaussian noise to some of them, of a deviation up to this part of the range.
+        noise: add Gaussian noise to some of them, of a standard deviation up to this fraction of the range.
         distort_share: the part of the images that is turned, and the part that is noisy, above 0 to 1.
     """
     (n, _, height, width), device = images.shape, images.device
@@ -268,9 +268,9 @@ def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int)
 
 
 def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) -> torch.Tensor:
-    """A random order of images, int64 (N - skipped,), some of the `EASY_SHARE` of lowest loss, float (N,), left out.
+    """A random order of images, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest loss, float (N,).
 
-    After Qin et al. 2024 (arXiv 2303.04947), who also raise the weight of the easy images that remain.
+    After Qin et al. 2024 (arXiv 2303.04947), who also raise the weight of easy images that remain. Not for CutMix.
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)
@@ -301,7 +301,7 @@ def random_rectangles(
 ) -> torch.Tensor:
     """A mask, bool (N, 1, H, W), of one random rectangle in some of the images; `probability` is per image.
 
-    Its area is uniform between two fractions of the image's; one side is at most 3.3 times the other, if there is room.
+    Its area is uniform between two fractions of the image's, or what fits; one side is at most 3.3 times the other.
     """
     n, _, height, width = images.shape
     chance, size, aspect, top, left = torch.rand(5, n, 1, 1, generator=generator, device=images.device)
@@ -332,8 +332,8 @@ def cutmix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace a random rectangle by that of the image before in the batch (Yun et al. 2019, arXiv 1905.04899).
 
-    Takes uint8 images (N, 1, H, W) and targets, float (N, 10), which are mixed in proportion to the area: uniformly
-    nothing to everything. `probability` is per image. The order of the batch has to be random.
+    Takes uint8 images (N, 1, H, W) and targets, float (N, 10), which are mixed in proportion to the area, from
+    nothing to nearly everything. `probability` is per image. The order of the batch has to be random.
     """
     inside = random_rectangles(images, generator, probability, (0.0, 1.0))
     share = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)

@@ -135,8 +135,6 @@ class GradCAM:
                 layer = layers[layer]
             elif not any(layer is module for module in layers.values()):
                 raise ValueError("target_layer is not a part of the model")
-            if isinstance(layer, torch.jit.ScriptModule):
-                raise ValueError("traced or scripted layers call no hooks: give the model that they were made from")
             self.target_layers.append(layer)
         if not self.target_layers:
             raise ValueError("target_layer names no layer")

@@ -43,7 +43,7 @@ class ModelConfig:
     pool: str  # "attention" (a learned weighted mean of the tokens) or "mean"
     drop_path: float  # stochastic depth of the last block, 0 to 1 (excluded); earlier blocks get less, linearly
     residual_unit: str  # "resnet" or "pyramidnet", see ResidualBlock
-    squeeze: int  # channels of a residual block for each one of its squeeze-and-excitation; 0 is without
+    squeeze: int  # reduction ratio of squeeze-and-excitation in the residual blocks; 0 leaves it out
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -136,7 +136,7 @@ class Pool(nn.Module):
         if self.score is None:
             return x.mean(dim=1)
         weights = self.score(x).softmax(dim=1)  # (N, T, 1)
-        return (weights.to(x.dtype).transpose(1, 2) @ x).squeeze(1)
+        return (weights.transpose(1, 2) @ x).squeeze(1)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ state of the run as `checkpoints/last.pt`. The test split is evaluated once, at 
 
 import copy
 import os
+import shlex
 import signal
 import sys
 import time
@@ -49,13 +50,13 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     skip_easy=(0.0, (0.0, 1.0), "from the second epoch on, leave out this share of the 60 % of images of lowest loss"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
-    alternate_flip=(False, None, "mirror each image in every other epoch instead of at random"),
+    alternate_flip=(False, None, "flip each image in every other epoch instead of at random"),
     shift=(2, (0, 27), "move every image by up to so many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
     cutmix=(0.3, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
     rotate=(0.0, (0.0, 180.0), "turn some images (see --distort-share) by up to so many degrees either way"),
-    noise=(0.0, (0.0, 1.0), "add Gaussian noise to some, of a deviation up to this part of the range"),
+    noise=(0.0, (0.0, 1.0), "add Gaussian noise to some, of a standard deviation up to this fraction of the range"),
     distort_share=(0.5, (0.01, 1.0), "share of the images that --rotate turns and, drawn separately, --noise changes"),
     # model
     stem_dims=((16, 32), (1, INF), "channels of the convolutional stem at 28x28 and at 14x14"),
@@ -67,7 +68,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     pool=("attention", ("attention", "mean"), "how 49 tokens become one"),
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet has a batch norm first and no ReLU last"),
-    squeeze=(0, (0, INF), "squeeze-and-excitation in residual blocks, with channels divided by this; 0 is without"),
+    squeeze=(0, (0, INF), "reduction ratio of squeeze-and-excitation in residual blocks; 0 leaves it out"),
     whiten=(False, None, "make the first filters, 18 at most, principal components of patches, and do not train them"),
     # optimisation
     epochs=(30, (1, INF), "passes over the training images, see --skip-easy"),
@@ -176,7 +177,7 @@ def training_loss(
 
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
-    """Logits of uint8 images (N, 1, 28, 28) as a float32 tensor (N, 10); always in float32 and evaluation mode."""
+    """Logits of uint8 images (N, 1, 28, 28) as a float32 tensor (N, 10), always in evaluation mode, no autocast."""
     was_training = model.training
     model.eval()
     logits = torch.cat([model(dataset.normalize(chunk)) for chunk in images.split(batch_size)])
@@ -205,7 +206,7 @@ def training_step(
 
 
 def stream(*numbers: int) -> int:
-    """A seed of its own for each row of numbers, by NumPy's SeedSequence."""
+    """A seed from a row of numbers, by NumPy's SeedSequence; zeros at its end change nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -251,7 +252,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
     seconds_before, started = history[-1]["seconds"] if history else 0.0, time.perf_counter()
     for epoch in range(len(history), config.epochs):
-        if config.alternate_flip:
+        if config.flip and config.alternate_flip:
             run.images.copy_(dataset.alternate_flip(images, run.generator.manual_seed(stream(config.seed)), epoch))
         run.generator.manual_seed(stream(config.seed, epoch))  # the same in every process
         torch.manual_seed(stream(config.seed, epoch, 1 + rank))  # stochastic depth: each process its own
@@ -340,7 +341,7 @@ def main() -> None:
             processes.set_threads(config.threads)
         if is_first:
             evaluate(Path(os.path.expanduser(checkpoint)), config.data_dir, processes.choose_device(config.device))
-            print(f"heatmaps: python Visulization.py --checkpoint {checkpoint}")
+            print(f"heatmaps: python Visulization.py --checkpoint {shlex.quote(str(checkpoint))}")
 
 
 if __name__ == "__main__":

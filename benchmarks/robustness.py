@@ -1,4 +1,4 @@
-"""How far to trust the probabilities, and what bent pictures do to the accuracy: the test split, plain and changed.
+"""How far to trust the probabilities, and what changed images do to the accuracy: the test split, plain and changed.
 
     python benchmarks/robustness.py                                              the shipped model
     python benchmarks/robustness.py checkpoints/shipped/model.pt my/best.pt      a column for each checkpoint

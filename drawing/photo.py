@@ -15,7 +15,7 @@ Image.init()  # Not all that Pillow reads: it hands PostScript, which is a progr
 FORMATS = tuple(x for x in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF") if x in Image.OPEN)
 WORKING_SIZE = 256  # pixels of the longer side in which the garment is looked for
 FAINT = 3.0  # what differs less than that from the background counts as it; in CIELAB, black and white are 100 apart
-BUSY = 1.0  # what a background differs by from a smooth one, from which on it is looked at more closely
+BUSY = 1.0  # a background that differs by this from a smooth one gets a closer look
 
 
 def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
@@ -50,7 +50,7 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 def strip_frame(colors: np.ndarray) -> np.ndarray:
     """Cut even bars off opposite sides of a picture, float32 RGB (H, W, 3), up to a fifth of it each."""
-    for turn in (1, -1):  # along nearly the whole end of a bar the colour jumps, as it does at no garment's edge
+    for turn in (1, -1):  # a bar ends in a jump of colour along nearly its whole length, no garment does
         colors, widths = np.rot90(colors, turn), []
         for half in (colors, colors[::-1]):
             lab = cv2.cvtColor(np.ascontiguousarray(half[: len(half) // 5 + 2]), cv2.COLOR_RGB2LAB)

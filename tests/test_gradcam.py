@@ -520,13 +520,3 @@ def test_a_compiled_model_has_the_maps_of_the_original(small_model, x):
     maps = GradCAM(small_model, "blocks.0")(x)
     assert torch.equal(GradCAM(compiled, "blocks.0")(x), maps)
     assert torch.equal(GradCAM(compiled, small_model.blocks[0])(x), maps)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_traced_and_scripted_models_are_refused():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.LazyLinear(3))
-    model(torch.rand(1, 1, 8, 8))
-    for part in (torch.jit.trace(model, torch.rand(1, 1, 8, 8)), torch.jit.script(model)):
-        for layer in ("0", part):
-            with pytest.raises(ValueError, match="traced or scripted layers call no hooks"):
-                GradCAM(part, layer)

@@ -85,6 +85,17 @@ def test_auto_takes_an_accelerator_where_there_is_one(monkeypatch, cuda, mps, ex
             choose_device(name)
 
 
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_processes_without_a_device_each_are_refused(monkeypatch, kind):
+    monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(
+        UserError, match=f"there is no {kind} device for each process: start fewer, or give --device cpu"
+    ):
+        processes.join(torch.device(kind))
+
+
 @pytest.mark.parametrize(
     "instructions, expected",
     [({"avx2": True}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")],

@@ -227,6 +227,13 @@ def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_con
     assert 150 < sum(mirrored for _, mirrored in seen[:400]) < 250
 
 
+def test_without_flips_no_image_is_mirrored_in_any_epoch(run_config, watch):
+    calls = watch(train, "training_loss")
+    train.train(run_config(flip=False, alternate_flip=True, shift=0, erase=0.0, train_size=0, batch_size=50))
+    images = {image.tobytes() for image in dataset.normalize(splits_of(run_config())[0]).numpy()}
+    assert len(calls) == 16 and all(image.tobytes() in images for (_, _, x, *_), _ in calls for image in x.numpy())
+
+
 def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run_config, watch, tmp_path):
     calls = watch(train, "whiten_first_layer")
     train.train(run_config(output_dir=str(tmp_path / "other")))
@@ -724,11 +731,6 @@ def test_other_peoples_files_stay_where_they_are(main, flags, tmp_path):
 def test_every_stream_of_randomness_is_its_own():
     numbers = [(seed, epoch, *rank) for seed in range(3) for epoch in range(3) for rank in ((), (1,), (2,))]
     assert len({train.stream(*row) for row in numbers}) == len(numbers)
-
-
-def test_training_itself_touches_no_signal(run_config, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: pytest.fail("a signal's handler was changed"))
-    train.train(run_config(epochs=1))
 
 
 def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(main, flags, capsys, tmp_path):

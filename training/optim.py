@@ -69,7 +69,8 @@ def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
     """Make the first filters the principal components of 3x3 patches of images, with both signs, and freeze that layer.
 
     Batch norm then gives all components the same variance, which whitens the patches. Jordan 2024 (arXiv 2404.00498)
-    takes 2x2 patches, and scales the filters instead. Both signs are needed, as ReLU keeps only positive values.
+    takes 2x2 patches, and scales the filters instead. Both signs are needed, as ReLU keeps only positive values;
+    an odd number of filters leaves the last component with one.
     Takes normalised images, float32 (N, 1, 28, 28). The components of largest variance come first. There are nine, so
     more than 18 filters raise a `UserError`.
     """
@@ -152,7 +153,7 @@ def take_step(
     decay: float | torch.Tensor,
     grad_clip: float,
 ) -> None:
-    """Take a step along the gradients, clipped to that norm, which are used up; let the average follow."""
+    """Clip the gradients to that norm (0: not at all), take a step, clear them, and update the average."""
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

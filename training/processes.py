@@ -4,6 +4,7 @@ import atexit
 import ctypes
 import os
 import platform
+import sys
 import time
 from contextlib import suppress
 
@@ -23,8 +24,8 @@ def keep_freed_memory() -> None:
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # another C library, which has no mallopt
-        ctypes.CDLL(None).mallopt(trim_threshold, -1)  # returns nothing
-        ctypes.CDLL(None).mallopt(mmap_max, 0)  # no block has memory of its own, to be returned with it
+        ctypes.CDLL(None).mallopt(trim_threshold, -1)  # gives nothing back from the end of the heap
+        ctypes.CDLL(None).mallopt(mmap_max, 0)  # and takes no block outside of it
 
 
 def set_threads(threads: int = 0) -> int:
@@ -36,7 +37,8 @@ def set_threads(threads: int = 0) -> int:
     """
     keep_freed_memory()
     most = ALL_THREADS
-    if not threads and most > 1 and "OMP_NUM_THREADS" not in os.environ:
+    is_mac = sys.platform == "darwin"  # its matrix products have threads of their own
+    if not threads and most > 1 and "OMP_NUM_THREADS" not in os.environ and not is_mac:
         matrix, done = torch.rand(256, 256), {1: 0, most: 0}
         for number in (most, 1, most, 1):
             torch.set_num_threads(number)
@@ -47,7 +49,7 @@ def set_threads(threads: int = 0) -> int:
                 done[number] += 1
         if done[most] < 1.3 * done[1]:  # 1.6 to 1.9 on two idle cores, below 1.1 where one of them is busy
             threads = 1
-            print(f"note: other work keeps the CPU busy, so 1 thread is used, not {most} (see --threads)")
+            print(f"note: other work keeps the CPU busy, so 1 thread is used, not {most}")
     torch.set_num_threads(threads or most)
     return threads or most
 
@@ -57,7 +59,9 @@ def choose_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[name]:
-        raise UserError(f"--device {name}: PyTorch sees no such device on this machine; try --device auto")
+        raise UserError(
+            f"--device {name}: PyTorch sees no such device here; try --device auto, or resume where the run began"
+        )
     return torch.device(name)
 
 
@@ -86,6 +90,9 @@ def join(device: torch.device) -> tuple[int, int]:
     """Meet the processes that torchrun started, over NCCL on GPUs, gloo on CPUs; return the rank and their number."""
     if not dist.is_torchelastic_launched():
         return 0, 1
+    is_left_over = device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()
+    if is_left_over or device.type == "mps":
+        raise UserError(f"there is no {device.type} device for each process: start fewer, or give --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -13,8 +13,9 @@ class ReplayedStep:
     """`step(index, *numbers)` as a CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 
     A step of a small model is a thousand operations of a few microseconds each, less than Python takes to launch one.
-    The step gets its numbers as tensors and must read none on the CPU. It draws random numbers from `generator` or from
-    PyTorch's default one; whatever else Python does in it is done once. cuDNN may try which algorithms are fastest.
+    The step gets its numbers as tensors and must read none on the CPU. It may draw random numbers from
+    `generator` and from PyTorch's default one; whatever else Python does in it is not repeated. cuDNN may try which
+    algorithms are fastest.
     """
 
     def __init__(self, step: Step, generator: torch.Generator) -> None:

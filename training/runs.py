@@ -40,8 +40,9 @@ def reserve_folder(folder: Path) -> Iterator[None]:
             raise UserError(f"another run is writing to {folder}: give this one another --output-dir") from None
         except (OSError, AttributeError):  # Windows and some network drives have no locks
             pass
-        for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
-            part.unlink()
+        else:
+            for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
+                part.unlink()
         yield
 
 
@@ -69,7 +70,7 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
     contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
     model, ema, optimizers, losses = state
     training = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], losses=losses)
-    # last.pt comes last: a run that is killed before it repeats this epoch, bit for bit.
+    # last.pt comes last, so a run that is killed before that repeats this epoch, bit for bit.
     if is_best(history) or not (folder / "best.pt").exists():
         save_checkpoint(folder / "best.pt", ema, **contents)
     write_history(history, folder / "history.csv")
@@ -77,20 +78,16 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
 
 
 def load_run(folder: Path) -> dict:
-    """The contents of the folder's last.pt; a UserError if there is none, or one that holds no run to go on with."""
-    path = folder / "last.pt"
-    if not path.exists():
+    """The contents of the folder's last.pt; a UserError if there is none."""
+    if not (folder / "last.pt").exists():
         raise UserError(f"there is no run to resume in {folder}: name its --output-dir, or start without --resume")
-    saved = load_checkpoint(path)[1]
-    if "training" not in saved:
-        raise UserError(f"{path} is a finished model, not a run to resume: start anew without --resume")
-    return saved
+    return load_checkpoint(folder / "last.pt")[1]
 
 
 def resume_run(folder: Path, state: State) -> History:
     """Load what `save_run` saved into `state`, and return the history."""
     model, ema, optimizers, losses = state
-    checkpoint = load_checkpoint(folder / "last.pt")[1]
+    checkpoint = load_run(folder)
     training = checkpoint["training"]
     if (before := training["processes"]) != processes.count():  # batch norm would see other batches
         raise UserError(f"the run to resume had {before} processes, not {processes.count()}: start as many again")
@@ -141,7 +138,7 @@ def advice_to_resume(folder: Path, since: float) -> str:
 
 
 def finish_run(folder: Path, history: History, trained: tuple, held_out: tuple | None) -> None:
-    """Give best.pt the whole history, and what tells how familiar an image is, see `familiarity.measure`.
+    """Add the whole history and the statistics of `familiarity.measure` to best.pt.
 
     `trained` is images, labels and the indices that were trained on; `held_out`, images and labels that were not.
     """
@@ -151,4 +148,3 @@ def finish_run(folder: Path, history: History, trained: tuple, held_out: tuple |
     known, others = (images, held_out[0].cpu()) if held_out else images.chunk(2)
     contents["familiar"] = familiarity.measure(model, known, labels[: len(known)], others)
     save_checkpoint(folder / "best.pt", model, **contents, history=history)
-    write_history(history, folder / "history.csv")  # of a run that was killed just before it did

@@ -23,7 +23,7 @@ def flag(name: str) -> str:
 def element_type(default: Any, allowed: Any) -> type:
     """The type of a setting's value, or of each value in a row of them: that of its bounds, else of its default."""
     values = allowed or (default if isinstance(default, tuple | list) else [default])
-    types = [type(value) for value in values if value is not None and value != INF]
+    types = [type(value) for value in values if value != INF]
     return float if float in types else types[0] if types else str
 
 
@@ -34,7 +34,7 @@ def check(table: Table, name: str, value: Any) -> None:
     values = value if is_row and isinstance(value, tuple | list) else [value]
     is_good = is_row == isinstance(value, tuple | list)
     kinds = (int, float) if kind is float else (kind,)
-    is_good = is_good and all(type(v) in kinds or v is default is None for v in values)
+    is_good = is_good and all(type(v) in kinds for v in values)
     what = f"a value of type {kind.__name__}"
     if kind is str and allowed:
         what = f"one of {', '.join(allowed)}"
