@@ -37,7 +37,8 @@ def test_the_seeds_table_gives_the_mean_and_spread_of_the_record(printed):
     accuracies = [100 * float(row["test_accuracy"]) for row in runs]
     assert len(runs) >= 3 and len({row["seed"] for row in runs}) == len(runs)
     assert all(int(row["parameters"]) <= MAX_PARAMETERS for row in runs)
-    assert f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} %" in printed("seeds")
+    figure = f"{statistics.mean(accuracies):.2f} ± {statistics.stdev(accuracies):.2f} %"
+    assert figure in printed("seeds") and f"**{figure} test accuracy with" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["ablations", "peers", "time_to_accuracy"])
