@@ -53,9 +53,8 @@ from training.familiarity import distance, embed
 from training.processes import set_threads
 
 METHOD = "layercam"
-LIMITS = dict(
-    index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1)
-)  # of the test split; of a sheet
+# An index is one of the test split's; more pictures than this would not fit on a sheet.
+LIMITS = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))
 UNUSED = dict(  # the flags that another one leaves nothing to do
     image=("classes", "num_images", "only_errors", "seed", "data_dir"),
     index=("classes", "num_images", "only_errors", "seed"),
@@ -312,8 +311,10 @@ def main() -> None:
             if args.compare_layers:
                 draw_layers(args, cam, e, args.output_dir / f"{e.stem}_layers.png")
             else:
-                name = SLUGS[e.predicted] if e.versus < 0 else f"{SLUGS[e.target]}_not_{SLUGS[e.versus]}"
-                if e.versus < 0 and args.target_class not in (None, e.predicted):
+                name = SLUGS[e.predicted]
+                if e.versus >= 0:
+                    name = f"{SLUGS[e.target]}_not_{SLUGS[e.versus]}"
+                elif args.target_class not in (None, e.predicted):
                     name += f"_for_{SLUGS[args.target_class]}"
                 save_overlay(e, args.model_name, args.output_dir / f"{e.stem}_as_{name}.png")
         if args.save_arrays and explanations:

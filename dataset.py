@@ -270,7 +270,7 @@ def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int)
 def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) -> torch.Tensor:
     """A random order of images, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest loss, float (N,).
 
-    After Qin et al. 2024 (arXiv 2303.04947), who also raise the weight of easy images that remain. Not for CutMix.
+    After Qin et al. 2024 (arXiv 2303.04947), who also raise the weight of easy images that remain.
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)

@@ -177,7 +177,7 @@ def training_loss(
 
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
-    """Logits of uint8 images (N, 1, 28, 28) as a float32 tensor (N, 10), always in evaluation mode, no autocast."""
+    """Logits of uint8 images (N, 1, 28, 28) as a float32 tensor (N, 10), in evaluation mode and without autocast."""
     was_training = model.training
     model.eval()
     logits = torch.cat([model(dataset.normalize(chunk)) for chunk in images.split(batch_size)])

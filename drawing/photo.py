@@ -50,7 +50,7 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
 
 def strip_frame(colors: np.ndarray) -> np.ndarray:
     """Cut even bars off opposite sides of a picture, float32 RGB (H, W, 3), up to a fifth of it each."""
-    for turn in (1, -1):  # a bar ends in a jump of colour along nearly its whole length, no garment does
+    for turn in (1, -1):  # a bar ends in a jump of colour along nearly its whole length; a garment does not
         colors, widths = np.rot90(colors, turn), []
         for half in (colors, colors[::-1]):
             lab = cv2.cvtColor(np.ascontiguousarray(half[: len(half) // 5 + 2]), cv2.COLOR_RGB2LAB)

@@ -7,7 +7,7 @@ import dataset
 from model import HybridClassifier
 
 SAMPLE = 2000  # images from which the statistics are computed: enough for a covariance, and quick
-FLAGGED = 0.015  # share, beyond the limit, of the images that set it; of new images it is about 2 %
+FLAGGED = 0.015  # share of the images beyond the limit that they set; of new images it is about 2 %
 
 
 @torch.no_grad()

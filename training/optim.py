@@ -70,7 +70,7 @@ def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
 
     Batch norm then gives all components the same variance, which whitens the patches. Jordan 2024 (arXiv 2404.00498)
     takes 2x2 patches, and scales the filters instead. Both signs are needed, as ReLU keeps only positive values;
-    an odd number of filters leaves the last component with one.
+    if the number of filters is odd, the last component has one.
     Takes normalised images, float32 (N, 1, 28, 28). The components of largest variance come first. There are nine, so
     more than 18 filters raise a `UserError`.
     """
