@@ -286,7 +286,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         row["seconds"] = round(seconds_before + time.perf_counter() - started, 2)
         history.append({name: value.item() if hasattr(value, "item") else value for name, value in row.items()})
         runs.save_run(output_dir, config, history, (model, ema, optimizers, losses))
-        print(report.epoch_line(history, config.epochs), flush=True)
+        print(report.epoch_line(history, steps), flush=True)
     if rank == 0:
         runs.finish_run(output_dir, history, (images, labels, train_index), held_out.get("val"))
     return output_dir / "best.pt"

@@ -39,13 +39,14 @@ def test_a_summary_has_cross_entropy_and_accuracy(capsys, split, title):
 
 
 def test_the_line_of_an_epoch_gives_pace_and_time_left():
-    line = report.epoch_line(HISTORY, epochs=5)  # the epoch took 20 seconds, 3 are left
+    line = report.epoch_line(HISTORY, steps=[10, 4, 4, 4, 4])  # the epoch took 20 seconds, 3 like it are left
     assert line == (
         "epoch 2/5  train loss 1.0000 accuracy 0.7500  val (averaged weights) loss 1.5000 accuracy 0.6250  "
         "last lr 0.1  16 images/s  elapsed 0:00:30  remaining 0:01:00"
     )
-    assert "val" not in report.epoch_line(HISTORY[:1], epochs=5)
-    assert "1000 images/s" in report.epoch_line([HISTORY[0] | dict(images=10, seconds=0.0)], epochs=5)
+    first = report.epoch_line(HISTORY[:1], steps=[10, 4, 4, 4, 4])  # 10 seconds; 16 of 10 steps are left
+    assert "val" not in first and first.endswith("remaining 0:00:16")
+    assert "1000 images/s" in report.epoch_line([HISTORY[0] | dict(images=10, seconds=0.0)], steps=[10])
 
 
 def test_the_history_is_a_table_whose_columns_come_and_go(tmp_path):

@@ -31,15 +31,16 @@ def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool)
     return {f"{split}_loss": loss, f"{split}_accuracy": accuracy_score(labels.cpu(), predictions.cpu())}
 
 
-def epoch_line(history: Sequence[dict[str, float]], epochs: int) -> str:
-    """One line for the latest of so many epochs."""
+def epoch_line(history: Sequence[dict[str, float]], steps: Sequence[int]) -> str:
+    """One line for the latest epoch; `steps` is the number of steps of every epoch of the run."""
     row, seconds = history[-1], history[-1]["seconds"] - (history[-2]["seconds"] if len(history) > 1 else 0)
-    words = [f"epoch {len(history)}/{epochs}"]
+    words = [f"epoch {len(history)}/{len(steps)}"]
     for split, name in (("train", "train"), ("val", "val (averaged weights)"), ("test", "test (chooses nothing)")):
         if f"{split}_loss" in row:
             words.append(f"{name} loss {row[f'{split}_loss']:.4f} accuracy {row[f'{split}_accuracy']:.4f}")
     words += [f"last lr {row['lr']:.3g}", f"{row['images'] / max(seconds, 0.01):.0f} images/s"]
-    elapsed, remaining = (timedelta(seconds=round(s)) for s in (row["seconds"], seconds * (epochs - len(history))))
+    left = seconds * sum(steps[len(history) :]) / steps[len(history) - 1]
+    elapsed, remaining = (timedelta(seconds=round(s)) for s in (row["seconds"], left))
     return "  ".join([*words, f"elapsed {elapsed}", f"remaining {remaining}"])
 
 
