@@ -41,6 +41,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from seeds import save_table
+
 import dataset
 from gradcam import METHODS, GradCAM
 from model import HybridClassifier, load_checkpoint
@@ -256,14 +258,6 @@ def measure_split(args: argparse.Namespace) -> Iterator[dict[str, str]]:
 def merit(row: dict[str, str]) -> float:
     """What the default is chosen by, on the training images."""
     return float(row["insertion"]) - float(row["deletion"])
-
-
-def save_table(rows: list[dict[str, str]], path: Path) -> None:
-    """Write rows as a CSV file."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def print_table(rows: list[dict[str, str]], default: str) -> None:

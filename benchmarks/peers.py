@@ -263,10 +263,7 @@ def main() -> None:
         for row in rows:
             row["seconds_for_60000_images"] = round(60_000 / rates[row["name"]], 1)
     if args.train or args.time:
-        with open(TABLE, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        seeds.save_table(rows, TABLE)
     print("| | " + " | ".join(row["name"] for row in rows) + " |\n|---|" + "---:|" * len(rows))
     for name in rows[0]:
         if name != "name":

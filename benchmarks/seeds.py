@@ -86,13 +86,18 @@ def read_table() -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def add_line(row: dict[str, object]) -> list[dict]:
-    """Write seeds.csv with one more line; returns all of them."""
-    rows = sorted([*read_table(), row], key=lambda row: (row["command"], int(row["seed"])))
-    with open(TABLE, "w", newline="") as file:
+def save_table(rows: list[dict], path: Path) -> None:
+    """Write rows as a CSV file."""
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def add_line(row: dict[str, object]) -> list[dict]:
+    """Write seeds.csv with one more line; returns all of them."""
+    rows = sorted([*read_table(), row], key=lambda row: (row["command"], int(row["seed"])))
+    save_table(rows, TABLE)
     return rows
 
 
