@@ -258,7 +258,8 @@ def main() -> None:
     rows.sort(key=lambda row: list(PEERS).index(row["name"]))
     if args.time:
         config = step_time.settings_of("default", **RECIPE)
-        steps = {name: (step_time.training_step(build(), config), config.batch_size) for name, build in PEERS.items()}
+        names = [row["name"] for row in rows]
+        steps = {n: (step_time.training_step(PEERS[n](), config), config.batch_size) for n in names}
         rates = step_time.images_per_second(steps, rounds=20)
         for row in rows:
             row["seconds_for_60000_images"] = round(60_000 / rates[row["name"]], 1)
