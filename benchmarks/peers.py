@@ -95,31 +95,34 @@ class CompactConvolutionalTransformer(nn.Module):
 
 
 class PreactBlock(nn.Module):
-    """A pre-activation residual unit (He et al. 2016, arXiv 1603.05027)."""
+    """A pre-activation residual unit (He et al. 2016, arXiv 1603.05027); a stage's first activates both branches."""
 
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, channels: int, stride: int, is_first: bool = False) -> None:
         super().__init__()
+        self.is_first = is_first
         self.bn1, self.bn2 = nn.BatchNorm2d(in_channels), nn.BatchNorm2d(channels)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if in_channels != channels else None
+        is_changed = in_channels != channels
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if is_changed else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(x))
-        x = x if self.shortcut is None else self.shortcut(y)
-        return x + self.conv2(F.relu(self.bn2(self.conv1(y))))
+        return self.shortcut(y if self.is_first else x) + self.conv2(F.relu(self.bn2(self.conv1(y))))
 
 
 def preact_resnet() -> nn.Module:
     """The ResNet-20 of pre-activation units, 0.27M parameters."""
     layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1, bias=False)]
     for in_channels, channels, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
-        layers += [PreactBlock(in_channels, channels, stride), *(PreactBlock(channels, channels, 1) for _ in range(2))]
+        layers += [PreactBlock(in_channels, channels, stride, is_first=True)]
+        layers += [PreactBlock(channels, channels, 1) for _ in range(2)]
     model = nn.Sequential(*layers, nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.add_module("head", nn.Linear(64, 10))
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(model.head.bias)
     return model
 
 
@@ -128,7 +131,7 @@ def cutout(x: torch.Tensor, generator: torch.Generator, side: int = 16) -> torch
 
     DeVries & Taylor 2017, arXiv 1708.04552; a part of the square may lie outside the image.
     """
-    center = torch.randint(0, dataset.IMAGE_SIZE, (2, len(x), 1), generator=generator, device=x.device)
+    center = torch.randint(0, dataset.IMAGE_SIZE + 1, (2, len(x), 1), generator=generator, device=x.device)
     near = (torch.arange(dataset.IMAGE_SIZE, device=x.device) - center + side // 2) // side == 0  # (2, N, 28)
     return x.masked_fill((near[0, :, :, None] & near[1, :, None, :])[:, None], 0.0)
 
@@ -140,7 +143,7 @@ PEERS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-20, cutout": preact_resnet,
 }
 RECIPE = dict(cutmix=0.0, label_smoothing=0.1)  # of the others, where it differs from the default
-OWN_RECIPE = dict(batch_size=128, lr=0.1, warmup_epochs=0.0, shift=4, erase=0.0, cutmix=0.0)  # of the last one
+OWN_RECIPE = dict(batch_size=128, lr=0.2, warmup_epochs=0.0, shift=4, erase=0.0, cutmix=0.0)  # of the last one
 OWN_RECIPE |= dict(label_smoothing=0.0, ema_decay=0.0, grad_clip=0.0)
 
 
@@ -168,8 +171,11 @@ def fit(
     step_once = partial(train.training_step, run)
     step_once = ReplayedStep(step_once, run.generator) if device.type == "cuda" else step_once
     parts = (model, run.ema, *run.optimizers)
+    made_with = dict(name=name, **vars(config))
     if state and state.exists():
         saved = torch.load(state)
+        if saved["made_with"] != made_with:
+            raise SystemExit(f"peers.py: error: {state} is of another command: name another file")
         for part, values in zip(parts, saved["parts"], strict=True):
             part.load_state_dict(values)
         first, started = saved["epoch"], started - saved["seconds"]
@@ -182,7 +188,7 @@ def fit(
             step_once(index, lr, optim.averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
         if state:
             with dataset.whole_file(state) as file:
-                saved = dict(epoch=epoch + 1, seconds=time.perf_counter() - started)
+                saved = dict(made_with=made_with, epoch=epoch + 1, seconds=time.perf_counter() - started)
                 torch.save(saved | dict(parts=[part.state_dict() for part in parts]), file)
     return run.ema.cpu(), time.perf_counter() - started
 

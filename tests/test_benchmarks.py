@@ -114,6 +114,8 @@ def test_cutout_sets_a_square_of_16_pixels_to_mean_grey_that_may_reach_over_the_
     assert torch.equal(heights * widths, gone.sum(dim=(1, 2))) and set(x.unique().tolist()) == {0.0, 1.0}
     assert heights.max() == widths.max() == 16 and heights.min() == widths.min() == 8
     assert gone[:, 0, 0].any() and gone[:, 27, 27].any()
+    first_rows = gone.any(dim=2).int().argmax(dim=1)
+    assert first_rows.min() == 0 and first_rows.max() == 20  # as few rows at the lower edge as at the upper one
 
 
 def test_a_peer_goes_on_from_its_saved_epoch(monkeypatch, tmp_path):
