@@ -12,19 +12,20 @@ were measured before the code was kept and cannot be repeated.
 import argparse
 import csv
 import itertools
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import dataset
 import train
 from model import load_checkpoint
-from training.settings import choose_settings, make_parser
+from training.settings import choose_settings, make_parser, resumed_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "benchmarks" / "ablations.csv"
@@ -41,16 +42,19 @@ def code_version() -> str:
 
 def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
     """Train with the flags and return the experiment's line."""
-    given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
+    given, code = vars(make_parser(train.SETTINGS, "").parse_args(flags)), code_version()
     with tempfile.TemporaryDirectory() as folder:
         config = choose_settings(train.SETTINGS, train.RECIPES, dict(output_dir=folder, quiet=True) | given)
         if not config.val_size:
             raise SystemExit("ablations.py: error: experiments are compared on a validation split: give --val-size")
         last = Path(config.output_dir, "last.pt")
-        train.train(config, resume=last.exists())
-        row = load_checkpoint(last)[1]["history"][-1]
-    capability = torch.backends.cpu.get_cpu_capability()
-    hardware = f"{torch.get_num_threads()} threads of {platform.machine()}, {capability}"
+        if resume := last.exists():  # go on, if it is the same experiment
+            wanted = {name: value for name, value in vars(config).items() if name != "threads"}  # which it has chosen
+            saved = load_checkpoint(last)[1]["train_config"]
+            config = SimpleNamespace(**resumed_settings(train.SETTINGS, saved, wanted, train.MAY_CHANGE_ON_RESUME))
+        train.train(config, resume)
+        checkpoint = load_checkpoint(last)[1]
+    row = checkpoint["history"][-1]
     return dict(
         group=group,
         what=what,
@@ -59,8 +63,8 @@ def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
         val_accuracy=round(row["val_accuracy"], 4),
         val_loss=round(row["val_loss"], 4),
         minutes=round(row["seconds"] / 60, 1),
-        hardware=hardware,
-        code=code_version(),
+        hardware=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
+        code=code,
     )
 
 
@@ -73,7 +77,8 @@ def main() -> None:
     with open(TABLE, newline="") as file:
         rows: list[dict] = list(csv.DictReader(file))
     if args.group and args.what:
-        row = run(args.group, args.what, args.flags)
+        with dataset.errors_in_one_line("ablations.py"):
+            row = run(args.group, args.what, args.flags)
         with open(TABLE, "a", newline="") as file:
             csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n").writerow(row)
         rows.append(row)

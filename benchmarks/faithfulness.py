@@ -1,8 +1,8 @@
 """Do the heatmaps show what the model's decision rests on? Layers and methods against maps that know no model.
 
-    python benchmarks/faithfulness.py                           print the tables of faithfulness.csv
-    python benchmarks/faithfulness.py --split training          measure anew, on training images
-    python benchmarks/faithfulness.py --split test              the same on test images
+    python benchmarks/faithfulness.py                                      print the tables of faithfulness.csv
+    python benchmarks/faithfulness.py --split training --num-images 500    measure anew, on training images
+    python benchmarks/faithfulness.py --split test                         the same on test images
 
 The default of Visulization.py is chosen on training images, as none were held out from the shipped model, and reported
 on test images. Every map is for the class that the model predicts, whose probability is followed:

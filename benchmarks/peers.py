@@ -216,7 +216,8 @@ def line_of(model: nn.Module, args: argparse.Namespace) -> dict[str, object]:
     right = train.predict(model, images[index]).argmax(dim=1) == labels[index]
     return dict(
         name=args.train,
-        command=f'python benchmarks/peers.py --train "{args.train}" --epochs {args.epochs} --seed {args.seed}',
+        command=f'python benchmarks/peers.py --train "{args.train}" --epochs {args.epochs} '
+        f"--val-size {args.val_size} --seed {args.seed}",
         parameters=f"{sum(p.numel() for p in model.parameters()):,}",
         million_multiply_adds=round(step_time.multiply_adds(model) / 1e6, 1),
         seconds_for_60000_images="",
@@ -225,12 +226,17 @@ def line_of(model: nn.Module, args: argparse.Namespace) -> dict[str, object]:
     )
 
 
+def command_for_seeds(args: argparse.Namespace) -> str:
+    """The command, without the seed, that trains one of `PEERS` on all images."""
+    return f'python benchmarks/peers.py --train "{args.train}" --epochs {args.epochs} --val-size 0'
+
+
 def seeds_line(model: nn.Module, seconds: float, args: argparse.Namespace) -> dict[str, object]:
     """The line, in seeds.csv, of a model that was trained on all images."""
     device = processes.choose_device("auto")
     precision = processes.choose_precision("auto", device)
     return dict(
-        command=f'python benchmarks/peers.py --train "{args.train}" --epochs {args.epochs} --val-size 0',
+        command=command_for_seeds(args),
         seed=args.seed,
         val_accuracy=math.nan,
         minutes=round(seconds / 60, 1),
@@ -253,6 +259,8 @@ def main() -> None:
         processes.set_threads()
     row = None
     if args.train:
+        if not args.val_size:
+            seeds.require_new(command_for_seeds(args), args.seed)
         model, seconds = train_peer(args)
         row = line_of(model, args) if args.val_size else None
         if not args.val_size:

@@ -62,12 +62,17 @@ def figures_of(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tenso
     )
 
 
-def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor, known: set[tuple[str, str]]) -> dict[str, object]:
-    """One line of the table, for a run that is none of those whose command and seed are `known`."""
+def require_new(command: str, seed: int) -> None:
+    """Refuse a run that has its line."""
+    if (command, str(seed)) in {(row["command"], row["seed"]) for row in read_table()}:
+        raise SystemExit(f"error: seed {seed} of {command!r} has its line in {TABLE.name} already")
+
+
+def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
+    """One line of the table."""
     model, checkpoint = load_checkpoint(path)
     config, history = checkpoint["train_config"], checkpoint["history"]
-    if (command_of(config), str(config["seed"])) in known:
-        raise SystemExit(f"seeds.py: error: seed {config['seed']} of {command_of(config)!r} has its line already")
+    require_new(command_of(config), config["seed"])
     if len(history) != config["epochs"]:
         raise SystemExit(f"seeds.py: error: {path} is of a run that is not over")
     return dict(
@@ -130,8 +135,7 @@ def main() -> None:
     rows = read_table()
     if args.add:
         set_threads()
-        known = {(row["command"], row["seed"]) for row in rows}
-        rows = add_line(evaluate(args.add, *dataset.load(args.data_dir, train=False), known))
+        rows = add_line(evaluate(args.add, *dataset.load(args.data_dir, train=False)))
     print_table(rows)
 
 
