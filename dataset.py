@@ -270,7 +270,7 @@ def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int)
 def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) -> torch.Tensor:
     """A random order of images, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest loss, float (N,).
 
-    After Qin et al. 2024 (arXiv 2303.04947), who also raise the weight of easy images that remain.
+    After Qin et al. 2024 (arXiv 2303.04947), who also raise the other easy images' weight, and end with whole epochs.
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)
@@ -330,10 +330,10 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
 def cutmix(
     images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace a random rectangle by that of the image before in the batch (Yun et al. 2019, arXiv 1905.04899).
+    """Replace a random rectangle by that of the image before in the batch (after Yun et al. 2019, arXiv 1905.04899).
 
-    Takes uint8 images (N, 1, H, W) and targets, float (N, 10), which are mixed in proportion to the area, from
-    nothing to nearly everything. `probability` is per image. The order of the batch has to be random.
+    Takes uint8 images (N, 1, H, W) and targets, float (N, 10), mixed in proportion to the area. Unlike theirs, an image
+    has its own rectangle, with this probability, of any size, wholly inside. The order of the batch has to be random.
     """
     inside = random_rectangles(images, generator, probability, (0.0, 1.0))
     share = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)

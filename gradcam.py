@@ -61,8 +61,9 @@ def gradcam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 def gradcam_plus_plus(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A channel's weight, (N, C, 1, 1), is a sum of its positive gradients, each place weighed by curvature.
 
-    Chattopadhay et al. 2018, "Grad-CAM++: Improved Visual Explanations for Deep Convolutional Networks", WACV, arXiv
-    1710.11063. The score is taken through an exponential, which makes its higher derivatives powers of G.
+    Chattopadhay et al. 2018, "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep Convolutional
+    Networks", WACV, arXiv 1710.11063. The score is taken through an exponential, which makes its higher derivatives
+    powers of G.
     """
     curvature = 2 * gradient**2 + activation.sum(dim=(2, 3), keepdim=True) * gradient**3
     share = gradient**2 / torch.where(curvature == 0, torch.ones_like(curvature), curvature)
@@ -72,7 +73,8 @@ def gradcam_plus_plus(activation: torch.Tensor, gradient: torch.Tensor) -> torch
 def hirescam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Every place has its own weight, its gradient: the map is relu(sum_k G_k A_k).
 
-    Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM for faithful explanations", arXiv 2011.08891.
+    Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks",
+    arXiv 2011.08891.
     """
     return gradient
 
@@ -80,7 +82,8 @@ def hirescam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 def layercam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """As HiResCAM, with positive gradients alone, which early layers' noisy gradients need: relu(sum_k relu(G_k) A_k).
 
-    Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization", IEEE TIP 30.
+    Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization", IEEE TIP 30. They join
+    layers by the largest value at each place, after a tanh; `GradCAM` takes the mean.
     """
     return gradient.relu()
 
@@ -177,7 +180,7 @@ class GradCAM:
 
         With `versus`, y is the difference of two classes' logits, and the map is signed: sum_k w_k A_k, where w is the
         method's weight for y minus that for -y. Of published methods Finer-CAM is the nearest (Zhang et al. 2025, arXiv
-        2501.11309): Grad-CAM of a logit minus a weighted mean of similar classes' logits, its positive part alone.
+        2501.11309): the positive part of a map, by default Grad-CAM's, of a logit minus a mean of similar classes'.
 
         Args:
             images: float tensor (N, channels, H, W) as the model takes it.

@@ -114,7 +114,7 @@ class EncoderBlock(nn.Module):
         self.drop_path = drop_path
 
     def skip(self, branch: torch.Tensor) -> torch.Tensor:
-        """Stochastic depth (Huang et al. 2016): in training, drop the whole branch for a random part of the images."""
+        """Stochastic depth (after Huang et al. 2016): in training, drop the branch for a random part of the images."""
         if not self.training or self.drop_path == 0:
             return branch
         keep = 1 - self.drop_path

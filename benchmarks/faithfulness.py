@@ -8,9 +8,9 @@ The default of Visulization.py is chosen on training images, as none were held o
 on test images. Every map is for the class that the model predicts, whose probability is followed:
 
 - deletion: the hottest pixels turn black first; the mean probability over the shares of pixels gone. Low is good.
-- insertion: the hottest pixels return first, on a blurred image; the mean probability. High is good. These are the
-  canvases of RISE (Petsiuk et al. 2018, arXiv 1806.07421); black deletion favours maps of the brightness, as black is
-  the background here, so each measure is taken on the other canvas, too.
+- insertion: the hottest pixels return first, on a blurred image; the mean probability. High is good. Both are
+  RISE's (Petsiuk et al. 2018, arXiv 1806.07421), as is the blur; its code deletes to mean grey. Black deletion favours
+  maps of the brightness, as black is the background here, so each measure is taken on the other canvas, too.
 - average drop and increase: of the probability when the image is multiplied by the map (Grad-CAM++, arXiv 1710.11063).
 - ROAD: the share of predictions kept when the hottest 20, 40, 60 and 80 % of pixels are replaced by what their
   neighbours suggest (Rong et al. 2022, arXiv 2202.00449); the mean of the four. Low is good.

@@ -10,7 +10,7 @@ which share of a map's evidence lies on the mark, by layer and method, against c
   than the mark), and how often the hottest pixel is on the mark.
 - two marks, `versus`: the map of the one class against the other. The share of all evidence, for and against, that is
   on the mark with the right sign, and with the wrong one. Finer-CAM (Zhang et al. 2025, arXiv 2501.11309) keeps what is
-  for the class alone: Grad-CAM of the difference of the logits, cut off at zero.
+  for the class alone; here on Grad-CAM, as by default, for one other class of weight 1: the signed map, cut off at 0.
 
 The idea is of Yang & Kim 2019, "Benchmarking Attribution Methods with Relative Feature Importance", arXiv 1907.09701.
 """
@@ -116,7 +116,8 @@ def two_marks(
         name = method_name(method, layers)
         rows.append((name, right, wrong))
         if method == "gradcam":
-            rows.append((f"Finer-CAM, {' + '.join(layers)}", share_on(up, masks[0]), share_on(up, masks[1])))
+            name = f"Finer-CAM on Grad-CAM, {' + '.join(layers)}"
+            rows.append((name, share_on(up, masks[0]), share_on(up, masks[1])))
     for name, right, wrong in sorted(rows, key=lambda row: row[2] - row[1]):
         print(f"| {name} | {right:.1%} | {wrong:.1%} |")
     chance = masks[0].double().mean().item()

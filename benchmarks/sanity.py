@@ -1,4 +1,4 @@
-"""Would another model, or another class, get the same heatmap? The sanity checks of Adebayo et al. 2018 in figures.
+"""Would another model, or another class, get the same heatmap? A sanity check of Adebayo et al. 2018 in figures.
 
     python benchmarks/sanity.py
 

@@ -1,4 +1,7 @@
-"""How far an image is from everything that a model was trained on (Lee et al. 2018, arXiv 1807.03888)."""
+"""How far an image is from everything that a model was trained on (after Lee et al. 2018, arXiv 1807.03888).
+
+Theirs joins several layers, and first moves the image a little; here it is the last layer, and the image as it is.
+"""
 
 import torch
 from sklearn.covariance import LedoitWolf
