@@ -47,9 +47,9 @@ def run(group: str, what: str, flags: list[str]) -> dict[str, object]:
         config = choose_settings(train.SETTINGS, train.RECIPES, dict(output_dir=folder, quiet=True) | given)
         if not config.val_size:
             raise SystemExit("ablations.py: error: experiments are compared on a validation split: give --val-size")
-        last = Path(config.output_dir, "last.pt")
+        last = Path(config.output_dir).expanduser() / "last.pt"
         if resume := last.exists():  # go on, if it is the same experiment
-            wanted = {name: value for name, value in vars(config).items() if name != "threads"}  # which it has chosen
+            wanted = {name: value for name, value in vars(config).items() if name != "threads" or value}
             saved = load_checkpoint(last)[1]["train_config"]
             config = SimpleNamespace(**resumed_settings(train.SETTINGS, saved, wanted, train.MAY_CHANGE_ON_RESUME))
         train.train(config, resume)

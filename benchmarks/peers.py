@@ -99,7 +99,7 @@ class CompactConvolutionalTransformer(nn.Module):
 
 
 class PreactBlock(nn.Module):
-    """A pre-activation residual unit (He et al. 2016, arXiv 1603.05027); a stage's first activates both branches."""
+    """A pre-activation residual unit (He et al. 2016, arXiv 1603.05027), shortcut included in a stage's first."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, is_first: bool = False) -> None:
         super().__init__()
@@ -162,7 +162,8 @@ def fit(
 ) -> tuple[nn.Module, float]:
     """Train on all of the uint8 images (N, 1, 28, 28) as `train.train` does, or with other optimisers and cutout.
 
-    Saves every epoch in the file `state`, and goes on from there. Returns the averaged model, on the CPU, and seconds.
+    Saves every epoch in the file `state`, and goes on from there. Returns the averaged model (with an
+    `ema_decay` of 0, the last one), on the CPU, and seconds.
     """
     device = images.device
     model.to(device, memory_format=torch.channels_last).train()
@@ -178,7 +179,7 @@ def fit(
     made_with = dict(name=name, **vars(config))
     if state and state.exists():
         saved = torch.load(state)
-        if saved["made_with"] != made_with:
+        if saved.get("made_with") != made_with:
             raise SystemExit(f"peers.py: error: {state} is of another command: name another file")
         for part, values in zip(parts, saved["parts"], strict=True):
             part.load_state_dict(values)

@@ -63,9 +63,10 @@ def figures_of(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tenso
 
 
 def require_new(command: str, seed: int) -> None:
-    """Refuse a run that has its line."""
+    """End the script if this command and seed have their line in seeds.csv."""
     if (command, str(seed)) in {(row["command"], row["seed"]) for row in read_table()}:
-        raise SystemExit(f"error: seed {seed} of {command!r} has its line in {TABLE.name} already")
+        script = Path(sys.argv[0]).name
+        raise SystemExit(f"{script}: error: seed {seed} of {command!r} has its line in {TABLE.name} already")
 
 
 def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:

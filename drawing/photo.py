@@ -118,6 +118,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
 
 def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     """Bring a picture to the data set's form, much as its paper does (Xiao et al. 2017, section 2), but unsharpened.
+
     Returns the image, uint8 (28, 28); the picture, uint8 RGB (H, W, 3), at most 1024 pixels a side, transparent parts
     white; and a reason to doubt the image, or "". Raises a UserError where `decode` does, and if there is no garment.
     """
