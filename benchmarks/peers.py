@@ -99,7 +99,7 @@ class CompactConvolutionalTransformer(nn.Module):
 
 
 class PreactBlock(nn.Module):
-    """A pre-activation residual unit (He et al. 2016, arXiv 1603.05027), shortcut included in a stage's first."""
+    """A pre-activation residual unit (He et al. 2016, arXiv 1603.05027); `is_first` activates the shortcut, too."""
 
     def __init__(self, in_channels: int, channels: int, stride: int, is_first: bool = False) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ A step counts as three forward passes, though a first layer that is not trained 
 
 FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with its batch size of 2,
 take 500 steps before and after each run; all its 97 epochs of 60,000 images are counted at that speed, since its 93.1 %
-(93.2 % in its README of today) are those of its best epoch on the test split, the 97th. Its evaluations do not count.
+(93.2 % in its present README) are those of its best epoch on the test split, the 97th. Its evaluations do not count.
 """
 
 import argparse

@@ -44,7 +44,7 @@ def test_the_line_of_an_epoch_gives_pace_and_time_left():
         "epoch 2/5  train loss 1.0000 accuracy 0.7500  val (averaged weights) loss 1.5000 accuracy 0.6250  "
         "last lr 0.1  16 images/s  elapsed 0:00:30  remaining 0:01:00"
     )
-    first = report.epoch_line(HISTORY[:1], steps=[10, 4, 4, 4, 4])  # 10 seconds; 16 of 10 steps are left
+    first = report.epoch_line(HISTORY[:1], steps=[10, 4, 4, 4, 4])  # 10 steps took 10 seconds; 16 are left
     assert "val" not in first and first.endswith("remaining 0:00:16")
     assert "1000 images/s" in report.epoch_line([HISTORY[0] | dict(images=10, seconds=0.0)], steps=[10])
 
