@@ -36,10 +36,11 @@ def tokens_to_grid(activation: torch.Tensor, image_size: Sequence[int]) -> torch
         short = max(1, round((tokens * min(image_size) / max(image_size)) ** 0.5))
         h, w = (short, tokens // short) if height < width else (tokens // short, short)
         grids = [activation.mT.unflatten(2, (h, w))] if h * w == tokens else []
-    for grid in grids:
-        # In the image's proportions, h * W = w * H; strides and borders that round move a side by less than two places.
-        if abs(grid.shape[2] * width - grid.shape[3] * height) < 2 * max(height, width):
-            return grid
+    # In the image's proportions, h * W = w * H; strides and borders that round move a side by less than two places.
+    for slack in (1, 2 * max(height, width)):
+        for grid in grids:
+            if abs(grid.shape[2] * width - grid.shape[3] * height) < slack:
+                return grid
     raise ValueError(
         f"the target layer's output {tuple(activation.shape)} is not laid out like the {height}x{width} image: choose "
         "another layer, or give `reshape`; with a class token: lambda tokens: tokens[:, 1:].mT.unflatten(2, (h, w))"
@@ -59,7 +60,7 @@ def gradcam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def gradcam_plus_plus(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """A channel's weight, (N, C, 1, 1), is a sum of its positive gradients, each place weighed by curvature.
+    """A channel's weight, (N, C, 1, 1), is a sum of its positive gradients, each place weighted by curvature.
 
     Chattopadhay et al. 2018, "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep Convolutional
     Networks", WACV, arXiv 1710.11063. The score is taken through an exponential, which makes its higher derivatives

@@ -141,6 +141,7 @@ def test_tokens_are_laid_out_row_by_row():
         ((2, 20, 5), (87, 23), (10, 2)),
         ((2, 5, 7, 7), (28, 28), (7, 7)),
         ((2, 7, 7, 5), (28, 28), (7, 7)),  # channels last
+        ((2, 7, 7, 8), (28, 28), (7, 7)),  # even where 7 x 8, channels first, would be nearly square
         ((2, 7, 5, 6), (55, 41), (7, 5)),
         ((2, 6, 4, 16), (32, 128), (4, 16)),
         ((2, 4, 16, 64), (32, 128), (16, 64)),  # both readings are possible: channels first
