@@ -90,8 +90,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         start = np.median(lab[border], axis=0)
         for axis in (0, 1):
             turned = lab.swapaxes(0, axis)
-            first, last = np.median(turned[:n], axis=0), np.median(turned[-n:], axis=0)
-            line = first + (last - first) * np.linspace(0, 1, len(turned))[:, None, None]
+            line = np.linspace(np.median(turned[:n], axis=0), np.median(turned[-n:], axis=0), len(turned))
             others.append(np.linalg.norm(turned - line, axis=2).swapaxes(0, axis))
     for _ in range(2):  # at first from the border, then from all that is not garment
         surface = fit_surface(lab, keep, start)
@@ -106,6 +105,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         keep = rest if rest.mean() > 0.1 else keep
     if is_busy and 0 < garment.mean() < 1:  # GrabCut (Rother et al. 2004) goes on from there, with all colours of both
         labels = np.where(garment, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+        cv2.setRNGSeed(0)  # it draws random numbers: a picture's result is the same beside any others
         cv2.grabCut((blurred * 255).astype(np.uint8), labels, None, *np.zeros((2, 1, 65)), 3, cv2.GC_INIT_WITH_MASK)
         better = labels == cv2.GC_PR_FGD
         garment = better if 0.3 < better.sum() / garment.sum() < 3 else garment  # it may lose its way
