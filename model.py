@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.ops import SqueezeExcitation
+from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from dataset import CLASS_NAMES, IMAGE_SIZE, UserError, whole_file
 
@@ -111,18 +111,11 @@ class EncoderBlock(nn.Module):
         self.attention = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim))
-        self.drop_path = drop_path
-
-    def skip(self, branch: torch.Tensor) -> torch.Tensor:
-        """Stochastic depth (after Huang et al. 2016): in training, drop the branch for a random part of the images."""
-        if not self.training or self.drop_path == 0:
-            return branch
-        keep = 1 - self.drop_path
-        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep).div_(keep)
+        self.drop_path = StochasticDepth(drop_path, mode="row")  # a branch of some images (after Huang et al. 2016)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.skip(self.attention(self.norm1(x)))
-        return x + self.skip(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.attention(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Pool(nn.Module):
@@ -173,7 +166,7 @@ class HybridClassifier(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: He et al. 2015 for convolutions, N(0, 0.02) for linear layers and positions."""
+        """Draw the initial weights: He et al. 2015 for convolutions, elsewhere a standard deviation of 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -227,7 +220,7 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[HybridClassifier, dict[str, Any]]:
-    """Read a checkpoint of this project. The file's check sums are compared, and none of its content is executed.
+    """Read a checkpoint of this project. The file's checksums are compared, and none of its content is executed.
 
     Returns:
         The model in evaluation mode on `device`, and the checkpoint's whole dictionary with its tensors on the CPU.
@@ -238,7 +231,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     path = Path(os.path.expanduser(path))
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load compares no check sums: a flipped bit would be another weight
+            if damaged := archive.testzip():  # torch.load compares no checksums: a flipped bit would be another weight
                 raise zipfile.BadZipFile(f"{damaged} has changed since it was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -127,13 +127,13 @@ def test_the_ends_of_the_stages_have_their_grids(small_model):
 def test_stochastic_depth_drops_whole_branches_only_in_training():
     torch.manual_seed(0)
     model = HybridClassifier(replace(SMALL_MODEL, drop_path=0.5))
-    assert [block.drop_path for block in model.blocks] == [0.25, 0.5]
+    assert [block.drop_path.p for block in model.blocks] == [0.25, 0.5]
     block, branch = model.blocks[-1], torch.ones(2000, 3, 4)
-    assert torch.equal(block.eval().skip(branch), branch)
-    kept = block.train().skip(branch)
+    assert torch.equal(block.eval().drop_path(branch), branch)
+    kept = block.train().drop_path(branch)
     assert kept.flatten(1).unique(dim=0).tolist() == [[0.0] * 12, [2.0] * 12]
     assert kept.mean().item() == pytest.approx(1, abs=0.1)
-    assert model.blocks[0].train().skip(branch).max().item() == pytest.approx(1 / 0.75)
+    assert model.blocks[0].train().drop_path(branch).max().item() == pytest.approx(1 / 0.75)
 
 
 def test_initial_weights_have_the_sizes_that_the_papers_give():
