@@ -181,6 +181,8 @@ def test_the_arrow_keys_move_among_the_pictures_that_are_shown(browser, page):
 
     keys = [Keys.ARROW_RIGHT] * (len(ids) + 1) + [Keys.ARROW_LEFT] * 2
     assert [press(key) for key in keys] == [*ids, ids[0], ids[-1], ids[-2]]
+    browser.execute_script("document.activeElement.blur()")
+    assert press(Keys.ARROW_LEFT) == ids[-1]
 
 
 def test_every_picture_has_a_link(browser, page):
