@@ -34,7 +34,7 @@ import dataset
 from dataset import CLASS_NAMES, IMAGE_SIZE, UserError
 from drawing.explanation import SLUGS, Explanation, classify, explain, heatmaps
 from drawing.gallery import save_gallery
-from drawing.photo import read_image
+from drawing.photo import FORMATS, read_image
 from drawing.sheets import (
     SCALE_LABEL,
     SIGNED_SCALE_LABEL,
@@ -122,7 +122,8 @@ def printable(text: object) -> str:
 
 def find_pictures(given: list[Path]) -> list[Path]:
     """The pictures in folders, and those of wildcards that no shell has expanded; whatever else is given stays."""
-    found, endings = [], {*Image.registered_extensions(), ".heic", ".heif"}
+    found, endings = [], {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
+    endings |= {".heic", ".heif"}  # to say that it must be exported
     for path in given:
         if os.path.isdir(path):
             names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
@@ -275,7 +276,7 @@ def load_model(args: Namespace) -> GradCAM:
     args.output_dir = args.output_dir or Path("HeapImg", folder)
     args.target_layer = args.target_layer or default_layers(model)
     args.familiar = checkpoint.get("familiar")
-    last = (checkpoint.get("history") or [{}])[-1]
+    last = (checkpoint.get("history") or [{}])[: checkpoint.get("epoch")][-1]  # of the epoch whose weights these are
     mixed = checkpoint.get("train_config", {}).get("cutmix")  # then training accuracy is low by design
     accuracy = last.get("val_accuracy", 1 if mixed else last.get("train_accuracy", 1))
     if accuracy < 0.7:  # as after a fraction of an epoch

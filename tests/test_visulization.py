@@ -412,6 +412,7 @@ def test_folders_and_wildcards_are_looked_into_and_each_picture_is_taken_once(ru
     for name in ("b.png", "a.jpg", ".hidden.png"):
         garment().save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").touch()
+    (tmp_path / "photos" / "receipt.pdf").touch()  # which Pillow knows, but this project does not read
     assert run("--image", "photos", "photos/b.png", "phot*/*.jpg") == 0
     assert sorted(path.split("_as_")[0] for path in drawn) == ["HeapImg/a", "HeapImg/b"]
     (tmp_path / "empty").mkdir()
@@ -468,6 +469,14 @@ def test_a_model_that_is_barely_trained_gets_a_note(run, drawn, small_model, cap
     save_checkpoint(tmp_path / "model.pt", small_model, history=[row], train_config=dict(cutmix=cutmix))
     assert run("--checkpoint", "model.pt", "--index", 0) == 0
     assert ("reached only 69% in training" in capsys.readouterr().out) == is_noted
+
+
+def test_a_note_is_of_the_epoch_whose_weights_were_kept(run, drawn, small_model, capsys, tmp_path):
+    history = [dict(val_accuracy=0.69), dict(val_accuracy=0.9), dict(val_accuracy=0.6)]
+    for epoch, is_noted in ((1, True), (2, False)):
+        save_checkpoint(tmp_path / "model.pt", small_model, history=history, epoch=epoch)
+        assert run("--checkpoint", "model.pt", "--index", 0) == 0
+        assert ("reached only 69% in training" in capsys.readouterr().out) == is_noted
 
 
 def test_a_tilde_is_the_home_folder(run, drawn, checkpoint, tmp_path, monkeypatch):
