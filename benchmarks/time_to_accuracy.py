@@ -5,9 +5,9 @@
     python benchmarks/time_to_accuracy.py --seeds 0 --processes 2        the same by torchrun, in two processes
     python benchmarks/time_to_accuracy.py --seeds 0 --original FOLDER    beside the project this one re-creates
 
-Everything counts: Python's start, the check of the data, training, reports and saving, the test split. The ceiling is
-the mean rate of large matrix products, in the type that training computes in, right before and right after each run.
-A step counts as three forward passes, though a first layer that is not trained needs less.
+Everything counts, from Python's start to its end: the check of the data, training, saving, the test split, pictures.
+The ceiling is the mean rate of large matrix products, in the type that training computes in, right before and right
+after each run. A step counts as three forward passes, though a first layer that is not trained needs less.
 
 FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with its batch size of 2,
 take 500 steps before and after each run; all its 97 epochs of 60,000 images are counted at that speed, since its 93.1 %
@@ -80,13 +80,13 @@ def original_rate(folder: Path) -> float:
 
 def measure(seed: int, processes: int, flags: list[str]) -> dict[str, object]:
     """Train once in processes of their own and return what it took."""
-    flags = [*flags, "--seed", str(seed)]
+    flags = [*flags, "--seed", str(seed), "--quiet"]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
     precision = choose_precision(given.get("precision", "auto"), torch.device("cpu"))
     ceilings = [step_time.matrix_rate(precision)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, "--quiet", "--output-dir", folder]
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, "--output-dir", folder]
         with open(Path(folder) / "output.txt", "w+") as output:
             started = time.perf_counter()
             process = subprocess.Popen(command, cwd=ROOT, stdout=output)
