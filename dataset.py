@@ -60,7 +60,7 @@ class DataError(UserError):
 @contextmanager
 def errors_in_one_line(script: str) -> Iterator[None]:
     """End the script with one line on stderr for what its user can fix, and for Ctrl-C; a bug keeps its traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have letters that this terminal has not
+    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have characters that this terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -230,7 +230,7 @@ def augment(
         shift: move each by up to that many pixels each way, 0 to 27; uncovered pixels become background.
         erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see `random_erase`).
         erase_area: the largest such rectangle, as a part of the image, 0.02 to 1.
-        rotate: turn some of the images by up to so many degrees either way.
+        rotate: turn some of the images by up to this many degrees either way.
         noise: add Gaussian noise to some of them, of a standard deviation up to this fraction of the range.
         distort_share: the part of the images that is turned, and the part that is noisy, above 0 to 1.
     """
@@ -274,7 +274,7 @@ def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) 
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)
-    left_out = easy.cumsum(0) * skipped // easy.sum()  # so many until then, evenly spread over the epoch
+    left_out = easy.cumsum(0) * skipped // easy.sum()  # how many up to each place: evenly spread
     return order[left_out.diff(prepend=left_out.new_zeros(1)) == 0]
 
 

@@ -46,16 +46,16 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     # data
     data_dir=("data", None, "folder with the four files of Fashion-MNIST; they are fetched if it lacks them"),
     val_size=(5000, (0, INF), "images held out of the 60,000 to choose the best epoch; 0 keeps the last weights"),
-    train_size=(0, (0, INF), "train on only so many of the remaining images, for a quick try; 0 takes them all"),
+    train_size=(0, (0, INF), "train on only this many of the remaining images, for a quick try; 0 takes them all"),
     skip_easy=(0.0, (0.0, 1.0), "from the second epoch on, leave out this share of the 60 % of images of lowest loss"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
     alternate_flip=(False, None, "flip each image in every other epoch instead of at random"),
-    shift=(2, (0, 27), "move every image by up to so many pixels each way"),
+    shift=(2, (0, 27), "move every image by up to this many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
-    cutmix=(0.3, (0.0, 1.0), "probability that a rectangle of an image is another image's, and so its label"),
-    rotate=(0.0, (0.0, 180.0), "turn some images (see --distort-share) by up to so many degrees either way"),
+    cutmix=(0.3, (0.0, 1.0), "probability that a rectangle is another image's, which then has its share of the label"),
+    rotate=(0.0, (0.0, 180.0), "turn some images (see --distort-share) by up to this many degrees either way"),
     noise=(0.0, (0.0, 1.0), "add Gaussian noise to some, of a standard deviation up to this fraction of the range"),
     distort_share=(0.5, (0.01, 1.0), "share of the images that --rotate turns and, drawn separately, --noise changes"),
     # model

@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import step_time
-from faithfulness import BATCH_SIZE, baseline_maps, method_name
+from faithfulness import BATCH_SIZE, baseline_maps, cam_maps, method_name
 from peers import RECIPE, fit
 
 import dataset
@@ -84,9 +84,7 @@ def one_mark(model: HybridClassifier, images: torch.Tensor, mask: torch.Tensor, 
     near = torch.nn.functional.max_pool2d(mask.float(), 5, stride=1, padding=2).bool()
     maps = dict(baseline_maps(model, images, labels))
     for method, layers in candidates(model, list(METHODS)):
-        with GradCAM(model, layers, method) as cam:
-            chunks = zip(images.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-            maps[method_name(method, layers)] = torch.cat([cam(dataset.normalize(x), y) for x, y in chunks])
+        maps[method_name(method, layers)] = cam_maps(model, layers, method, images, labels)
     figures = {}
     for name, m in maps.items():
         hottest = mask.flatten(1).gather(1, m.flatten(1).argmax(dim=1, keepdim=True)).double().mean().item()

@@ -56,7 +56,7 @@ def attempt(function: Callable, *arguments: object) -> str:
 
 
 def script(name: str, *flags: object, lines: int = 1) -> str:
-    """How one of the repository's scripts ends; with so many lines on its error output where it refuses."""
+    """How one of the repository's scripts ends; with that many lines on its error output where it refuses."""
     command = [sys.executable, ROOT / name, *flags]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", timeout=300)
     is_refused = f"{name}: error: " in ended.stderr and len(ended.stderr.splitlines()) == lines
@@ -93,7 +93,7 @@ def mutated(content: bytes, generator: random.Random) -> bytes:
 
 
 def resealed(content: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """An archive of torch.save with another pickle, and check sums that fit."""
+    """An archive of torch.save with another pickle, and checksums that fit."""
     new = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(new, "w") as archive:
         for entry in old.infolist():
@@ -103,7 +103,7 @@ def resealed(content: bytes, change: Callable[[bytes], bytes]) -> bytes:
 
 
 def mutated_checkpoints(good: Path, copies: int) -> Cases:
-    """So many damaged copies, and a quarter as many whose pickle alone is damaged, with check sums that fit."""
+    """This many damaged copies, and a quarter as many whose pickle alone is damaged, with checksums that fit."""
     content, weights, path = good.read_bytes(), load_checkpoint(good)[0].state_dict(), good.with_name("mutated.pt")
 
     def load() -> None:

@@ -56,7 +56,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def kill(process: subprocess.Popen, run: Path, moment: str, generator: random.Random, seconds: float) -> bool:
-    """Kill the process at a moment of `MOMENTS`; False if it was over before. A whole run takes so many seconds."""
+    """Kill the process at a moment of `MOMENTS`; False if it was over before. A whole run takes `seconds`."""
     if moment == ANY_MOMENT:
         with suppress(subprocess.TimeoutExpired):
             process.wait(generator.uniform(0, seconds))

@@ -51,7 +51,7 @@ def ramp(shape: tuple[int, int], axis: int, low: float, high: float = 1.0) -> Pi
 
 
 def blobs(shape: tuple[int, int], rng: Random, height: float, width: float) -> Picture:
-    """Smooth noise of deviation 1 whose spots are about so many pixels high and wide."""
+    """Smooth noise of deviation 1 whose spots are about `height` by `width` pixels."""
     rows, columns = max(2, round(shape[0] / height)), max(2, round(shape[1] / width))
     noise = rng.standard_normal((rows, columns)).astype(np.float32)
     noise = cv2.resize(noise, shape[::-1], interpolation=cv2.INTER_CUBIC)

@@ -63,7 +63,7 @@ def loader(data_dir: str, config: SimpleNamespace) -> DataLoader:
 
 
 def seconds_of(step: Callable[[], object], repeats: int = STEPS) -> float:
-    """Seconds of one of so many calls, after one that is not counted."""
+    """Seconds of one of `repeats` calls, after one that is not counted."""
     step()
     started = time.perf_counter()
     for _ in range(repeats):

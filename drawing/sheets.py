@@ -22,7 +22,7 @@ SIGNED_COLOR_MAP = "berlin"  # the same, from blue for one class through black t
 SCALE_LABEL = "share of the evidence (1 = largest)"
 SIGNED_SCALE_LABEL = "for the class (1), for the other (-1)"
 OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
-SCALE = 12  # an image pixel becomes so many picture pixels, both ways
+SCALE = 12  # an image pixel becomes this many picture pixels, both ways
 FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
 Row = tuple[str, list["Cell"]]  # of a sheet: what stands at its left, and its cells
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a file name may be in any script

@@ -26,7 +26,7 @@ from training.processes import choose_device, choose_precision, gather, set_thre
 
 @pytest.fixture
 def two_threads(monkeypatch):
-    """A machine with two cores, on which two threads are so many times as fast as one."""
+    """A machine with two cores, on which two threads are this many times as fast as one."""
 
     def make(ratio):
         # A clock that only the measured work moves: one thread makes a product in a hundredth of a second.

@@ -454,7 +454,7 @@ def test_another_seed_has_another_split_and_another_start(run_config, watch):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """Raises an exception, or calls a function, after so many steps."""
+    """Raises an exception, or calls a function, after this many steps."""
 
     def stop(at, what=KeyboardInterrupt):
         take_step, calls = train.take_step, []

@@ -29,7 +29,7 @@ def keep_freed_memory() -> None:
 
 
 def set_threads(threads: int = 0) -> int:
-    """Use so many CPU threads; 0 takes one per core, or only one where other work keeps the cores busy.
+    """Use this many CPU threads; 0 takes one per core, or only one where other work keeps the cores busy.
 
     PyTorch's threads spin while they wait for each other, so if one of them shares its core with another program, two
     threads are slower than one (`benchmarks/busy_cores.py`). Load averages are late, and in a container the host's, so
@@ -60,7 +60,8 @@ def choose_device(name: str) -> torch.device:
     name = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[name]:
         raise UserError(
-            f"--device {name}: PyTorch sees no such device here; try --device auto, or resume where the run began"
+            f"--device {name}: PyTorch sees no such device here; start a run with --device auto, or resume "
+            "this one where it began"
         )
     return torch.device(name)
 
