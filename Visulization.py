@@ -55,7 +55,7 @@ from training.processes import set_threads
 METHOD = "layercam"
 # An index is one of the test split's; more pictures than this would not fit on a sheet.
 LIMITS = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))
-UNUSED = dict(  # the flags that another one leaves nothing to do
+UNUSED = dict(  # the flags that another one makes useless
     image=("classes", "num_images", "only_errors", "seed", "data_dir"),
     index=("classes", "num_images", "only_errors", "seed"),
     worst=("target_class", "compare_layers", "num_images", "only_errors", "seed"),
@@ -116,7 +116,7 @@ def choose_images(args: Namespace, model: HybridClassifier, images: torch.Tensor
 
 
 def printable(text: object) -> str:
-    """A file's name as it can be shown: what is no character, or would begin a new line, is replaced."""
+    """A file's name, safe to print: characters that cannot be shown, line breaks included, are replaced."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
@@ -230,7 +230,7 @@ def other_class(text: str) -> int:
 
 
 def parse_arguments() -> Namespace:
-    """The flags; one that another leaves nothing to do is refused."""
+    """The flags; one that another makes useless is refused."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without half a page of usage
     add, what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument

@@ -153,7 +153,7 @@ def _fetch(name: str, data_dir: Path) -> bytes:
             try:
                 fetched = fetch(name, Path(scratch))
                 if hashlib.sha256(content := _read(fetched)).hexdigest() != FILES[name]:
-                    raise DataError("what came is not the published file")
+                    raise DataError("the download is not the published file")
             except (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
                 failures.append(" ".join(str(error).split())[:200])
                 continue
@@ -330,7 +330,7 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
 def cutmix(
     images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace a random rectangle by that of the image before in the batch (after Yun et al. 2019, arXiv 1905.04899).
+    """Replace a random rectangle by that of the previous image in the batch (after Yun et al. 2019, arXiv 1905.04899).
 
     Takes uint8 images (N, 1, H, W) and targets, float (N, 10), mixed in proportion to the area. Unlike theirs, an image
     has its own rectangle, with this probability, of any size, wholly inside. The order of the batch has to be random.

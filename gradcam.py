@@ -5,7 +5,7 @@
 
 One forward pass keeps the layer's activations A (channels k, a small grid of places), one backward pass tells how much
 the class score y grows with each of them, G = dy / dA. A method turns both into weights w, and the map is
-relu(sum_k w_k A_k): the channels added up, and what speaks against the class cut off. Which of the `METHODS` is the
+relu(sum_k w_k A_k): the channels added up, and evidence against the class cut off. Which of the `METHODS` is the
 most faithful is measured in benchmarks/faithfulness.py.
 """
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# What a map adds up to, as a part of all the terms that were added up for it; less is no evidence. HiResCAM in front of
+# A map's sum, as a fraction of the sum of its terms' sizes; anything below this is no evidence. HiResCAM in front of
 # a layer norm, whose output does not grow when its whole input does, is left with 3e-6 from rounding and the norm's
 # epsilon. The shipped model's faintest Grad-CAM of 1,000 test images has 8e-5.
 LEAST_EVIDENCE = 1e-5
@@ -191,7 +191,7 @@ class GradCAM:
 
         Returns:
             float32 (N, H, W) on the images' device, from 0 to 1; with `versus` from -1 to 1, positive where a place
-            speaks for `target_class`, negative where it speaks for `versus`. With `normalize=False` shares of the
+            supports `target_class`, negative where it supports `versus`. With `normalize=False` shares of the
             evidence, which have no unit: the mean of the layers' maps, each of whose amounts add up to 1. A layer
             without evidence is left out; where no layer has any, the map is zeros.
         """

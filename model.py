@@ -111,7 +111,7 @@ class EncoderBlock(nn.Module):
         self.attention = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim))
-        self.drop_path = StochasticDepth(drop_path, mode="row")  # a branch of some images (after Huang et al. 2016)
+        self.drop_path = StochasticDepth(drop_path, mode="row")  # dropped for some images (after Huang et al. 2016)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path(self.attention(self.norm1(x)))
@@ -237,7 +237,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointError(f"cannot read {path}: {reason}; name a checkpoint that train.py wrote") from error
-    except Exception as error:  # a damaged or foreign file ends in one of a dozen types
+    except Exception as error:  # a damaged or foreign file raises one of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason[:200]}): name another one") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:

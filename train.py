@@ -47,14 +47,14 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     data_dir=("data", None, "folder with the four files of Fashion-MNIST; they are fetched if it lacks them"),
     val_size=(5000, (0, INF), "images held out of the 60,000 to choose the best epoch; 0 keeps the last weights"),
     train_size=(0, (0, INF), "train on only this many of the remaining images, for a quick try; 0 takes them all"),
-    skip_easy=(0.0, (0.0, 1.0), "from the second epoch on, leave out this share of the 60 % of images of lowest loss"),
+    skip_easy=(0.0, (0.0, 1.0), "from the second epoch on, leave out this share of the 60 % lowest-loss images"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
     alternate_flip=(False, None, "flip each image in every other epoch instead of at random"),
     shift=(2, (0, 27), "move every image by up to this many pixels each way"),
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
-    cutmix=(0.3, (0.0, 1.0), "probability that a rectangle is another image's, which then has its share of the label"),
+    cutmix=(0.3, (0.0, 1.0), "probability that a rectangle comes from another image, with its share of the label"),
     rotate=(0.0, (0.0, 180.0), "turn some images (see --distort-share) by up to this many degrees either way"),
     noise=(0.0, (0.0, 1.0), "add Gaussian noise to some, of a standard deviation up to this fraction of the range"),
     distort_share=(0.5, (0.01, 1.0), "share of the images that --rotate turns and, drawn separately, --noise changes"),
@@ -89,16 +89,16 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     temperature=(1.0, (0.01, INF), "softens the answers of teachers and model before they are compared"),
     # system
     seed=(0, (0, 2**32 - 1), "random seed of the split, the initial weights, the order and the augmentation"),
-    device=("auto", ("auto", "cpu", "cuda", "mps"), "auto takes an accelerator where there is one"),
-    precision=("auto", ("auto", "float32", "bfloat16"), "auto takes bfloat16 where the hardware computes in it"),
-    threads=(0, (0, 1024), "CPU threads; 0 takes one per core, or only one where other work keeps the cores busy"),
+    device=("auto", ("auto", "cpu", "cuda", "mps"), "auto uses an accelerator if there is one"),
+    precision=("auto", ("auto", "float32", "bfloat16"), "auto uses bfloat16 if the hardware supports it"),
+    threads=(0, (0, 1024), "CPU threads; 0 uses one per core, or only one if other programs keep the cores busy"),
     compile=(False, None, "use torch.compile: a minute of compilation first, so for long runs"),
-    cuda_graph=(True, None, "on one GPU, record a step and replay it; off if your code in it reads numbers or prints"),
+    cuda_graph=(True, None, "on one GPU, record a step and replay it; turn off if your step reads numbers or prints"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures are written"),
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
-# What the record and its teacher, a model of seven times its size, share: stronger augmentation.
+# What the record and its teacher, a model seven times as large, share: stronger augmentation.
 BIG = dict(val_size=0, residual_unit="pyramidnet", mlp_ratio=1.0)
 BIG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both
@@ -265,7 +265,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
             lr = learning_rate(step, sum(steps), warmup_steps, config.lr, config.lr_floor, config.schedule)
             loss, logits = step_once(index, lr, averaging_decay(step, sum(steps), config.ema_decay, config.swa_share))
             outputs.append(logits)
-            if step % 20 == 0:  # seldom, since a GPU has to be waited for
+            if step % 20 == 0:  # rarely, since it has to wait for the GPU
                 bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
 
         # The end of the epoch: its figures, the history, the checkpoints.

@@ -3,7 +3,7 @@
     python benchmarks/ablations.py                                                     print ablations.csv as tables
     python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --epochs 8 --pool mean
 
-The second form trains with the flags of `train.py` behind `--`, without a look at the test split, and appends a line to
+The second form trains with the flags of `train.py` after `--`, without looking at the test split, and appends a line to
 `ablations.csv`. With an `--output-dir` among the flags, the same command goes on with an interrupted experiment. Lines
 of one group share their images and their epochs or time, and are to be compared. The lines whose code is "first drafts"
 were measured before the code was kept and cannot be repeated.
@@ -72,7 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--group", help="the lines that this one is to be compared with")
     parser.add_argument("--what", help="what the experiment changes")
-    parser.add_argument("flags", nargs="*", help="flags of train.py, behind --")
+    parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
     args = parser.parse_args()
     with open(TABLE, newline="") as file:
         rows: list[dict] = list(csv.DictReader(file))
@@ -83,7 +83,7 @@ def main() -> None:
             csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n").writerow(row)
         rows.append(row)
     elif args.group or args.what or args.flags:
-        parser.error("an experiment needs --group, --what and, behind --, its flags")
+        parser.error("an experiment needs --group, --what and, after --, its flags")
     for group, lines in itertools.groupby(rows, key=lambda row: row["group"]):
         print(f"\n{group}\n\n| what | command | val accuracy | val loss | minutes |\n|---|---|---:|---:|---:|")
         for row in lines:

@@ -1,4 +1,4 @@
-"""Training speed beside other work: images per second while no, one and two other processes keep the cores busy.
+"""Training speed beside other work: images per second while zero, one or two other processes keep the cores busy.
 
     python benchmarks/busy_cores.py
 

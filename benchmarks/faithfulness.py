@@ -1,4 +1,4 @@
-"""Do the heatmaps show what the model's decision rests on? Layers and methods against maps that know no model.
+"""Do the heatmaps show what the model's decision rests on? Layers and methods against simple baselines.
 
     python benchmarks/faithfulness.py                                      print the tables of faithfulness.csv
     python benchmarks/faithfulness.py --split training --num-images 500    measure anew, on training images
@@ -179,7 +179,7 @@ def candidate_maps(
 
 
 class FixedMaps:
-    """Maps that are made already, as the extractor that torchcam's metrics ask for them."""
+    """Ready-made maps, in the form of the extractor that torchcam's metrics ask for."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.maps = model, torch.empty(0)

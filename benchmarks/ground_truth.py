@@ -4,15 +4,15 @@
 
 On every image of the data set, whatever garment it shows, one of ten marks is planted at a random place, and the class
 is the mark's number. A model that is right on nearly all test images can only have looked at the mark. The tables say
-which share of a map's evidence lies on the mark, by layer and method, against chance and maps that know no model.
+what share of a map's evidence lies on the mark, by layer and method, against chance and simple baselines.
 
 - one mark: the share of the map on the mark, the share within two pixels around it (a place of a coarse layer is larger
   than the mark), and how often the hottest pixel is on the mark.
 - two marks, `versus`: the map of the one class against the other. The share of all evidence, for and against, that is
   on the mark with the right sign, and with the wrong one. Finer-CAM (Zhang et al. 2025, arXiv 2501.11309) keeps what is
-  for the class alone; here on Grad-CAM, as by default, for one other class of weight 1: the signed map, cut off at 0.
+  for the class alone; here, on Grad-CAM (its default) and against one class of weight 1: the signed map, cut off at 0.
 
-The idea is of Yang & Kim 2019, "Benchmarking Attribution Methods with Relative Feature Importance", arXiv 1907.09701.
+The idea is from Yang & Kim 2019, "Benchmarking Attribution Methods with Relative Feature Importance", arXiv 1907.09701.
 """
 
 import argparse

@@ -56,7 +56,7 @@ def attempt(function: Callable, *arguments: object) -> str:
 
 
 def script(name: str, *flags: object, lines: int = 1) -> str:
-    """How one of the repository's scripts ends; with that many lines on its error output where it refuses."""
+    """How one of the repository's scripts ends; to count as refused, it must print this many error lines."""
     command = [sys.executable, ROOT / name, *flags]
     ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", timeout=300)
     is_refused = f"{name}: error: " in ended.stderr and len(ended.stderr.splitlines()) == lines
@@ -245,7 +245,7 @@ def pictures(folder: Path, args: argparse.Namespace) -> Cases:
 
 
 def disks(folder: Path, args: argparse.Namespace) -> Cases:
-    """full and read-only disks, on which all that lay there stays whole; two runs into one folder"""
+    """full and read-only disks, where all existing files stay intact; two runs into one folder"""
     disk, data_dir = folder / "disk", ("--data-dir", args.data_dir)
 
     def run(path: Path, *flags: object) -> str:
@@ -259,7 +259,7 @@ def disks(folder: Path, args: argparse.Namespace) -> Cases:
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk]
     if os.name == "nt" or subprocess.run(mount, capture_output=True).returncode:
-        yield "a small disk", *["not tried, as mounting one takes root's rights on Linux"] * 2
+        yield "a small disk", *["not tried: mounting one needs root on Linux"] * 2
         return
     try:
         yield "a run on a small disk", "fine", run(disk / "run")

@@ -5,9 +5,9 @@
 
 Every run is a short training by `python train.py` on the CPU, with stochastic depth. "In a save" is as soon as a
 temporary file is there, or a few milliseconds later, when the save may be over. Whatever lies in the folder after a
-kill must be whole. Each kill is followed by --resume, and a run that is over by another one, until all kills are made.
-In the end each run must be what the one left alone is, bit for bit: weights, averages, optimiser state and history (but
-for the seconds), and no file more. The exit status is not 0 if anything differs.
+kill must be whole. Each kill is followed by --resume, and each finished run by a new one, until all kills are made.
+In the end each run must equal the one left alone, bit for bit: weights, averages, optimiser state and history (but
+for the seconds), and no extra file. The exit status is not 0 if anything differs.
 """
 
 import argparse
@@ -89,7 +89,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def state(run: Path) -> set[tuple[str, Any]]:
-    """All that a run leaves: checkpoints, history, and names of files, but of what a first epoch left, begun anew."""
+    """All that a run leaves: checkpoints, history and file names, except what a restarted first epoch put aside."""
     found: dict[str, Any] = {name: load_checkpoint(run / name)[1] for name in ("best.pt", "last.pt")}
     found["history.csv"] = list(csv.DictReader((run / "history.csv").read_text().splitlines()))
     return set(leaves(found)) | {(path.name, "file") for path in run.iterdir() if path.name[:9] != "previous-"}

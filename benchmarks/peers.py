@@ -180,7 +180,7 @@ def fit(
     if state and state.exists():
         saved = torch.load(state)
         if saved.get("made_with") != made_with:
-            raise SystemExit(f"peers.py: error: {state} is of another command: name another file")
+            raise SystemExit(f"peers.py: error: {state} belongs to another command: name another file")
         for part, values in zip(parts, saved["parts"], strict=True):
             part.load_state_dict(values)
         first, started = saved["epoch"], started - saved["seconds"]

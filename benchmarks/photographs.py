@@ -177,7 +177,7 @@ def tint(gray: np.ndarray, rng: Random, strength: float) -> Picture:
 def cut_out(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A test image, uint8 (28, 28), as an opaque garment: its values and its opacity, float32 (28, 28), 0 to 1.
 
-    A pixel at the edge is a mixture of garment and white; it gets its neighbours' value, and is so far transparent as
+    A pixel at the edge is a mixture of garment and white; it gets its neighbours' value, and is transparent insofar as
     it is lighter. Holes of a few pixels are white places of the garment, larger ones show the background.
     """
     value = image.astype(np.float32) / 255
@@ -242,7 +242,7 @@ def strange_pictures(images: torch.Tensor, rng: Random) -> dict[str, torch.Tenso
 
 
 def print_strange(model: HybridClassifier, familiar: dict, images: torch.Tensor, rng: Random) -> None:
-    """Print how many pictures get a note, and how many the one that says how they are turned."""
+    """Print how many pictures get a note, and how many get the one that says how they are turned."""
     advice = {"left": "by 90 degrees to the right", "down": "upside down", "right": "by 90 degrees to the left"}
     print("| pictures | with a note | that turns them upright |\n|---|---:|---:|")
     for name, pictures in strange_pictures(images, rng).items():

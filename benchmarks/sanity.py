@@ -4,11 +4,11 @@
 
 Maps of test images by the shipped model are compared with maps of the same images, for the same class,
 
-- after its weights are drawn anew, part by part from the head down, everything above staying random (Adebayo et al.,
+- after its weights are randomised, part by part from the head down, everything above staying random (Adebayo et al.,
   "Sanity Checks for Saliency Maps", NeurIPS 2018, arXiv 1810.03292, the cascading randomisation of section 3), and
 - by the model as it is, for the second likeliest and for the least likely class.
 
-The figure is Spearman's rank correlation of two maps over the pixels that are not black: 1 says the same order, 0 says
+The figure is Spearman's rank correlation of two maps over the pixels that are not black: 1 means the same order, 0
 nothing in common. All pixels together would give a high figure to any two maps that leave the background out.
 """
 
@@ -44,7 +44,7 @@ def rank_correlation(maps: torch.Tensor, others: torch.Tensor, images: torch.Ten
 
 
 def randomized_from_the_top(model: HybridClassifier, seed: int = 0) -> Iterator[tuple[str, HybridClassifier]]:
-    """The model with more and more parts drawn anew, and the name of the latest: the head first, "stem.first" last."""
+    """The model with more and more parts randomised, and the name of the latest: the head first, "stem.first" last."""
     torch.manual_seed(seed)
     fresh, changed = HybridClassifier(model.config).state_dict(), copy.deepcopy(model)
     names = ["head", "pool", "norm", *reversed(all_layers(model))]

@@ -75,7 +75,7 @@ def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict[str
     config, history = checkpoint["train_config"], checkpoint["history"]
     require_new(command_of(config), config["seed"])
     if len(history) != config["epochs"]:
-        raise SystemExit(f"seeds.py: error: {path} is of a run that is not over")
+        raise SystemExit(f"seeds.py: error: {path} is from an unfinished run")
     return dict(
         command=command_of(config),
         seed=config["seed"],

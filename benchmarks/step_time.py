@@ -116,7 +116,7 @@ def training_step(
     fused_attention: bool = False,
     batches: Callable[[], tuple[torch.Tensor, torch.Tensor]] | None = None,
 ) -> Callable[[], None]:
-    """One whole step of `train.py`, augmentation and average included; of a recipe with teachers, without these.
+    """One whole step of `train.py`, augmentation and average included; a recipe's teachers are left out.
 
     Args:
         batches: returns normalised images and labels, instead of a batch taken from 4,096 images and augmented.
@@ -136,7 +136,7 @@ def training_step(
 
 
 def images_per_second(steps: dict[str, tuple[Callable[[], None], int]], rounds: int) -> dict[str, float]:
-    """The median speed of each of the steps, which take turns; with each its batch size."""
+    """The median speed of each step; the steps, given with their batch sizes, take turns."""
     for step, _ in steps.values():
         step()
         step()

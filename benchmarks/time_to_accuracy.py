@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="train with each of these")
     parser.add_argument("--processes", type=int, default=1, help="by torchrun, if more than 1")
     parser.add_argument("--original", type=Path, metavar="FOLDER", help="a clone of the original project")
-    parser.add_argument("flags", nargs="*", help="flags of train.py, behind --, instead of --recipe fast")
+    parser.add_argument("flags", nargs="*", help="flags of train.py, after --, instead of --recipe fast")
     args = parser.parse_args()
     if args.original and not args.seeds:
         parser.error("--original is measured beside a run: give --seeds, too")

@@ -107,8 +107,8 @@ def explain(
     """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, int64 (N,) or one for all, or else the predicted.
 
     With a class `versus`, the map is of the contrast with it; with -1, or where that is the class itself, with each
-    image's likeliest other class. Otherwise, an image whose label, int64 (N,), is known (not -1) and another class than
-    that is explained for both. `indices` are the images' numbers in the test split, -1 for a person's own. Only
+    image's likeliest other class. Otherwise, an image whose label, int64 (N,), is known (not -1) and differs from
+    the target is explained for both. `indices` are the images' numbers in the test split, -1 for a person's own. Only
     `with_trust` are the numbers of `without_a_tenth` computed.
     """
     probabilities = classify(cam.model, images)

@@ -23,7 +23,7 @@ def data_url(pixels: np.ndarray) -> str:
 
 
 def figure(e: Explanation) -> str:
-    """An image under the heatmap of each explained class, its answer below; it has a link, and what it is sorted by."""
+    """An image under the heatmap of each explained class, with the answer below, a link and the values to sort by."""
     name, image, panels = html.escape(e.name), data_url(e.image), ""
     for label, heatmap in on_one_scale(e.heatmaps).items():
         heat = data_url(cv2.cvtColor(colorize(heatmap, e.versus >= 0), cv2.COLOR_RGBA2BGRA))

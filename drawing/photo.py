@@ -14,7 +14,7 @@ from dataset import IMAGE_SIZE, UserError
 Image.init()  # Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
 FORMATS = tuple(x for x in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF") if x in Image.OPEN)
 WORKING_SIZE = 256  # pixels of the longer side in which the garment is looked for
-FAINT = 3.0  # what differs less than that from the background counts as it; in CIELAB, black and white are 100 apart
+FAINT = 3.0  # pixels this close to the background count as background; in CIELAB, black and white are 100 apart
 BUSY = 1.0  # a background that differs by this from a smooth one gets a closer look
 
 
@@ -25,12 +25,12 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
             picture.load()
-            with suppress(Exception):  # a damaged note on how the camera was held is no reason to give up
+            with suppress(Exception):  # damaged orientation data is no reason to give up
                 picture = ImageOps.exif_transpose(picture)
             is_deep = picture.mode.startswith(("I", "F"))  # 16 bits or more, which convert("RGBA") would clip
             picture = picture.convert("F" if is_deep else "RGBA")
             highest = np.max(picture.getextrema())
-            picture.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than is left of it in the end
+            picture.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than the final image needs
             pixels = np.asarray(picture, np.float32)
     except UnidentifiedImageError:
         if Path(path).read_bytes()[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
@@ -69,7 +69,7 @@ def fit_surface(values: np.ndarray, keep: np.ndarray, start: np.ndarray) -> np.n
     some = slice(None, None, max(1, keep.sum() // 2000))  # more do not make it better
     inputs, wanted = terms[keep][some], values[keep][some]
     error = np.linalg.norm(wanted - start, axis=1)
-    for _ in range(6):  # what is far off, as a garment that reaches the edge, hardly counts (Cauchy weights)
+    for _ in range(6):  # outliers, such as a garment that reaches the edge, hardly count (Cauchy weights)
         weight = 1 / (1 + (error / (1 + np.quantile(error, 0.3))) ** 2)[:, None]
         factors = np.linalg.lstsq(inputs * weight, wanted * weight, rcond=None)[0]
         error = np.linalg.norm(wanted - inputs @ factors, axis=1)
@@ -86,7 +86,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     border[n:-n, n:-n] = False
     corners = np.stack([np.median(x, axis=(0, 1)) for x in (lab[:n, :n], lab[:n, -n:], lab[-n:, :n], lab[-n:, -n:])])
     start, keep, others = np.median(corners, axis=0), border, []
-    if np.linalg.norm(corners - start, axis=1).max() > 5:  # then what goes on from side to side is background as well
+    if np.linalg.norm(corners - start, axis=1).max() > 5:  # then what continues from edge to edge is background, too
         start = np.median(lab[border], axis=0)
         for axis in (0, 1):
             turned = lab.swapaxes(0, axis)
@@ -103,7 +103,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         garment = distance > cut
         rest = cv2.dilate(garment.astype(np.uint8), np.ones((1 + 2 * round(4 * pixel),) * 2)) == 0
         keep = rest if rest.mean() > 0.1 else keep
-    if is_busy and 0 < garment.mean() < 1:  # GrabCut (Rother et al. 2004) goes on from there, with all colours of both
+    if is_busy and 0 < garment.mean() < 1:  # GrabCut (Rother et al. 2004) refines it, using the colours of both
         labels = np.where(garment, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
         cv2.setRNGSeed(0)  # it draws random numbers: a picture's result is the same beside any others
         cv2.grabCut((blurred * 255).astype(np.uint8), labels, None, *np.zeros((2, 1, 65)), 3, cv2.GC_INIT_WITH_MASK)
@@ -124,7 +124,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     """
     colors, opacity = decode(path)
     if not opacity.any():
-        raise UserError("is transparent all over, there is nothing to classify: use another picture")
+        raise UserError("is transparent all over, so there is nothing to classify: use another picture")
     picture, background, note = 1 - (1 - colors) * opacity[..., None], None, ""
     if np.median(np.concatenate([opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]])) > 0.5:
         size = [max(1, round(side * min(1, WORKING_SIZE / max(opacity.shape)))) for side in opacity.shape[::-1]]
@@ -136,7 +136,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
         background = float((gray * opacity).sum() <= 0.8 * opacity.sum())
     rows, columns = (np.flatnonzero((opacity > 0.5).any(axis=axis)) for axis in (1, 0))
     if not rows.size:
-        raise UserError("is of one even colour, there is nothing to classify: use another picture")
+        raise UserError("is of one even colour, so there is nothing to classify: use another picture")
     is_lighter = ((gray - background) * opacity).sum() > 0
     room = is_lighter - background  # up to white, or down to black
     value = (gray - background) / np.where(room == 0, 1, room)

@@ -63,7 +63,7 @@ def paint(image: np.ndarray, heatmap: np.ndarray, is_signed: bool = False) -> tu
             (width, _), _ = cv2.getTextSize(text, font, font_scale, thin)
             where = ((size[0] - width) // 2, int(y * size[1]))
             for panel in (colored, overlay):
-                cv2.putText(panel, text, where, font, font_scale, (0, 0, 0), SCALE)  # an edge around the letters
+                cv2.putText(panel, text, where, font, font_scale, (0, 0, 0), SCALE)  # an outline around the letters
                 cv2.putText(panel, text, where, font, font_scale, (255, 255, 255), thin)
     return gray, colored, overlay
 

@@ -190,7 +190,7 @@ def test_without_a_mirror_the_package_is_fetched_once_and_unpacked(tiny, serve, 
 def test_a_package_with_other_content_is_refused(tiny, apt, tmp_path):
     archive = next((tmp_path / "package").rglob(f"{NAMES[0]}.gz"))
     archive.write_bytes(gzip.compress(b"another data set"))
-    with pytest.raises(DataError, match="what came is not the published file"):
+    with pytest.raises(DataError, match="the download is not the published file"):
         dataset.load(tmp_path / "data", train=True)
     assert not (tmp_path / "data").exists()
 

@@ -147,7 +147,7 @@ def test_images_are_sorted_by_confidence_and_by_what_hiding_changes(browser, pag
     choose(browser, "order", "by confidence")
     percents = [int(re.search(r"predicted \D+(\d+)%", line).group(1)) for line in shown(browser)]
     assert percents == sorted(percents, reverse=True) and len(set(percents)) > 2
-    choose(browser, "order", "by what hiding the hottest tenth changes")
+    choose(browser, "order", "by effect of hiding the hottest tenth")
     figures = browser.find_elements(By.TAG_NAME, "figure")
     changes = []
     for figure in figures:

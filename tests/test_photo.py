@@ -10,7 +10,8 @@ from PIL import Image, features
 
 from dataset import UserError
 
-cv2 = pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
+pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
+import cv2
 from photographs import photograph, read_back, strange_pictures
 
 from drawing.photo import read_image

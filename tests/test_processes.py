@@ -90,9 +90,7 @@ def test_processes_without_a_device_each_are_refused(monkeypatch, kind):
     monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(
-        UserError, match=f"there is no {kind} device for each process: start fewer, or give --device cpu"
-    ):
+    with pytest.raises(UserError, match=f"not every process has a {kind} device: start fewer, or give --device cpu"):
         processes.join(torch.device(kind))
 
 

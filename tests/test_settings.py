@@ -132,7 +132,7 @@ def test_a_run_of_a_table_with_other_rows_is_not_resumed():
     saved = vars(choose_settings(TABLE, RECIPES, {}))
     larger, smaller = TABLE | dict(more_of_it=(1, None, "")), {k: v for k, v in TABLE.items() if k != "rate"}
     for table, name in ((larger, "--more-of-it"), (smaller, "--rate")):
-        with pytest.raises(UserError, match=f"do not have the same settings, {name}: start anew"):
+        with pytest.raises(UserError, match=f"differ in their settings, {name}: start a new run"):
             resumed_settings(table, saved, {}, may_change=())
 
 

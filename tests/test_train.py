@@ -621,7 +621,7 @@ def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path):
         (saw_some, dict(val_size=150), "give --val-size 0, or --val-size 100 --seed 0 as it had"),
         (saw_all, {}, "give --val-size 0$"),
     ):
-        with pytest.raises(UserError, match=f"trained on images that are to validate this run: {advice}"):
+        with pytest.raises(UserError, match=f"trained on images that this run validates on: {advice}"):
             train.train(run_config(teacher=(str(path),), **changes))
     for path, changes in ((saw_some, {}), (saw_all, dict(val_size=0))):
         train.train(run_config(teacher=(str(path),), epochs=1, **changes))
@@ -632,7 +632,7 @@ def test_a_teacher_whose_run_was_stopped_is_refused(run_config, stop, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train.train(run_config(output_dir=str(tmp_path / "teacher")))
     learn = run_config(teacher=(str(tmp_path / "teacher" / "best.pt"),), epochs=1)
-    with pytest.raises(UserError, match=r"best\.pt is of a run that stopped after 1 of 2 epochs: finish it with train"):
+    with pytest.raises(UserError, match=r"best\.pt is from a run that stopped after 1 of 2 epochs: finish it with"):
         train.train(learn)
     train.train(run_config(output_dir=str(tmp_path / "teacher")), resume=True)
     train.train(learn)
@@ -758,7 +758,7 @@ def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_
     (tmp_path / "moved").symlink_to(flags[-1])
     assert main("--resume", "--data-dir", "moved", "--lr", 0.008, "--stem-dims", 4, 8) == 0
     monkeypatch.setitem(train.SETTINGS, "mix", (0.2, (0.0, 1.0), "a new row"))
-    assert "do not have the same settings, --mix: start anew" in main("--resume")
+    assert "differ in their settings, --mix: start a new run" in main("--resume")
 
 
 def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_else(main, flags, capsys, tmp_path):

@@ -1,6 +1,6 @@
 """How far an image is from everything that a model was trained on (after Lee et al. 2018, arXiv 1807.03888).
 
-Theirs joins several layers, and first moves the image a little; here it is the last layer, and the image as it is.
+They combine several layers and perturb the image first; here it is the last layer, and the image as it is.
 """
 
 import torch
@@ -10,7 +10,7 @@ import dataset
 from model import HybridClassifier
 
 SAMPLE = 2000  # images from which the statistics are computed: enough for a covariance, and quick
-FLAGGED = 0.015  # share of the images beyond the limit that they set; of new images it is about 2 %
+FLAGGED = 0.015  # share that the limit flags of the images that set it; of new images, about 2 %
 
 
 @torch.no_grad()

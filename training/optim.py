@@ -49,7 +49,7 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
     A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so they are multiplied
     with each other first, in the smaller dimension, and with the matrix once.
     Takes and returns float32 matrices whose smaller dimension is the same: many small operations would take longer.
-    After five steps the singular values lie between 0.7 and 1.2, those near 0 below.
+    After five steps the singular values lie between 0.7 and 1.2, those near 0 stay lower.
     """
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
     wide = [x / (x.norm() + 1e-7) for x in wide]
@@ -139,7 +139,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float | torch.Tensor) ->
         if a.dtype == torch.float32 and (name in parameters or "running_" in name):
             averaged.append(a)
             current.append(c)
-        else:  # other buffers; and to bfloat16 numbers, steps this small would add nothing
+        else:  # other buffers, and bfloat16 numbers, which steps this small would not change
             a.copy_(c)
     torch._foreach_mul_(averaged, decay)
     torch._foreach_add_(averaged, torch._foreach_mul(current, 1 - decay))

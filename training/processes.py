@@ -32,7 +32,7 @@ def set_threads(threads: int = 0) -> int:
     """Use this many CPU threads; 0 takes one per core, or only one where other work keeps the cores busy.
 
     PyTorch's threads spin while they wait for each other, so if one of them shares its core with another program, two
-    threads are slower than one (`benchmarks/busy_cores.py`). Load averages are late, and in a container the host's, so
+    threads are slower than one (`benchmarks/busy_cores.py`). Load averages lag, and in a container show the host, so
     this measures for 0.4 s. It leaves a user's own OMP_NUM_THREADS alone, and returns the number of threads.
     """
     keep_freed_memory()
@@ -93,7 +93,7 @@ def join(device: torch.device) -> tuple[int, int]:
         return 0, 1
     is_left_over = device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()
     if is_left_over or device.type == "mps":
-        raise UserError(f"there is no {device.type} device for each process: start fewer, or give --device cpu")
+        raise UserError(f"not every process has a {device.type} device: start fewer, or give --device cpu")
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -126,7 +126,7 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
-    """Put every process's rows (N, ...) together, first those that are first in each: (N * processes, ...)."""
+    """Interleave the rows (N, ...) of all processes: (N * processes, ...)."""
     if count() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(count())]

@@ -117,11 +117,11 @@ def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.d
         epochs, planned = len(checkpoint.get("history", ())), saw.get("epochs", 0)
         if epochs < planned:
             advice = "finish it with train.py --resume, or name another teacher"
-            raise UserError(f"{path} is of a run that stopped after {epochs} of {planned} epochs: {advice}")
+            raise UserError(f"{path} is from a run that stopped after {epochs} of {planned} epochs: {advice}")
         val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
         if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
             advice = f", or --val-size {val_size} --seed {seed} as it had" if val_size else ""
-            raise UserError(f"{path} was trained on images that are to validate this run: give --val-size 0{advice}")
+            raise UserError(f"{path} was trained on images that this run validates on: give --val-size 0{advice}")
         teachers.append(teacher.requires_grad_(False))
     return teachers
 

@@ -86,7 +86,7 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
 def resumed_settings(table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]) -> dict:
     """The settings of a run to resume, with those replaced that were given and may change; others are refused."""
     if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
-        raise UserError(f"the run to resume and train.py do not have the same settings, {other}: start anew")
+        raise UserError(f"the run to resume and train.py differ in their settings, {other}: start a new run")
     for name, value in given.items():
         is_same = value == saved[name] or (value == "auto" and "auto" in (table[name][1] or ()))
         if name not in may_change and not is_same:
