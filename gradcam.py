@@ -114,7 +114,9 @@ class GradCAM:
 
     Args:
         model: maps a float tensor (N, channels, H, W) to logits (N, classes). A compiled one runs uncompiled.
-        target_layer: a module of `model` or its name, like "blocks.0", or a sequence of them.
+        target_layer: a module of `model` or its name, like "blocks.0", or a sequence of them. Of a layer that runs
+            several times, the last run counts. If a vision transformer reads only its class token, no gradient reaches
+            the patches after the last attention: take what goes into it, like the last block's first norm.
         method: a key of `METHODS`.
         reshape: turns a layer's output into (N, C, h, w); None is `tokens_to_grid` with the image's size.
 
@@ -130,7 +132,7 @@ class GradCAM:
         reshape: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls no hooks either
-        layers = dict(model.named_modules())
+        layers = dict(model.named_modules(remove_duplicate=False))
         self.target_layers: list[nn.Module] = []
         for layer in [target_layer] if isinstance(target_layer, (str, nn.Module)) else target_layer:
             if isinstance(layer, str):
@@ -225,6 +227,11 @@ class GradCAM:
         reshape = self.reshape or (lambda output: tokens_to_grid(output, size))
         for activation, gradient in zip(activations, gradients, strict=True):
             activation, gradient = reshape(activation.detach()).float(), reshape(gradient).float()
+            if len(activation) != len(images):
+                raise ValueError(
+                    f"the target layer's output is not a grid for each of the {len(images)} images: choose another "
+                    "layer, or give `reshape`; with the batch second: lambda x: x.permute(1, 2, 0).unflatten(2, (h, w))"
+                )
             weight = self.method(activation, gradient)
             if versus is not None:
                 weight = weight - self.method(activation, -gradient)
@@ -243,4 +250,4 @@ class GradCAM:
             raise ValueError(f"{name}: give one class index, or one for each of the {n} images")
         if n and not (0 <= int(chosen.min()) and int(chosen.max()) < classes):
             raise ValueError(f"{name}: give class indices from 0 to {classes - 1}")
-        return chosen.long().expand(n)
+        return chosen.long().expand(n).clone()  # autograd saves it, which it refuses for one of inference mode

@@ -336,7 +336,9 @@ def test_it_works_where_gradients_are_switched_off(small_model, x):
     with torch.no_grad():
         maps = GradCAM(small_model, small_model.blocks[0])(x)
     with torch.inference_mode():
-        assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x * 1))
+        predicted = small_model.eval()(x).argmax(dim=1)
+        assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x * 1, predicted))
+    assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x, predicted))
     assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x))
 
 
@@ -344,6 +346,32 @@ def test_it_works_where_gradients_are_switched_off(small_model, x):
 def test_a_map_without_evidence_is_zero(small_model, x, normalize):
     nn.init.zeros_(small_model.head.weight)
     assert GradCAM(small_model, "stem.first")(x, normalize=normalize).count_nonzero() == 0
+
+
+def test_an_output_whose_first_dimension_is_not_the_batch_needs_a_reshape():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16)  # takes (tokens, batch, channels)
+
+        def forward(self, images):
+            tokens = images.unfold(2, 7, 7).unfold(3, 7, 7).flatten(4).mean(dim=4).flatten(1)  # 16 patches of 7x7
+            return self.layer(tokens.T[..., None] * torch.arange(8.0)).mean(dim=0)
+
+    model, images = Encoder(), torch.rand(4, 1, 28, 28)
+    with pytest.raises(ValueError, match="not a grid for each of the 4 images"):
+        GradCAM(model, "layer")(images)
+    assert GradCAM(model, "layer", reshape=lambda x: x.permute(1, 2, 0).unflatten(2, (4, 4)))(images).shape == (
+        4,
+        28,
+        28,
+    )
+
+
+def test_a_layer_with_two_names_is_found_by_either(small_model, x):
+    small_model.same_blocks = small_model.blocks
+    maps = GradCAM(small_model, "blocks.0")(x)
+    assert maps.any() and torch.equal(maps, GradCAM(small_model, "same_blocks.0")(x))
 
 
 @pytest.mark.parametrize("target", [10, -1, [1, 2], [0.5] * 6, [0, 0, 0, 0, 0, 10]])
