@@ -14,6 +14,7 @@ The pictures of the shipped model go to HeapImg/, those of any other to a folder
 """
 
 import glob
+import itertools
 import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 try:
@@ -36,6 +37,7 @@ from drawing.explanation import SLUGS, Explanation, classify, explain, heatmaps
 from drawing.gallery import save_gallery
 from drawing.photo import FORMATS, read_image
 from drawing.sheets import (
+    SCALE,
     SCALE_LABEL,
     SIGNED_SCALE_LABEL,
     Cell,
@@ -53,7 +55,7 @@ from training.familiarity import distance, embed
 from training.processes import set_threads
 
 METHOD = "layercam"
-# An index is one of the test split's; more pictures than this would not fit on a sheet.
+# An index is one of the test split's. More pictures than this, 500 at most, would not fit on a sheet.
 LIMITS = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))
 UNUSED = dict(  # the flags that another one makes useless
     image=("classes", "num_images", "only_errors", "seed", "data_dir"),
@@ -84,13 +86,14 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
     For N images: `names`, `indices` (in the test split, else -1), `images` uint8 (N, 28, 28), `labels` (-1: not known),
     `predictions`, `probabilities` (N, 10), `target_classes`, `versus` (the class contrasted with, else -1), and `maps`
     float32 (N, 28, 28) for these classes: shares of the evidence, which add up to 1, or, of a contrast, signed ones.
-    `true_maps`: for the labels, or zeros. `class_names`, `target_layers`, `method`.
+    `true_maps`: for the labels; zeros without one, and of contrasts. `class_names`, `target_layers`, `method`.
     """
     columns = dict(names="name", indices="index", images="image", labels="label", predictions="predicted")
     columns |= dict(probabilities="probabilities", target_classes="target", versus="versus")
     arrays = {column: [getattr(e, name) for e in explanations] for column, name in columns.items()}
     arrays["maps"] = [e.heatmaps[e.target] for e in explanations]
-    arrays["true_maps"] = [e.heatmaps.get(e.label, np.zeros_like(e.heatmaps[e.target])) for e in explanations]
+    zeros = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    arrays["true_maps"] = [zeros if e.versus >= 0 else e.heatmaps.get(e.label, zeros) for e in explanations]
     arrays |= dict(class_names=CLASS_NAMES, target_layers=args.target_layer, method=args.method)
     with dataset.whole_file(args.output_dir / "heatmaps.npz") as file:
         np.savez_compressed(file, **arrays)
@@ -105,7 +108,7 @@ def choose_images(args: Namespace, model: HybridClassifier, images: torch.Tensor
         confidence, predicted = classify(model, images[index]).max(dim=1)
         wrong = predicted != labels[index]
         index = index[wrong][confidence[wrong].argsort(descending=True, stable=True)]
-        print(f"{len(index)} errors in these classes")
+        print(f"errors in these classes: {len(index)}")
         if not len(index):
             raise UserError("the model makes no error in these classes: name others with --classes")
     if args.worst or args.average:
@@ -124,12 +127,16 @@ def find_pictures(given: list[Path]) -> list[Path]:
     """The pictures in folders, and those of wildcards that no shell has expanded; whatever else is given stays."""
     found, endings = [], {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
     endings |= {".heic", ".heif"}  # to say that it must be exported
-    for path in given:
-        if os.path.isdir(path):
+    matches = [[path] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path)))) or [path] for path in given]
+    for path in itertools.chain(*matches):
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        try:
             names = [name for name in sorted(os.listdir(path)) if not name.startswith(".")]
-            found += [Path(path, name) for name in names if Path(name).suffix.lower() in endings]
-        else:
-            found += [path] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path)))) or [path]
+        except OSError as error:
+            raise UserError(f"--image {printable(path)}: {error.strerror}; name another folder") from error
+        found += [Path(path, name) for name in names if Path(name).suffix.lower() in endings]
     if not found:
         raise UserError("--image: there are no pictures in this folder; name another one")
     return list(dict.fromkeys(found))
@@ -163,7 +170,8 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
         notes = [note, doubt(cam.model, image, args.familiar) if args.familiar else ""]
         notes = [f"note: {note}" for note in notes if note]
         tqdm.write("\n  ".join([f"{printable(path)}: {answer}", *notes]))
-        e.name, e.photograph = printable(path.name), photograph
+        small = ImageOps.contain(Image.fromarray(photograph), (IMAGE_SIZE * SCALE,) * 2)  # as large as it is drawn
+        e.name, e.photograph = printable(path.name), np.asarray(small)
         e.stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
         while e.stem in [other.stem for other in explanations]:  # of another folder
             e.stem += "_2"
@@ -249,10 +257,15 @@ def parse_arguments() -> Namespace:
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
     add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: last at 28x28, first at 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
-    add("--versus", type=other_class, metavar="CLASS", help="why not this class; next or its own: the likeliest other")
-    add("--compare-layers", **yes, help="one image (--index, --image) seen from every layer, on one sheet")
+    add(
+        "--versus",
+        type=other_class,
+        metavar="CLASS",
+        help="compare with this class; next, or the explained one: the likeliest other",
+    )
+    add("--compare-layers", **yes, help="each image (--index, --image; else one) seen from every layer, a sheet each")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels, predictions, probabilities")
-    add("--html", **yes, help="also write index.html, a gallery that is filtered by class and result")
+    add("--html", **yes, help="also write index.html, a gallery to filter by class and result")
     add("--data-dir", **path, default=Path("data"), help="folder of Fashion-MNIST (default: data)")
     add("--output-dir", **path, help="for the pictures (default: HeapImg, or a folder in it per model)")
     args = parser.parse_args()
@@ -260,6 +273,8 @@ def parse_arguments() -> Namespace:
         value = getattr(args, name)
         if value is not None and not all(low <= n <= high for n in np.ravel(value)):
             parser.error(f"--{name.replace('_', '-')} {value}: give a whole number from {low:,} to {high:,}")
+    if len(args.index or []) > 500:
+        parser.error("--index: give at most 500 images")
     for name, others in UNUSED.items():
         unused = [other for other in others if getattr(args, other) != parser.get_default(other)]
         if getattr(args, name) and unused:

@@ -46,7 +46,8 @@ def save_gallery(explanations: list[Explanation], model_name: str, method: str, 
     color_map = colormaps[SIGNED_COLOR_MAP if is_signed else COLOR_MAP]
     colors = ", ".join("rgb({:.0%} {:.0%} {:.0%})".format(*color_map(i / 8)[:3]) for i in range(9))
     names = dict(model_name=html.escape(model_name), layers=html.escape(" + ".join(layers)), method=method)
-    names |= dict(scale=SIGNED_SCALE_LABEL if is_signed else SCALE_LABEL, lowest="-1" if is_signed else "0")
+    scale = f"evidence {SIGNED_SCALE_LABEL}" if is_signed else f"{SCALE_LABEL}, in the image"
+    names |= dict(scale=scale, lowest="-1" if is_signed else "0")
     figures = "\n".join(map(figure, explanations))
     page = PAGE.substitute(names, count=len(explanations), colors=colors, figures=figures)
     with whole_file(path) as file:

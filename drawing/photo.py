@@ -33,14 +33,14 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             picture.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than the final image needs
             pixels = np.asarray(picture, np.float32)
     except UnidentifiedImageError:
-        if Path(path).read_bytes()[4:12] in (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1"):
+        if bytes(np.fromfile(path, np.uint8, 12)[8:]) in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
             raise UserError("this is HEIC: export it as JPEG") from None
         raise UserError(f"is no picture of a known format: give one of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, MemoryError):
         raise UserError("has too many pixels: scale it down first") from None
     except Exception as error:  # Pillow reports damage as one of many types, SyntaxError and struct.error among them
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"is damaged ({reason.splitlines()[0]}): use another copy") from error
+        raise UserError(f"cannot be read ({reason.splitlines()[0]}): use another copy") from error
     if not is_deep:
         return pixels[..., :3] / 255, pixels[..., 3] / 255
     # The file does not say which value is white: the lowest usual one that no pixel exceeds.

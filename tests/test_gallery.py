@@ -111,7 +111,7 @@ def test_images_are_filtered_by_class_and_result(browser, page):
     everything = shown(browser)
     assert len(everything) == 7 and browser.find_element(By.ID, "shown").text == "7 of 7 images"
     assert (
-        "7 images, a <b>/model.pt, layercam heatmaps of stem.x; share of the evidence"
+        "Images: 7. Model: a <b>/model.pt. Heatmaps: layercam of stem.x, share of the evidence"
         in browser.find_element(By.TAG_NAME, "p").text
     )
     # The pictures are really there, and a heatmap lies exactly over its image.

@@ -139,7 +139,7 @@ def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
         "photo.heic": "this is HEIC: export it as JPEG",
         "photo.jpg": "this is HEIC: export it as JPEG",
         "program.eps": "of a known format",  # Ghostscript would run it
-        "cut.png": "is damaged",
+        "cut.png": "cannot be read",
         "bomb.png": "too many pixels",
         "clear.png": "transparent all over",
         "even.png": "of one even colour",

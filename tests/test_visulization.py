@@ -360,6 +360,7 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, shipped, few_images, tmp
     run("--index", 499, 0, "--save-arrays", "--versus", "Bag")
     saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz", allow_pickle=False)
     assert saved["versus"].tolist() == [8, 8] and saved["maps"].min() < 0
+    assert not saved["true_maps"].any()  # of image 0, an Ankle boot, the map is a contrast too
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,16 +408,18 @@ def test_pictures_of_one_name_from_two_folders_are_both_drawn(run, drawn, tmp_pa
     assert saved["target_classes"].tolist() == [8, 8] and saved["maps"].any() and not saved["true_maps"].any()
 
 
-def test_folders_and_wildcards_are_looked_into_and_each_picture_is_taken_once(run, drawn, capsys, tmp_path):
+def test_folders_and_wildcards_are_looked_into_and_each_picture_is_taken_once(run, drawn, monkeypatch, tmp_path):
     (tmp_path / "photos").mkdir()
     for name in ("b.png", "a.jpg", ".hidden.png"):
         garment().save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").touch()
     (tmp_path / "photos" / "receipt.pdf").touch()  # which Pillow knows, but this project does not read
-    assert run("--image", "photos", "photos/b.png", "phot*/*.jpg") == 0
+    assert run("--image", "photos", "photos/b.png", "phot*/*.jpg", "phot*") == 0
     assert sorted(path.split("_as_")[0] for path in drawn) == ["HeapImg/a", "HeapImg/b"]
     (tmp_path / "empty").mkdir()
     assert "there are no pictures in this folder" in run("--image", "empty")
+    monkeypatch.setattr(os, "listdir", lambda folder: open(f"{folder}/notes.txt/x"))  # an OSError, also for root
+    assert "--image photos: Not a directory; name another folder" in run("--image", "photos")
 
 
 def test_a_note_says_that_the_model_has_never_seen_the_like(shipped, test_split):
@@ -507,6 +510,7 @@ def test_a_tilde_is_the_home_folder(run, drawn, checkpoint, tmp_path, monkeypatc
         (["--num-images", "0"], "--num-images 0: give a whole number from 1 to 50"),
         (["--num-images", "many"], "--num-images: invalid int value: 'many'"),
         (["--index", "3", "10000"], "--index [3, 10000]: give a whole number from 0 to 9,999"),
+        (["--index", *map(str, range(501))], "--index: give at most 500 images"),
         (["--seed", "-1"], "--seed -1: give"),
         (["--method", "scam"], "--method"),
         (["--average", "--worst", "3"], "not allowed with argument --average"),
