@@ -47,7 +47,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            raise UserError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}: make it one")
+            raise UserError(
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}: change one of them"
+            )
         if len(self.stem_dims) != 2 or len(self.stem_blocks) != 3:
             raise UserError(f"stem_dims {self.stem_dims} and stem_blocks {self.stem_blocks}: give 2 and 3 numbers")
 
@@ -172,7 +174,8 @@ class HybridClassifier(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def num_parameters(self) -> int:

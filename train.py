@@ -69,7 +69,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet has a batch norm first and no ReLU last"),
     squeeze=(0, (0, INF), "reduction ratio of squeeze-and-excitation in residual blocks; 0 leaves it out"),
-    whiten=(False, None, "make the first filters, 18 at most, principal components of patches, and do not train them"),
+    whiten=(False, None, "the first layer's filters, 18 at most, are principal components of patches, and not trained"),
     # optimisation
     epochs=(30, (1, INF), "passes over the training images, see --skip-easy"),
     batch_size=(256, (1, INF), "images per step, of all processes together"),
@@ -246,7 +246,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         step_once = ReplayedStep(step_once, run.generator)
     if rank == 0:
         print("\n".join(f"{name:16} {value}" for name, value in vars(config).items()))
-        print(f"\n{model.num_parameters():,} parameters, {len(train_index):,} training images, {world_size} processes")
+        print(f"\n{model.num_parameters():,} parameters, {len(train_index):,} training images, processes: {world_size}")
         if model.num_parameters() > MAX_PARAMETERS:
             print(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
 
@@ -272,7 +272,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         logits = processes.gather(torch.cat(outputs))
         losses[seen] = F.cross_entropy(logits, labels[seen], reduction="none")
         if not all(tensor.isfinite().all() for tensor in (logits, *ema.parameters())):
-            advice = f"try an --lr below {config.lr:g}, or --precision float32"
+            advice = f"start with an --lr below {config.lr:g}" + ", or in float32" * (config.precision == "bfloat16")
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves
@@ -292,9 +292,9 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     return output_dir / "best.pt"
 
 
-def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
+def evaluate(path: str | Path, data_dir: str, device: torch.device) -> float:
     """Test a checkpoint: print the report, draw curves and confusion matrix beside it; return the accuracy, 0 to 1."""
-    model, checkpoint = load_checkpoint(path, device)
+    model, checkpoint = load_checkpoint(path := Path(os.path.expanduser(path)), device)
     images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=False))
     print(f"\n{path} (epoch {checkpoint.get('epoch', 'unknown')})")
     logits = predict(model, images)
@@ -314,7 +314,7 @@ def evaluate(path: Path, data_dir: str, device: torch.device) -> float:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that no half-written file is left
     parser = make_parser(SETTINGS, __doc__.splitlines()[0])
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output-dir")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir, with its settings")
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate on the test split, train nothing")
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}
     resume, checkpoint = given.pop("resume", False), given.pop("evaluate", None)
@@ -340,7 +340,7 @@ def main() -> None:
         else:
             processes.set_threads(config.threads)
         if is_first:
-            evaluate(Path(os.path.expanduser(checkpoint)), config.data_dir, processes.choose_device(config.device))
+            evaluate(checkpoint, config.data_dir, processes.choose_device(config.device))
             print(f"heatmaps: python Visulization.py --checkpoint {shlex.quote(str(checkpoint))}")
 
 

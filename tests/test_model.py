@@ -74,7 +74,7 @@ def test_the_settings_reach_the_residual_blocks():
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(UserError, match="embed_dim 16 is not a multiple of num_heads 3: make it one"):
+    with pytest.raises(UserError, match="embed_dim 16 is not a multiple of num_heads 3: change one of them"):
         replace(SMALL_MODEL, num_heads=3)
 
 
@@ -134,6 +134,13 @@ def test_stochastic_depth_drops_whole_branches_only_in_training():
     assert kept.flatten(1).unique(dim=0).tolist() == [[0.0] * 12, [2.0] * 12]
     assert kept.mean().item() == pytest.approx(1, abs=0.1)
     assert model.blocks[0].train().drop_path(branch).max().item() == pytest.approx(1 / 0.75)
+
+
+def test_a_linear_layer_of_a_student_needs_no_bias():
+    model = HybridClassifier(SMALL_MODEL)
+    model.head = nn.Linear(SMALL_MODEL.embed_dim, 10, bias=False)
+    model.reset_parameters()
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 def test_initial_weights_have_the_sizes_that_the_papers_give():

@@ -159,7 +159,7 @@ def test_two_processes_train_like_one_and_one_of_them_reports(together, run_conf
     monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda n, x: x * n.weight[:, None, None] + n.bias[:, None, None])
     result = together(*flags, "--drop-path", 0, "--output-dir", "two", first=plain)
     assert result.returncode == 0, result.stderr
-    assert "160 training images, 2 processes" in result.stdout
+    assert "160 training images, processes: 2" in result.stdout
     assert len(re.findall(r"^epoch \d/2 ", result.stdout, re.MULTILINE)) == 2
     assert result.stdout.count("test accuracy") == 1
     made = {"best.pt", "last.pt", "history.csv", "best_curves.png", "best_confusion_matrix.png"}

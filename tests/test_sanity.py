@@ -1,4 +1,4 @@
-"""The sanity checks of Adebayo et al. 2018 (arXiv 1810.03292): a map that survives them explains nothing.
+"""The sanity checks of Adebayo et al. 2018 (arXiv 1810.03292): a map that stays the same explains nothing.
 
 Maps are compared by their rank correlation over the garment; what the shipped model's are is in benchmarks/README.md.
 """

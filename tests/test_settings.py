@@ -71,7 +71,7 @@ WRONG = [
     ("name", 3, "--name 3: give a value of type str"),
     ("sizes", (4,), "--sizes (4,): give 2 values"),
     ("sizes", 4, "--sizes 4: give 2 values"),
-    ("files", "a", "--files 'a': give a value of type str"),
+    ("files", "a", "--files 'a': give words in parentheses, with a comma after each"),
     ("rate", None, "--rate None: give a number"),
 ]
 

@@ -2,6 +2,7 @@ import csv
 import math
 import os
 import re
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -541,7 +542,9 @@ def test_what_is_no_longer_finite_is_never_saved(run_config, monkeypatch, stop, 
         poison_the_loss(monkeypatch, at=13)
     else:
         stop(20, break_a_weight)
-    with pytest.raises(UserError, match=r"became infinite or NaN in epoch 2, not saved: try an --lr below 0\.008"):
+    with pytest.raises(
+        UserError, match=r"became infinite or NaN in epoch 2, not saved: start with an --lr below 0\.008"
+    ):
         train.train(run_config(val_size=0))
     for name in ("best.pt", "last.pt"):
         checkpoint = load_checkpoint(tmp_path / "run" / name)[1]
@@ -627,6 +630,13 @@ def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path):
         train.train(run_config(teacher=(str(path),), epochs=1, **changes))
 
 
+def test_a_default_teacher_needs_no_parentheses(data_dir, monkeypatch):
+    labels = dataset.load(data_dir, train=True)[1]
+    monkeypatch.setitem(train.SETTINGS, "teacher", (str(SHIPPED_CHECKPOINT), None, "a student's edit"))
+    config = choose_settings(train.SETTINGS, train.RECIPES, dict(val_size=0))
+    assert len(runs.load_teachers(config, labels, torch.device("cpu"))) == 1
+
+
 def test_a_teacher_whose_run_was_stopped_is_refused(run_config, stop, tmp_path):
     stop(12)
     with pytest.raises(KeyboardInterrupt):
@@ -665,6 +675,10 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(data_dir, monkey
         UserError, match=r"best\.pt is missing: first run .* --recipe teacher --output-dir checkpoints/teacher$"
     ):
         train.train(choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record")))
+    with pytest.raises(UserError, match=r"cannot read other\.pt"):  # the recipe would not make this one
+        train.train(
+            choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record", teacher=("other.pt",)))
+        )
     given = small | dict(recipe="teacher", output_dir="checkpoints/teacher")
     train.train(choose_settings(train.SETTINGS, train.RECIPES, given))
     trained = train.train(choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record")))
@@ -736,7 +750,7 @@ def test_every_stream_of_randomness_is_its_own():
 def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(main, flags, capsys, tmp_path):
     assert main(*flags, "--no-quiet", "--epochs", 1, "--report-test") == 0
     out = capsys.readouterr().out
-    for words in ("160 training images, 1 processes", "train split, as augmented", "val split", "test split"):
+    for words in ("160 training images, processes: 1", "train split, as augmented", "val split", "test split"):
         assert words in out
     assert out.count("chooses nothing") == 1 and out.count("test accuracy") == 1
     made = {"best.pt", "last.pt", "history.csv", "best_curves.png", "best_confusion_matrix.png"}
@@ -746,6 +760,12 @@ def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(main, f
     out = capsys.readouterr().out
     assert "going on with checkpoints/last.pt after epoch 1 of 1" in out and "test accuracy" in out
     assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+
+
+def test_weights_alone_are_no_run_to_resume(main, flags, tmp_path):
+    assert main(*flags, "--epochs", 1) == 0
+    shutil.copy(tmp_path / "checkpoints" / "best.pt", tmp_path / "checkpoints" / "last.pt")
+    assert "last.pt holds weights, but no run to resume: start without --resume" in main("--resume")
 
 
 def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import dataset
 from model import HybridClassifier
 
 SAMPLE = 2000  # images from which the statistics are computed: enough for a covariance, and quick
-FLAGGED = 0.015  # share that the limit flags of the images that set it; of new images, about 2 %
+FLAGGED = 0.015  # share of the limit-setting images that lie beyond the limit; of new ones, about 2 %
 
 
 @torch.no_grad()

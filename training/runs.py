@@ -78,10 +78,13 @@ def save_run(folder: Path, config: SimpleNamespace, history: History, state: Sta
 
 
 def load_run(folder: Path) -> dict:
-    """The contents of the folder's last.pt; a UserError if there is none."""
+    """The contents of the folder's last.pt; a UserError if it is not there, or of another kind."""
     if not (folder / "last.pt").exists():
         raise UserError(f"there is no run to resume in {folder}: name its --output-dir, or start without --resume")
-    return load_checkpoint(folder / "last.pt")[1]
+    checkpoint = load_checkpoint(folder / "last.pt")[1]
+    if "training" not in checkpoint:
+        raise UserError(f"{folder / 'last.pt'} holds weights, but no run to resume: start without --resume")
+    return checkpoint
 
 
 def resume_run(folder: Path, state: State) -> History:
@@ -106,10 +109,11 @@ def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.d
     """Load the teachers. A UserError for one that is missing, unfinished, this run's own, or saw validation images."""
     val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
     own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
-    for path in config.teacher:
+    for path in [config.teacher] if isinstance(config.teacher, str) else config.teacher:
         if os.path.realpath(os.path.expanduser(path)) in own:
             raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
-        if config.recipe == "record" and not os.path.exists(os.path.expanduser(path)):
+        is_default = config.recipe == "record" and os.path.basename(path) == "best.pt"
+        if is_default and not os.path.exists(os.path.expanduser(path)):
             folder = shlex.quote(os.path.dirname(path) or ".")
             raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {folder}")
         teacher, checkpoint = load_checkpoint(path, device)

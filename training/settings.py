@@ -44,9 +44,9 @@ def check(table: Table, name: str, value: Any) -> None:
         what = f"a {'whole ' if kind is int else ''}number "
         what += f"from {low:,} to {high:,}" if high < INF else f"of at least {low:,}"
         is_good = is_good and all(low <= v <= high and v < INF for v in values)  # NaN fails this, too
-    if is_row and kind is not str:
-        what = f"{len(default)} values, each {what}"
-        is_good = is_good and len(values) == len(default)
+    if is_row:
+        what = "words in parentheses, with a comma after each" if kind is str else f"{len(default)} values, each {what}"
+        is_good = is_good and (kind is str or len(values) == len(default))
     if not is_good:
         raise UserError(f"{flag(name)} {value!r}: give {what}")
 
