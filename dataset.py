@@ -120,7 +120,7 @@ def _find(name: str, data_dir: Path) -> bytes | None:
             if os.path.isfile(source):
                 if hashlib.sha256(content := _read(source)).hexdigest() == FILES[name]:
                     return content
-                _say(f"{source} is damaged: its content is not that of the published data set; remove it")
+                _say(f"{source} is damaged, or of another data set with these names, like MNIST: move it away")
     return None
 
 
@@ -157,8 +157,8 @@ def _fetch(name: str, data_dir: Path) -> bytes:
             except (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
                 failures.append(" ".join(str(error).split())[:200])
                 continue
-            for file in fetched.parent.glob("*-ubyte.gz"):  # Debian's package has all four
-                with whole_file(data_dir / file.name) as copy:
+            for file in (f for f in fetched.parent.glob("*-ubyte.gz") if not (data_dir / f.name).exists()):
+                with whole_file(data_dir / file.name) as copy:  # Debian's package has all four
                     copy.write(file.read_bytes())
             return content
     raise DataError(

@@ -108,7 +108,7 @@ def test_a_damaged_file_is_refused_and_another_source_used(tiny, capsys, name, d
     capsys.readouterr()
     assert_is_tiny(tiny)
     assert capsys.readouterr().err.splitlines() == [
-        f"dataset: {tiny / name} is damaged: its content is not that of the published data set; remove it"
+        f"dataset: {tiny / name} is damaged, or of another data set with these names, like MNIST: move it away"
     ]
 
 
@@ -176,6 +176,15 @@ def test_a_mirror_that_sends_something_else_is_passed_over(tiny, serve, apt, tmp
     assert_is_tiny(tmp_path / "new" / "data")
     fetched = {path.name: path.read_bytes() for path in (tmp_path / "new" / "data").iterdir()}
     assert fetched == {path.name: path.read_bytes() for path in served.iterdir()}
+
+
+def test_the_files_of_another_data_set_are_left_as_they_are(tiny, serve, apt, tmp_path, capsys):
+    serve(packed(tiny, tmp_path / "served"), "/")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / f"{NAMES[0]}.gz").write_bytes(mine := gzip.compress(b"digits, not garments"))
+    assert_is_tiny(tmp_path / "data")
+    assert (tmp_path / "data" / f"{NAMES[0]}.gz").read_bytes() == mine
+    assert "is damaged, or of another data set with these names, like MNIST: move it away" in capsys.readouterr().err
 
 
 def test_without_a_mirror_the_package_is_fetched_once_and_unpacked(tiny, serve, apt, tmp_path, capsys):
