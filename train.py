@@ -227,7 +227,6 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         shared = f", divisible by the {world_size} processes" if world_size > 1 else ""
         raise UserError(f"--batch-size {config.batch_size}: give at most {len(train_index) - skipped:,}{shared}")
     warmup_steps = round(min(config.warmup_epochs * steps[0], sum(steps) / 4))
-
     torch.manual_seed(config.seed)
     model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
     model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
@@ -277,7 +276,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         if rank:
             continue  # the first process reports and saves
         if config.swa_share and sum(steps[: epoch + 1]) > (1 - config.swa_share) * sum(steps):  # fit batch norm to it
-            update_bn((dataset.normalize(images[part]) for part in train_index[:10_000].split(500)), ema)
+            parts = ((run.images[part], labels[part]) for part in seen[:10_000].split(500))  # changed as in training
+            update_bn((augmented_batch(*part, run.generator, config)[0] for part in parts), ema)
         row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
         row |= report.summary("train", logits, labels[seen], config.quiet)
         for split, (x, y) in held_out.items():
