@@ -126,7 +126,7 @@ def printable(text: object) -> str:
 def find_pictures(given: list[Path]) -> list[Path]:
     """The pictures in folders, and those of wildcards that no shell has expanded; whatever else is given stays."""
     found, endings = [], {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
-    endings |= {".heic", ".heif"}  # to say that it must be exported
+    endings |= {".mpo", ".heic", ".heif"}  # a kind of JPEG; what must be exported first, to say so
     matches = [[path] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path)))) or [path] for path in given]
     for path in itertools.chain(*matches):
         if not os.path.isdir(path):
@@ -291,7 +291,7 @@ def load_model(args: Namespace) -> GradCAM:
     args.output_dir = args.output_dir or Path("HeapImg", folder)
     args.target_layer = args.target_layer or default_layers(model)
     args.familiar = checkpoint.get("familiar")
-    last = (checkpoint.get("history") or [{}])[: checkpoint.get("epoch")][-1]  # of the epoch whose weights these are
+    *_, last = (checkpoint.get("history") or [{}])[: checkpoint.get("epoch") or None]  # the epoch of these weights
     mixed = checkpoint.get("train_config", {}).get("cutmix")  # then training accuracy is low by design
     accuracy = last.get("val_accuracy", 1 if mixed else last.get("train_accuracy", 1))
     if accuracy < 0.7:  # as after a fraction of an epoch

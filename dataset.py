@@ -146,7 +146,7 @@ def _from_apt(name: str, scratch: Path) -> Path:
 
 
 def _fetch(name: str, data_dir: Path) -> bytes:
-    """Fetch a file, keep it compressed in `data_dir`, and return its content; a DataError if no source has it."""
+    """Fetch a file, keep it in `data_dir` if that holds no other, and return its content; or a DataError."""
     failures = []
     for fetch in (*(partial(_from_mirror, mirror) for mirror in FashionMNIST.mirrors), _from_apt):
         with tempfile.TemporaryDirectory() as scratch:
@@ -157,7 +157,7 @@ def _fetch(name: str, data_dir: Path) -> bytes:
             except (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
                 failures.append(" ".join(str(error).split())[:200])
                 continue
-            for file in (f for f in fetched.parent.glob("*-ubyte.gz") if not (data_dir / f.name).exists()):
+            for file in (f for f in fetched.parent.glob("*-ubyte.gz") if not _read(data_dir / f.name)):
                 with whole_file(data_dir / file.name) as copy:  # Debian's package has all four
                     copy.write(file.read_bytes())
             return content

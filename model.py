@@ -168,7 +168,7 @@ class HybridClassifier(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: He et al. 2015 for convolutions, elsewhere a standard deviation of 0.02."""
+        """Draw the initial weights: He et al. 2015 for convolutions, deviation 0.02 for linear layers and positions."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

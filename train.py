@@ -271,7 +271,7 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         logits = processes.gather(torch.cat(outputs))
         losses[seen] = F.cross_entropy(logits, labels[seen], reduction="none")
         if not all(tensor.isfinite().all() for tensor in (logits, *ema.parameters())):
-            advice = f"start with an --lr below {config.lr:g}" + ", or in float32" * (config.precision == "bfloat16")
+            advice = f"lower --lr from {config.lr:g}" + ", or try --precision float32" * (config.precision != "float32")
             raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
         if rank:
             continue  # the first process reports and saves

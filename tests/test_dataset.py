@@ -178,6 +178,15 @@ def test_a_mirror_that_sends_something_else_is_passed_over(tiny, serve, apt, tmp
     assert fetched == {path.name: path.read_bytes() for path in served.iterdir()}
 
 
+def test_a_truncated_archive_is_replaced(tiny, serve, apt, tmp_path, capsys):
+    serve(served := packed(tiny, tmp_path / "served"), "/")
+    assert_is_tiny(tmp_path / "data")
+    archive = tmp_path / "data" / f"{NAMES[0]}.gz"
+    archive.write_bytes(archive.read_bytes()[:-20])
+    assert_is_tiny(tmp_path / "data")
+    assert archive.read_bytes() == (served / archive.name).read_bytes()
+
+
 def test_the_files_of_another_data_set_are_left_as_they_are(tiny, serve, apt, tmp_path, capsys):
     serve(packed(tiny, tmp_path / "served"), "/")
     (tmp_path / "data").mkdir()
