@@ -257,12 +257,7 @@ def parse_arguments() -> Namespace:
     add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
     add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: last at 28x28, first at 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
-    add(
-        "--versus",
-        type=other_class,
-        metavar="CLASS",
-        help="compare with this class; next, or the explained one: the likeliest other",
-    )
+    add("--versus", type=other_class, metavar="CLASS", help="compare with this class; next: with the likeliest other")
     add("--compare-layers", **yes, help="each image (--index, --image; else one) seen from every layer, a sheet each")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels, predictions, probabilities")
     add("--html", **yes, help="also write index.html, a gallery to filter by class and result")

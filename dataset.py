@@ -146,7 +146,7 @@ def _from_apt(name: str, scratch: Path) -> Path:
 
 
 def _fetch(name: str, data_dir: Path) -> bytes:
-    """Fetch a file, keep it in `data_dir` if that holds no other, and return its content; or a DataError."""
+    """Fetch a file, keep it in `data_dir` unless another has its name, and return its content, or raise a DataError."""
     failures = []
     for fetch in (*(partial(_from_mirror, mirror) for mirror in FashionMNIST.mirrors), _from_apt):
         with tempfile.TemporaryDirectory() as scratch:
