@@ -13,6 +13,11 @@
 The pictures of the shipped model go to HeapImg/, those of any other to a folder of its own below that.
 """
 
+from common.console import prepare
+
+if __name__ == "__main__":
+    prepare("Visulization.py")
+
 import glob
 import itertools
 import os
@@ -32,7 +37,8 @@ except ImportError as error:  # libGL.so.1, which opencv-python needs, is missin
     raise SystemExit(f"Visulization.py: error: OpenCV cannot be loaded ({error}); {advice}") from None
 
 import dataset
-from dataset import CLASS_NAMES, IMAGE_SIZE, UserError
+from common.files import UserError, errors_in_one_line, printable, whole_file
+from dataset import CLASS_NAMES, IMAGE_SIZE
 from drawing.explanation import SLUGS, Explanation, classify, explain, heatmaps
 from drawing.gallery import save_gallery
 from drawing.photo import FORMATS, read_image
@@ -95,7 +101,7 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
     zeros = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
     arrays["true_maps"] = [zeros if e.versus >= 0 else e.heatmaps.get(e.label, zeros) for e in explanations]
     arrays |= dict(class_names=CLASS_NAMES, target_layers=args.target_layer, method=args.method)
-    with dataset.whole_file(args.output_dir / "heatmaps.npz") as file:
+    with whole_file(args.output_dir / "heatmaps.npz") as file:
         np.savez_compressed(file, **arrays)
 
 
@@ -116,11 +122,6 @@ def choose_images(args: Namespace, model: HybridClassifier, images: torch.Tensor
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
     by_class = [index[labels[index] == label][: args.num_images].sort().values for label in dict.fromkeys(args.classes)]
     return torch.cat(by_class)[: 1 if args.compare_layers else None]
-
-
-def printable(text: object) -> str:
-    """A file's name, safe to print: characters that cannot be shown, line breaks included, are replaced."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
 
 
 def find_pictures(given: list[Path]) -> list[Path]:
@@ -304,7 +305,7 @@ def load_model(args: Namespace) -> GradCAM:
 
 def main() -> None:
     args = parse_arguments()
-    with dataset.errors_in_one_line("Visulization.py"):
+    with errors_in_one_line("Visulization.py"):
         set_threads()
         cam = load_model(args)
         if args.image:

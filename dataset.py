@@ -18,12 +18,9 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 from urllib.request import urlopen
 
 import numpy as np
@@ -31,6 +28,8 @@ import torch
 import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torchvision.datasets import FashionMNIST
+
+from common.files import UserError, whole_file
 
 CLASS_NAMES = tuple(FashionMNIST.classes)  # label 0 is the first
 IMAGE_SIZE = 28  # pixels, both ways
@@ -49,52 +48,8 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
-class UserError(RuntimeError):
-    """A problem that the user can fix; the message is one line that says how."""
-
-
 class DataError(UserError):
     """The data set cannot be found, fetched or trusted."""
-
-
-@contextmanager
-def errors_in_one_line(script: str) -> Iterator[None]:
-    """End the script with one line on stderr for what its user can fix, and for Ctrl-C; a bug keeps its traceback."""
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have characters that this terminal lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
-        raise SystemExit(f"{script}: error: the program that reads the output has ended") from None
-    except UserError as error:
-        raise SystemExit(f"{script}: error: {' '.join(str(error).split())}") from None
-
-
-@contextmanager
-def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name only when it is complete: `path` is the old file or the new one.
-
-    Until then it is `.NAME.PROCESS.part` beside it. A UserError if it cannot be written; an older file is as it was.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; make room, or choose another folder") from error
-    finally:
-        with suppress(OSError):  # it has its name by now, unless something failed
-            part.unlink()
 
 
 # ---- Getting the files ----------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.ops import SqueezeExcitation, StochasticDepth
 
-from dataset import CLASS_NAMES, IMAGE_SIZE, UserError, whole_file
+from common.files import UserError, whole_file
+from dataset import CLASS_NAMES, IMAGE_SIZE
 
 MAX_PARAMETERS = 600_000
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "shipped" / "model.pt"

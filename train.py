@@ -12,6 +12,11 @@ The best epoch by validation accuracy, or the last one without a validation spli
 state of the run as `checkpoints/last.pt`. The test split is evaluated once, at the end, and chooses nothing.
 """
 
+from common.console import outlive_output, prepare
+
+if __name__ == "__main__":
+    prepare("train.py")
+
 import copy
 import os
 import shlex
@@ -32,7 +37,7 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import dataset
-from dataset import UserError
+from common.files import UserError, errors_in_one_line
 from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
 from training import processes, report, runs
 from training.optim import averaging_decay, learning_rate, make_optimizers, take_step, whiten_first_layer
@@ -319,7 +324,7 @@ def main() -> None:
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}
     resume, checkpoint = given.pop("resume", False), given.pop("evaluate", None)
     is_first, since = processes.is_first(), 0.0 if resume else time.time()
-    with dataset.errors_in_one_line("train.py"):
+    with errors_in_one_line("train.py"), outlive_output("train.py"):
         if checkpoint is not None:
             if unused := [flag(name) for name in given if name not in EVALUATION_USES] + ["--resume"] * resume:
                 raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")

@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import dataset
 import train
+from common.files import errors_in_one_line
 from model import load_checkpoint
 from training.settings import choose_settings, make_parser, resumed_settings
 
@@ -77,7 +77,7 @@ def main() -> None:
     with open(TABLE, newline="") as file:
         rows: list[dict] = list(csv.DictReader(file))
     if args.group and args.what:
-        with dataset.errors_in_one_line("ablations.py"):
+        with errors_in_one_line("ablations.py"):
             row = run(args.group, args.what, args.flags)
         with open(TABLE, "a", newline="") as file:
             csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n").writerow(row)

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kill_resume import HEAD, ROOT, RUN
 
 import dataset
+from common.files import UserError
 from model import HybridClassifier, ModelConfig, load_checkpoint, save_checkpoint
 from training.runs import reserve_folder
 
@@ -49,7 +50,7 @@ def attempt(function: Callable, *arguments: object) -> str:
     try:
         function(*arguments)
         return "fine"
-    except dataset.UserError as error:
+    except UserError as error:
         return "refused" if len(str(error).splitlines()) == 1 else f"not in one line: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}"

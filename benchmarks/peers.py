@@ -37,6 +37,7 @@ import step_time
 
 import dataset
 import train
+from common.files import whole_file
 from model import EncoderBlock, Pool
 from training import optim, processes
 from training.replay import ReplayedStep
@@ -192,7 +193,7 @@ def fit(
             lr = optim.learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor, config.schedule)
             step_once(index, lr, optim.averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
         if state:
-            with dataset.whole_file(state) as file:
+            with whole_file(state) as file:
                 saved = dict(made_with=made_with, epoch=epoch + 1, seconds=time.perf_counter() - started)
                 torch.save(saved | dict(parts=[part.state_dict() for part in parts]), file)
     return run.ema.cpu(), time.perf_counter() - started

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 from matplotlib import colormaps
 
-from dataset import CLASS_NAMES, whole_file
+from common.files import whole_file
+from dataset import CLASS_NAMES
 from drawing.explanation import Explanation
 from drawing.sheets import COLOR_MAP, SCALE_LABEL, SIGNED_COLOR_MAP, SIGNED_SCALE_LABEL, colorize, on_one_scale
 

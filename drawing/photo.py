@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset import IMAGE_SIZE, UserError
+from common.files import UserError
+from dataset import IMAGE_SIZE
 
 Image.init()  # Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
 FORMATS = tuple(x for x in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF") if x in Image.OPEN)

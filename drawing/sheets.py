@@ -14,7 +14,8 @@ from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
-from dataset import CLASS_NAMES, whole_file
+from common.files import whole_file
+from dataset import CLASS_NAMES
 from drawing.explanation import Explanation
 
 COLOR_MAP = "inferno"  # equal steps of evidence look equally large

@@ -14,7 +14,8 @@ from conftest import write_data
 from sklearn.metrics import accuracy_score
 
 import dataset
-from dataset import DataError, UserError
+from common.files import UserError
+from dataset import DataError
 
 NAMES = tuple(dataset.FILES)
 IMAGES, LABELS = torch.arange(3 * 784).remainder(251).byte().view(3, 1, 28, 28), torch.tensor([7, 0, 9])

@@ -9,7 +9,7 @@ import kill_resume
 import pytest
 import torch
 
-from dataset import UserError
+from common.files import UserError
 from model import CheckpointError, load_checkpoint, save_checkpoint
 
 

@@ -12,7 +12,7 @@ from conftest import SMALL_MODEL, assert_identical
 
 import dataset
 import model as model_module
-from dataset import UserError
+from common.files import UserError
 from model import (
     SHIPPED_CHECKPOINT,
     CheckpointError,

@@ -10,7 +10,7 @@ from conftest import SMALL_MODEL
 from sklearn.decomposition import PCA
 
 import dataset
-from dataset import UserError
+from common.files import UserError
 from model import HybridClassifier
 from training.optim import (
     Muon,

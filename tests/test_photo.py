@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from dataset import UserError
+from common.files import UserError
 
 pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
 import cv2

@@ -16,7 +16,7 @@ from conftest import ROOT, SMALL_RUN, assert_identical, flags_of, state_of
 
 import dataset
 import train
-from dataset import UserError
+from common.files import UserError
 from model import load_checkpoint
 from training import processes
 from training.processes import choose_device, choose_precision, gather, set_threads

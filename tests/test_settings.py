@@ -3,7 +3,7 @@ import math
 import pytest
 
 import train
-from dataset import UserError
+from common.files import UserError
 from training.settings import INF, choose_settings, make_parser, resumed_settings
 
 TABLE = dict(  # a row of each type

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 import dataset
 import train
-from dataset import UserError
+from common.files import UserError, errors_in_one_line
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 from training import report, runs
 from training.settings import choose_settings
@@ -862,9 +862,9 @@ def test_a_bug_keeps_its_traceback(main, flags, monkeypatch):
     with pytest.raises(IndexError):
         main(*flags)
     for bug in (ValueError("a bug"), RuntimeError("a bug"), OSError("a bug")):
-        with pytest.raises(type(bug), match="a bug"), dataset.errors_in_one_line("a script"):
+        with pytest.raises(type(bug), match="a bug"), errors_in_one_line("a script"):
             raise bug
-    with pytest.raises(SystemExit, match=r"^a script: error: one line$"), dataset.errors_in_one_line("a script"):
+    with pytest.raises(SystemExit, match=r"^a script: error: one line$"), errors_in_one_line("a script"):
         raise UserError("one\n line")
 
 

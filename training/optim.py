@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dataset import UserError
+from common.files import UserError
 
 # Layers next to the input or the output, which AdamW suits better than Muon.
 FIRST_AND_LAST = ("stem.first.", "pool.score.", "head.")

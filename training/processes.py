@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-from dataset import UserError
+from common.files import UserError
 
 ALL_THREADS = torch.get_num_threads()
 

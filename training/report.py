@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, classification_report
 
-from dataset import CLASS_NAMES, whole_file
+from common.files import whole_file
+from dataset import CLASS_NAMES
 
 
 def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:

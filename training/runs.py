@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 import dataset
-from dataset import UserError
+from common.files import UserError
 from model import HybridClassifier, load_checkpoint, save_checkpoint
 from training import familiarity, processes
 from training.report import write_history

@@ -9,7 +9,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from dataset import UserError
+from common.files import UserError
 
 INF = math.inf
 Table = dict[str, tuple[Any, Any, str]]
