@@ -13,6 +13,7 @@ Algorithms", arXiv 1708.07747 (MIT licence).
 
 import gzip
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -44,6 +45,8 @@ FILES = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+GZIP_MAGIC = b"\x1f\x8b"  # how such files begin
+IDX_MAGIC = b"\0\0\x08"  # bytes; the next one is the number of dimensions
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -55,27 +58,65 @@ class DataError(UserError):
 # ---- Getting the files ----------------------------------------------------------------------------------------------
 
 
-def _read(source: Path) -> bytes:
-    """The content of a file, unpacked if it is compressed; empty if it cannot be read or unpacked."""
-    try:
-        with gzip.open(source) if source.suffix == ".gz" else open(source, "rb") as file:
-            return file.read()
-    except (OSError, EOFError, zlib.error):  # unreadable, truncated, not gzip at all
-        return b""
-
-
 def _say(message: str) -> None:
     print(f"dataset: {message}", file=sys.stderr, flush=True)
 
 
+def _describe(content: bytes) -> str:
+    """What a whole file in the format of the data set holds, like "60000x28x28 values", or "" if it is none."""
+    dimensions = content[3] if content[:3] == IDX_MAGIC and len(content) > 3 else 0
+    header = 4 + 4 * dimensions
+    if not dimensions or len(content) < header:
+        return ""
+    shape = np.frombuffer(content[4:header], ">i4").tolist()
+    is_whole = len(content) == header + math.prod(shape)
+    return f"{'x'.join(map(str, shape))} values" if is_whole else ""
+
+
+def _read(source: Path) -> bytes | None:
+    """A file's content, unpacked if it is compressed, whatever its name; None if it is missing, b"" if it is damaged.
+
+    A DataError if it is there, but cannot be read.
+    """
+    try:
+        content = source.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        advice = "make it readable, or give another --data-dir"
+        raise DataError(f"cannot read {source}: {error.strerror}; {advice}") from error
+    if not content.startswith(GZIP_MAGIC):
+        return content if _describe(content) else b""
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):  # its checksum is wrong, or it is truncated
+        return b""
+
+
 def _find(name: str, data_dir: Path) -> bytes | None:
-    """The content of a file as it was published, from the data folder or an installed Debian package."""
+    """The content of a file as it was published, from the data folder or an installed Debian package.
+
+    A DataError if the data folder has a whole file of this name with other content: nothing else is taken instead.
+    """
+    other = []
     for folder in (data_dir, data_dir / "FashionMNIST" / "raw", DEBIAN_FOLDER):  # the second is torchvision's
+        if folder == DEBIAN_FOLDER and other:
+            break
         for source in (folder / name, folder / f"{name}.gz"):
-            if os.path.isfile(source):
-                if hashlib.sha256(content := _read(source)).hexdigest() == FILES[name]:
-                    return content
-                _say(f"{source} is damaged, or of another data set with these names, like MNIST: move it away")
+            content = _read(source)
+            if content is None:
+                continue
+            if hashlib.sha256(content).hexdigest() == FILES[name]:
+                return content
+            if content:
+                other.append(f"{source} ({_describe(content) or 'in another format'})")
+            else:
+                _say(f"{source} is damaged: move it away")
+    if other:
+        raise DataError(
+            f"{' and '.join(other)}: intact, but not of Fashion-MNIST; give another --data-dir, "
+            'or see "Another data set" in README.md on how to train on it'
+        )
     return None
 
 
@@ -107,14 +148,16 @@ def _fetch(name: str, data_dir: Path) -> bytes:
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 fetched = fetch(name, Path(scratch))
-                if hashlib.sha256(content := _read(fetched)).hexdigest() != FILES[name]:
+                content = _read(fetched) or b""
+                if hashlib.sha256(content).hexdigest() != FILES[name]:
                     raise DataError("the download is not the published file")
             except (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
                 failures.append(" ".join(str(error).split())[:200])
                 continue
-            for file in (f for f in fetched.parent.glob("*-ubyte.gz") if not _read(data_dir / f.name)):
-                with whole_file(data_dir / file.name) as copy:  # Debian's package has all four
-                    copy.write(file.read_bytes())
+            for file in fetched.parent.glob("*-ubyte.gz"):  # Debian's package has all four
+                if not _read(data_dir / file.name):
+                    with whole_file(data_dir / file.name) as copy:
+                        copy.write(file.read_bytes())
             return content
     raise DataError(
         f"no good copy of {name} is in {data_dir}, and none could be fetched ({'; '.join(failures)}): put the four .gz "
@@ -179,7 +222,7 @@ def augment(
     """Draw a random variant of each image, of the same shape and type: turned, mirrored, shifted, noisy, partly erased.
 
     Args:
-        images: uint8 tensor of shape (N, 1, 28, 28), left as it is.
+        images: uint8 tensor of shape (N, C, H, W), left as it is.
         generator: the source of randomness, on the images' device.
         flip: mirror half of the images, left to right.
         shift: move each by up to that many pixels each way, 0 to 27; uncovered pixels become background.
@@ -204,7 +247,8 @@ def augment(
             offsets = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator, device=device)
             rows, columns = rows + offsets[0], columns + offsets[1]
         image = torch.arange(n, device=device)[:, None, None, None]
-        images = images[image, 0, rows[:, None, :, None], columns[:, None, None, :]]
+        channel = torch.arange(images.shape[1], device=device)[:, None, None]
+        images = images[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
     if noise:
         images = random_noise(images, generator, noise, distort_share)
     if erase:

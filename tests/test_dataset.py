@@ -82,12 +82,7 @@ def test_files_are_read_where_they_lie_and_nothing_is_written(tiny, tmp_path, mo
     assert not (tmp_path / "empty").exists()
 
 
-def flip_a_bit(content):
-    return content[:-1] + bytes([content[-1] ^ 1])
-
-
 DAMAGE = {
-    "flipped": flip_a_bit,
     "short": lambda content: content[:-1],
     "long": lambda content: content + b"\0",
     "empty": lambda content: b"",
@@ -108,9 +103,7 @@ def test_a_damaged_file_is_refused_and_another_source_used(tiny, capsys, name, d
     (tiny / f"{name}.gz").write_bytes(gzip.compress(good))  # as a person may put it there
     capsys.readouterr()
     assert_is_tiny(tiny)
-    assert capsys.readouterr().err.splitlines() == [
-        f"dataset: {tiny / name} is damaged, or of another data set with these names, like MNIST: move it away"
-    ]
+    assert capsys.readouterr().err.splitlines() == [f"dataset: {tiny / name} is damaged: move it away"]
 
 
 @pytest.mark.parametrize("cut", [lambda packed: packed[: len(packed) // 2], lambda packed: packed[:-9] + b"\0" * 9])
@@ -188,13 +181,40 @@ def test_a_truncated_archive_is_replaced(tiny, serve, apt, tmp_path, capsys):
     assert archive.read_bytes() == (served / archive.name).read_bytes()
 
 
-def test_the_files_of_another_data_set_are_left_as_they_are(tiny, serve, apt, tmp_path, capsys):
+def test_another_data_set_stops_and_is_left_as_it_is(tiny, serve, apt, tmp_path):
     serve(packed(tiny, tmp_path / "served"), "/")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / f"{NAMES[0]}.gz").write_bytes(mine := gzip.compress(b"digits, not garments"))
-    assert_is_tiny(tmp_path / "data")
-    assert (tmp_path / "data" / f"{NAMES[0]}.gz").read_bytes() == mine
-    assert "is damaged, or of another data set with these names, like MNIST: move it away" in capsys.readouterr().err
+    digits, letters = tmp_path / "digits", tmp_path / "letters"
+    write_data(digits, "train", IMAGES, LABELS.flip(0))  # the images are Fashion-MNIST's, the labels are not
+    write_data(digits, "t10k", IMAGES, LABELS)
+    packed(digits, letters)
+    (letters / f"{NAMES[0]}.gz").write_bytes(gzip.compress(b"letters"))
+    for folder in (digits, letters):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for is_train in (True, False):
+            with pytest.raises(DataError, match="intact, but not of Fashion-MNIST; give another --data-dir") as error:
+                dataset.load(folder, is_train)
+        assert "t10k-images-idx3-ubyte" in str(error.value) and "(3x28x28 values)" in str(error.value)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    good_labels = gzip.compress((tiny / NAMES[1]).read_bytes())
+    (digits / f"{NAMES[1]}.gz").write_bytes(good_labels)
+    dataset.load(digits, train=True)  # a good copy beside it
+
+
+def test_a_file_that_was_unpacked_under_its_old_name_is_read(tiny, tmp_path):
+    folder = packed(tiny, tmp_path / "packed")
+    (folder / f"{NAMES[0]}.gz").write_bytes((tiny / NAMES[0]).read_bytes())
+    (folder / f"{NAMES[3]}.gz").rename(folder / NAMES[3])  # and a compressed one without .gz
+    assert_is_tiny(folder)
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tiny, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(dataset.Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=rf"cannot read {tiny}/{NAMES[0]}: Permission denied; make it readable"):
+        dataset.load(tiny, train=True)
+    assert capsys.readouterr().err == ""
 
 
 def test_without_a_mirror_the_package_is_fetched_once_and_unpacked(tiny, serve, apt, tmp_path, capsys):
@@ -224,7 +244,7 @@ def test_a_download_that_cannot_be_written_leaves_nothing_half_written(tiny, ser
         dataset.load(tmp_path / "data", train=True)
     assert not list((tmp_path / "data").iterdir())
     (tmp_path / "a file").touch()
-    with pytest.raises(UserError, match=r"cannot write .*a file/data"):
+    with pytest.raises(UserError, match=r"cannot read .*a file/data/.*: Not a directory"):
         dataset.load(tmp_path / "a file" / "data", train=True)
 
 
@@ -270,6 +290,15 @@ def test_normalize_refuses_what_the_model_would_misread(wrong):
 def augmented(images, **options):
     settings = dict(flip=False, shift=0, erase=0.0) | options
     return dataset.augment(images, torch.Generator().manual_seed(7), **settings)
+
+
+def test_the_channels_of_a_colour_image_move_together(test_split):
+    gray = test_split[0][:50]
+    colored = torch.cat([gray, gray // 2, 255 - gray], dim=1)
+    moved, alone = (augmented(images, flip=True, shift=3) for images in (colored, gray))
+    assert moved.shape == (50, 3, 28, 28)
+    assert torch.equal(moved[:, :1], alone) and torch.equal(moved[:, 1:2], alone // 2)
+    assert torch.equal(moved[:, 2, 3:-3, 3:-3], 255 - alone[:, 0, 3:-3, 3:-3])  # uncovered pixels are black
 
 
 def test_without_augmentation_images_stay_as_they_are(test_split):
