@@ -25,26 +25,47 @@ from training.processes import choose_device, choose_precision, gather, set_thre
 
 
 @pytest.fixture
-def two_threads(monkeypatch):
-    """A machine with two cores, on which two threads are this many times as fast as one."""
+def cores(monkeypatch):
+    """A machine with many cores, and a clock that only the measured work moves: by 0.01 s over the speed."""
 
-    def make(ratio):
-        # A clock that only the measured work moves: one thread makes a product in a hundredth of a second.
-        now = itertools.accumulate(0.01 / (1 if torch.get_num_threads() == 1 else ratio) for _ in itertools.count())
+    def make(number, speed):
+        now = itertools.accumulate(0.01 / speed(torch.get_num_threads()) for _ in itertools.count())
         monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+        monkeypatch.setattr(processes, "ALL_THREADS", number)
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(processes, "ALL_THREADS", 2)
-    torch.set_num_threads(1)  # as an earlier run in this process may have left it
     yield make
     torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("ratio, threads", [(1.0, 1), (1.2, 1), (1.4, 2), (1.9, 2)])
-def test_one_thread_is_taken_where_two_are_hardly_faster(two_threads, capsys, ratio, threads):
-    two_threads(ratio)
+def test_one_thread_is_taken_where_two_are_hardly_faster(cores, capsys, ratio, threads):
+    cores(2, lambda number: {1: 1, 2: ratio}[number])
     assert set_threads() == torch.get_num_threads() == threads
     assert ("other work keeps the CPU busy" in capsys.readouterr().out) == (threads == 1)
+
+
+@pytest.mark.parametrize("busy, threads", [(0, 16), (1, 15), (2, 8), (8, 8), (9, 1)])
+def test_of_many_cores_as_many_are_taken_as_are_free(cores, busy, threads):
+    # Whoever shares a core with another program holds all others up.
+    cores(16, lambda number: number**0.8 if number + busy <= 16 else 1.0)
+    assert set_threads() == torch.get_num_threads() == threads
+
+
+def test_choices_are_measured_in_turns_and_by_the_time_that_they_took(monkeypatch):
+    now, turns = [0.0], []
+
+    def prepare(choice):
+        turns.append(choice)
+
+        def work():
+            now[0] += {"slow": 0.5, "fast": 0.25}[choice]  # longer than a turn, too
+
+        return work
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert processes.measure(prepare, ["slow", "fast"], seconds=0.8) == {"slow": 2.0, "fast": 4.0}
+    assert turns == ["slow", "fast", "slow", "fast"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
@@ -53,7 +74,7 @@ def test_freed_memory_is_kept_for_the_next_step():
 import resource, torch
 from training.processes import keep_freed_memory
 keep_freed_memory()
-for _ in range(11):
+for _ in range(30):  # it settles within ten
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(20_000_000)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -64,13 +85,14 @@ for _ in range(11):
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3])
-def test_a_number_of_threads_that_is_asked_for_is_not_measured(two_threads, monkeypatch, asked):
+def test_a_number_of_threads_that_is_asked_for_is_not_measured(cores, monkeypatch, asked):
     monkeypatch.setattr(processes, "time", None)
     assert set_threads(asked) == torch.get_num_threads() == asked
 
 
-def test_a_users_own_number_of_threads_is_left_alone(two_threads, monkeypatch):
+def test_a_users_own_number_of_threads_is_left_alone(monkeypatch):
     monkeypatch.setattr(processes, "time", None)
+    monkeypatch.setattr(processes, "ALL_THREADS", 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert set_threads() == torch.get_num_threads() == 2
 
@@ -95,13 +117,31 @@ def test_processes_without_a_device_each_are_refused(monkeypatch, kind):
 
 
 @pytest.mark.parametrize(
-    "instructions, expected",
-    [({"avx2": True}, "float32"), ({"avx512_bf16": True}, "bfloat16"), ({"amx_bf16": True}, "bfloat16")],
+    "instructions, speed_up, expected",
+    [
+        ({"avx2": True}, None, "float32"),  # not even tried: a hundred times slower
+        ({"avx512_bf16": True}, 0.8, "float32"),
+        ({"avx512_bf16": True}, 1.3, "bfloat16"),
+        ({"amx_bf16": True}, 2.0, "bfloat16"),
+    ],
 )
-def test_automatic_precision_never_takes_bfloat16_where_the_cpu_emulates_it(monkeypatch, instructions, expected):
+def test_automatic_precision_is_the_faster_one_of_a_cpu(monkeypatch, instructions, speed_up, expected):
+    def measure(prepare, choices, seconds):
+        for choice in choices:
+            prepare(choice)()
+        return dict(float32=50.0, bfloat16=50.0 * speed_up)
+
+    def convolve(layer, images):
+        computed_in.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        return forward(layer, images)
+
+    forward, computed_in = nn.Conv2d.forward, []
+    monkeypatch.setattr(nn.Conv2d, "forward", convolve)
+    monkeypatch.setattr(processes, "measure", measure)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: instructions)
     cpu = torch.device("cpu")
     assert choose_precision("auto", cpu) == expected
+    assert computed_in == ([torch.float32, torch.bfloat16] if speed_up else [])
     assert choose_precision("float32", cpu) == "float32" and choose_precision("bfloat16", cpu) == "bfloat16"
 
 

@@ -6,7 +6,9 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,30 +30,60 @@ def keep_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(mmap_max, 0)  # and takes no block outside of it
 
 
-def set_threads(threads: int = 0) -> int:
-    """Use this many CPU threads; 0 takes one per core, or only one where other work keeps the cores busy.
+def measure(prepare: Callable[[Any], Callable[[], Any]], choices: list, seconds: float) -> dict[Any, float]:
+    """How many times a second a piece of work gets done with each of the choices.
 
-    PyTorch's threads spin while they wait for each other, so if one of them shares its core with another program, two
-    threads are slower than one (`benchmarks/busy_cores.py`). Load averages lag, and in a container show the host, so
+    `prepare` makes a choice and returns the work. The choices take turns, two each, so that they meet the same
+    disturbances.
+    """
+    done = dict.fromkeys(choices, 0)
+    spent = dict.fromkeys(choices, 0.0)
+    for choice in 2 * choices:
+        work = prepare(choice)
+        work()  # starts threads, picks algorithms
+        start = now = time.perf_counter()
+        while now < start + seconds / len(choices) / 2:
+            work()
+            done[choice] += 1
+            now = time.perf_counter()
+        spent[choice] += now - start
+    return {choice: done[choice] / spent[choice] for choice in choices}
+
+
+def set_threads(threads: int = 0) -> int:
+    """Use this many CPU threads; 0 takes one per core, or fewer where other work keeps some of the cores busy.
+
+    PyTorch's threads spin while they wait for each other, so if one of them shares its core with another program, all
+    are slower than fewer would be (`benchmarks/busy_cores.py`). Load averages lag, and in a container show the host, so
     this measures for 0.4 s. It leaves a user's own OMP_NUM_THREADS alone, and returns the number of threads.
     """
     keep_freed_memory()
-    most = ALL_THREADS
     is_mac = sys.platform == "darwin"  # its matrix products have threads of their own
-    if not threads and most > 1 and "OMP_NUM_THREADS" not in os.environ and not is_mac:
-        matrix, done = torch.rand(256, 256), {1: 0, most: 0}
-        for number in (most, 1, most, 1):
-            torch.set_num_threads(number)
-            matrix @ matrix  # starts the threads
-            end = time.perf_counter() + 0.1
-            while time.perf_counter() < end:
-                (matrix @ matrix).relu_()
-                done[number] += 1
-        if done[most] < 1.3 * done[1]:  # 1.6 to 1.9 on two idle cores, below 1.1 where one of them is busy
-            threads = 1
-            print(f"note: other work keeps the CPU busy, so 1 thread is used, not {most}")
-    torch.set_num_threads(threads or most)
-    return threads or most
+    if not threads:
+        is_given = ALL_THREADS == 1 or "OMP_NUM_THREADS" in os.environ or is_mac
+        threads = ALL_THREADS if is_given else choose_threads(ALL_THREADS)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def choose_threads(most: int) -> int:
+    """All of the threads, or one, half of them or all but one, where these do clearly more for their number."""
+    matrix = torch.rand(256, 256)
+
+    def prepare(number: int) -> Callable[[], torch.Tensor]:
+        torch.set_num_threads(number)
+        return lambda: (matrix @ matrix).relu_()
+
+    choices = sorted({1, max(1, most // 2), most - 1, most})
+    rates = measure(prepare, choices, seconds=0.4)
+    # Twice the threads have to do 1.4 times as much. Two idle cores do 1.6 to 1.9 times as much as one, and below 1.1
+    # where one of them is busy.
+    score = {number: rate / number**0.5 for number, rate in rates.items()}
+    best = max(choices, key=score.get)
+    if score[best] <= 1.1 * score[most]:
+        return most
+    print(f"note: other work keeps the CPU busy, so the number of threads is {best}, not {most}")
+    return best
 
 
 def choose_device(name: str) -> torch.device:
@@ -67,17 +99,37 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """What matrix products compute in; "auto" takes bfloat16 only where the hardware has instructions for it.
+    """What matrix products compute in; "auto" takes bfloat16 where the hardware is faster in it than in float32.
 
-    On a CPU without them a bfloat16 matrix product is some hundred times slower than a float32 one.
+    A CPU without bfloat16 instructions is some hundred times slower in it. One that has them may be slower, too, so it
+    is measured, for 0.2 s.
     """
     if name != "auto":
         return name
-    cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    fast = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bfloat16" if fast else "float32"
+        is_faster = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpu = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+        has_instructions = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        is_faster = has_instructions and bfloat16_speed_up() > 1.1
+    return "bfloat16" if is_faster else "float32"
+
+
+def bfloat16_speed_up() -> float:
+    """How many times faster a convolution, forward and backward, is on this CPU in bfloat16 than in float32."""
+    convolution = nn.Conv2d(32, 32, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
+    images = torch.rand(64, 32, 14, 14).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def prepare(precision: str) -> Callable[[], None]:
+        def work() -> None:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+                output = convolution(images)
+            output.sum().backward()
+
+        return work
+
+    rates = measure(prepare, ["float32", "bfloat16"], seconds=0.2)
+    return rates["bfloat16"] / rates["float32"]
 
 
 def environment(device: str, precision: str, threads: int) -> str:
@@ -109,6 +161,15 @@ def is_first() -> bool:
 def count() -> int:
     """The number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def of_the_first(value: Any) -> Any:
+    """The first process's value, in all of them; it may be anything that pickle takes."""
+    if count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def own_part(rows: torch.Tensor) -> torch.Tensor:
