@@ -202,6 +202,8 @@ class HybridClassifier(nn.Module):
 
 # ---- Checkpoints: a zip archive of torch.save with one dictionary of plain values and tensors -----------------------
 
+CONTENTS = dict(train_config=dict, history=list, epoch=int)  # what `save_checkpoint` may be given besides the weights
+COLUMNS = ("epoch", "lr", "seconds", "_loss", "_accuracy")  # how the names end that a history's numbers have
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 3"  # the number changes when older files can no longer be read
 
 
@@ -246,6 +248,13 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tup
         raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason[:200]}): name another one") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of this version of the project: name one that train.py wrote")
+    for name, kind in CONTENTS.items():
+        if not isinstance(checkpoint.get(name, kind()), kind):
+            raise CheckpointError(f"{path} is damaged ({name} is no {kind.__name__}): name another one")
+    for row in checkpoint.get("history", ()):
+        known = [row[column] for column in row if str(column).endswith(COLUMNS)] if isinstance(row, dict) else [None]
+        if not all(isinstance(value, int | float) for value in known):
+            raise CheckpointError(f"{path} is damaged (history has a row that is not of numbers): name another one")
     try:
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])

@@ -19,6 +19,7 @@ if __name__ == "__main__":
 
 import copy
 import os
+import random
 import shlex
 import signal
 import sys
@@ -28,6 +29,7 @@ from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,11 +39,20 @@ from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import dataset
-from common.files import UserError, errors_in_one_line
+from common.files import UserError, checksum, errors_in_one_line, printable
 from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
 from training import processes, report, runs
-from training.optim import averaging_decay, learning_rate, make_optimizers, take_step, whiten_first_layer
+from training.optim import (
+    averaging_decay,
+    check_optimizers,
+    learning_rate,
+    make_optimizers,
+    start_up_decay,
+    take_step,
+    whiten_first_layer,
+)
 from training.replay import ReplayedStep
+from training.runs import Run
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
 # ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims); a new row is `config.NAME`
@@ -98,13 +109,14 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     precision=("auto", ("auto", "float32", "bfloat16"), "auto uses bfloat16 if the hardware supports it"),
     threads=(0, (0, 1024), "CPU threads; 0 uses one per core, or only one if other programs keep the cores busy"),
     compile=(False, None, "use torch.compile: a minute of compilation first, so for long runs"),
-    cuda_graph=(True, None, "on one GPU, record a step and replay it; turn off if your step reads numbers or prints"),
+    cuda_graph=(False, None, "on one GPU, record a step and replay it; nothing but tensors may change in the step"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures are written"),
     report_test=(False, None, "report on the test split after every epoch too; it chooses nothing"),
     quiet=(False, None, "one line an epoch: no bars, no reports"),
 )
 # What the record and its teacher, a model seven times as large, share: stronger augmentation.
 BIG = dict(val_size=0, residual_unit="pyramidnet", mlp_ratio=1.0)
+BIG |= dict(cuda_graph=True)
 BIG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both
     default={},
@@ -118,6 +130,16 @@ RECIPES = dict(  # values that go together and replace the defaults above; flags
 )
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet")
 EVALUATION_USES = ("data_dir", "device", "threads")
+NEEDS = dict(  # settings that refine another one, and change nothing where that is off
+    alternate_flip=("flip",),
+    erase_area=("erase",),
+    distort_share=("rotate", "noise"),
+    num_heads=("depth",),
+    mlp_ratio=("depth",),
+    drop_path=("depth",),
+    teacher_weight=("teacher",),
+    temperature=("teacher",),
+)
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -137,8 +159,12 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
     if config.train_size:
         train_index = train_index[dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]]
-    held_out = {"val": (images[val_index], labels[val_index])} if config.val_size else {}
-    held_out |= {"test": dataset.load(config.data_dir, train=False)} if config.report_test else {}
+    test_split = dataset.load(config.data_dir, train=False)  # if it is missing, that is said now
+    held_out = {}
+    if config.val_size:
+        held_out["val"] = images[val_index], labels[val_index]
+    if config.report_test:
+        held_out["test"] = test_split
     held_out = {name: (x.to(device), y.to(device)) for name, (x, y) in held_out.items()}
     return images.to(device), labels.to(device), train_index.to(device), held_out
 
@@ -194,25 +220,149 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 100) -> to
 
 
 def training_step(
-    run: SimpleNamespace, index: torch.Tensor, lr: float | torch.Tensor, decay: float | torch.Tensor
+    run: Run, index: torch.Tensor, lr: float | torch.Tensor, decay: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of a run on the images of these indices, int64 (N,); returns the loss and the logits, (N, 10).
+    """One step on the images of these indices, int64 (N,); returns the loss and the logits, (N, 10).
 
-    The run names its model, the `forward` of it (compiled or not), ema, optimizers, teachers, images, labels,
-    generator and config. With several processes each takes its part of the batch.
+    With several processes each takes its part of the batch.
     """
     x, y = augmented_batch(run.images[index], run.labels[index], run.generator, run.config)
     x, y = processes.own_part(x), processes.own_part(y)
-    loss, logits = training_loss(run.forward, run.teachers, x, y, run.config)
+    loss, logits = training_loss(run.compiled, run.teachers, x, y, run.config)
     loss.backward()
     processes.average_gradients(run.model)
     take_step(run.model, run.ema, run.optimizers, lr, decay, run.config.grad_clip)
     return loss.detach(), logits.detach()
 
 
-def stream(*numbers: int) -> int:
+def seed_for(*numbers: int) -> int:
     """A seed from a row of numbers, by NumPy's SeedSequence; zeros at its end change nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed what draws without a generator: stochastic depth, and whatever a loss of your own may use."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def steps_of_epochs(config: SimpleNamespace, size: int, world_size: int) -> tuple[list[int], int]:
+    """The number of steps of each epoch on that many images, and how many images the later epochs leave out."""
+    skipped = 0
+    if config.epochs > 1:
+        skipped = round(config.skip_easy * dataset.EASY_SHARE * size)
+    first, later = size // config.batch_size, (size - skipped) // config.batch_size
+    steps = [first] + [later] * (config.epochs - 1)
+    if not steps[-1] or config.batch_size % world_size:
+        shared = f", divisible by the {world_size} processes" if world_size > 1 else ""
+        raise UserError(f"--batch-size {config.batch_size}: give at most {size - skipped:,}{shared}")
+    return steps, skipped
+
+
+def start_run(config: SimpleNamespace, resume: bool) -> Run:
+    """A run with its data, model, optimisers and teachers, new or where last.pt stopped.
+
+    What the settings mean by "auto" is in its own `config`.
+    """
+    device = processes.choose_device(config.device)
+    _, world_size = processes.join(device)
+    threads = processes.set_threads(config.threads)
+    precision = processes.choose_precision(config.precision, device)
+    # All processes, and a resumed run, have to compute alike.
+    threads, precision = processes.of_the_first((threads, precision))
+    torch.set_num_threads(threads)
+    chosen = dict(device=device.type, threads=threads, precision=precision)
+    config = SimpleNamespace(**vars(config) | chosen)
+
+    images, labels, train_index, held_out = load_data(config, device)
+    steps, skipped = steps_of_epochs(config, len(train_index), world_size)
+    seed_everything(config.seed)
+    model = make_model(config).to(device, memory_format=torch.channels_last)
+    if config.whiten:
+        whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
+    optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
+    check_optimizers(model, optimizers)
+    run = Run(
+        config=config,
+        images=images,
+        labels=labels,
+        train_index=train_index,
+        held_out=held_out,
+        steps=steps,
+        skipped=skipped,
+        warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
+        model=model,
+        ema=copy.deepcopy(model).eval().requires_grad_(False),
+        optimizers=optimizers,
+        teachers=runs.load_teachers(config, labels, device),
+        teacher_checksums=[checksum(path) for path in runs.paths_of_teachers(config)],
+        losses=torch.full((len(labels),), 100.0, device=device),  # unseen images are hard
+        generator=torch.Generator(device),
+    )
+    if resume:
+        runs.resume_run(run)
+    if config.compile:
+        run.compiled, *run.teachers = [torch.compile(net, dynamic=False) for net in (model, *run.teachers)]
+    run.step = partial(training_step, run)
+    if config.cuda_graph and device.type == "cuda" and world_size == 1:
+        run.step = ReplayedStep(run.step, run.generator)
+    return run
+
+
+def make_model(config: SimpleNamespace) -> HybridClassifier:
+    """A model of these settings; every field of `ModelConfig` is one of them."""
+    names = [field.name for field in fields(ModelConfig)]
+    if missing := [name for name in names if not hasattr(config, name)]:
+        raise UserError(f"ModelConfig has the field {missing[0]}: give it a row of this name in SETTINGS of train.py")
+    return HybridClassifier(ModelConfig(**{name: getattr(config, name) for name in names}))
+
+
+def train_epoch(run: Run, epoch: int) -> dict[str, float]:
+    """Train for an epoch, counted from 0, and return its row of the history.
+
+    All randomness follows from the seed and the epoch, and that of a process from its rank, too.
+    """
+    config, first_step = run.config, sum(run.steps[:epoch])
+    if config.flip and config.alternate_flip:
+        run.generator.manual_seed(seed_for(config.seed))  # the same in each epoch
+        run.images.copy_(dataset.alternate_flip(run.originals, run.generator, epoch))
+    run.generator.manual_seed(seed_for(config.seed, epoch))  # the same in every process
+    seed_everything(seed_for(config.seed, epoch, 1 + processes.rank()))
+    order = dataset.epoch_order(run.losses[run.train_index], run.generator, run.skipped if epoch else 0)
+    seen = run.train_index[order[: run.steps[epoch] * config.batch_size]]  # the others wait for the next epoch's order
+    bar = tqdm(
+        seen.split(config.batch_size),
+        desc=f"epoch {epoch + 1}",
+        leave=False,
+        disable=config.quiet or not processes.is_first(),
+    )
+    outputs = []
+    run.model.train()
+    for step, index in enumerate(bar, start=first_step):
+        lr = learning_rate(step, sum(run.steps), run.warmup_steps, config.lr, config.lr_floor, config.schedule)
+        decay = averaging_decay(step, sum(run.steps), config.ema_decay, config.swa_share)
+        loss, logits = run.step(index, lr, decay)
+        outputs.append(logits)
+        if step % 20 == 0:  # rarely, since it has to wait for the GPU
+            bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
+
+    logits = processes.gather(torch.cat(outputs))
+    run.losses[seen] = F.cross_entropy(logits, run.labels[seen], reduction="none")
+    if not all(tensor.isfinite().all() for tensor in (logits, *run.ema.parameters())):
+        advice = f"lower --lr from {config.lr:g}"
+        if config.precision != "float32":
+            advice += ", or try --precision float32"
+        raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
+    steps_left = sum(run.steps) - step - 1
+    if config.swa_share and steps_left < config.swa_share * sum(run.steps):  # fit batch norm to the average
+        parts = ((run.images[part], run.labels[part]) for part in seen[:10_000].split(500))
+        update_bn((augmented_batch(*part, run.generator, config)[0] for part in parts), run.ema)
+    row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
+    if processes.is_first():
+        row |= report.summary("train", logits, run.labels[seen], config.quiet)
+    # A number that you add to the row goes to history.csv and the checkpoints.
+    return row
 
 
 def train(config: SimpleNamespace, resume: bool = False) -> Path:
@@ -220,81 +370,37 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
 
     The settings are made by `choose_settings(SETTINGS, RECIPES, {...})`; to resume, they must be those of last.pt.
     """
-    device, output_dir = processes.choose_device(config.device), Path(os.path.expanduser(config.output_dir))
-    rank, world_size = processes.join(device)
-    config = copy.copy(config)  # a resumed run must compute as it began, so what "auto" means is saved
-    config.device, config.threads = device.type, processes.set_threads(config.threads)
-    config.precision = processes.choose_precision(config.precision, device)
-    images, labels, train_index, held_out = load_data(config, device)
-    skipped = round(config.skip_easy * dataset.EASY_SHARE * len(train_index)) if config.epochs > 1 else 0
-    steps = [(len(train_index) - (skipped if epoch else 0)) // config.batch_size for epoch in range(config.epochs)]
-    if not steps[-1] or config.batch_size % world_size:
-        shared = f", divisible by the {world_size} processes" if world_size > 1 else ""
-        raise UserError(f"--batch-size {config.batch_size}: give at most {len(train_index) - skipped:,}{shared}")
-    warmup_steps = round(min(config.warmup_epochs * steps[0], sum(steps) / 4))
-    torch.manual_seed(config.seed)
-    model_config = ModelConfig(**{field.name: getattr(config, field.name) for field in fields(ModelConfig)})
-    model = HybridClassifier(model_config).to(device, memory_format=torch.channels_last)
-    if config.whiten:
-        whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
-    losses = torch.full((len(labels),), 100.0, device=device)  # of each image when last seen; unseen ones are hard
-    history = runs.resume_run(output_dir, (model, ema, optimizers, losses)) if resume else []
-    run = SimpleNamespace(model=model, ema=ema, optimizers=optimizers, images=images.clone(), labels=labels)
-    run.config, run.generator = config, torch.Generator(device)
-    compile_one = partial(torch.compile, dynamic=False) if config.compile else lambda network: network
-    run.forward, *run.teachers = map(compile_one, (model, *runs.load_teachers(config, labels, device)))
-    step_once = partial(training_step, run)
-    if config.cuda_graph and device.type == "cuda" and world_size == 1:
-        step_once = ReplayedStep(step_once, run.generator)
-    if rank == 0:
-        print("\n".join(f"{name:16} {value}" for name, value in vars(config).items()))
-        print(f"\n{model.num_parameters():,} parameters, {len(train_index):,} training images, processes: {world_size}")
-        if model.num_parameters() > MAX_PARAMETERS:
-            print(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
-
-    seconds_before, started = history[-1]["seconds"] if history else 0.0, time.perf_counter()
-    for epoch in range(len(history), config.epochs):
-        if config.flip and config.alternate_flip:
-            run.images.copy_(dataset.alternate_flip(images, run.generator.manual_seed(stream(config.seed)), epoch))
-        run.generator.manual_seed(stream(config.seed, epoch))  # the same in every process
-        torch.manual_seed(stream(config.seed, epoch, 1 + rank))  # stochastic depth: each process its own
-        order = dataset.epoch_order(losses[train_index], run.generator, skipped if epoch else 0)
-        seen = train_index[order[: steps[epoch] * config.batch_size]]  # the others wait for the next epoch's order
-        bar = tqdm(seen.split(config.batch_size), f"epoch {epoch + 1}", leave=False, disable=config.quiet or rank > 0)
-        outputs = []
-        model.train()
-        for step, index in enumerate(bar, start=sum(steps[:epoch])):
-            lr = learning_rate(step, sum(steps), warmup_steps, config.lr, config.lr_floor, config.schedule)
-            loss, logits = step_once(index, lr, averaging_decay(step, sum(steps), config.ema_decay, config.swa_share))
-            outputs.append(logits)
-            if step % 20 == 0:  # rarely, since it has to wait for the GPU
-                bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
-
-        # The end of the epoch: its figures, the history, the checkpoints.
-        logits = processes.gather(torch.cat(outputs))
-        losses[seen] = F.cross_entropy(logits, labels[seen], reduction="none")
-        if not all(tensor.isfinite().all() for tensor in (logits, *ema.parameters())):
-            advice = f"lower --lr from {config.lr:g}" + ", or try --precision float32" * (config.precision != "float32")
-            raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
-        if rank:
+    run = start_run(config, resume)
+    if processes.is_first():
+        print_settings(run)
+    seconds_before = run.history[-1]["seconds"] if run.history else 0.0
+    started = time.perf_counter()
+    for epoch in range(len(run.history), run.config.epochs):
+        row = train_epoch(run, epoch)
+        if not processes.is_first():
             continue  # the first process reports and saves
-        if config.swa_share and sum(steps[: epoch + 1]) > (1 - config.swa_share) * sum(steps):  # fit batch norm to it
-            parts = ((run.images[part], labels[part]) for part in seen[:10_000].split(500))  # changed as in training
-            update_bn((augmented_batch(*part, run.generator, config)[0] for part in parts), ema)
-        row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
-        row |= report.summary("train", logits, labels[seen], config.quiet)
-        for split, (x, y) in held_out.items():
-            row |= report.summary(split, predict(ema, x), y, config.quiet)
-        # A number that you add to the row goes to history.csv and the checkpoints.
+        for split, (images, labels) in run.held_out.items():
+            row |= report.summary(split, predict(run.ema, images), labels, run.config.quiet)
         row["seconds"] = round(seconds_before + time.perf_counter() - started, 2)
-        history.append({name: value.item() if hasattr(value, "item") else value for name, value in row.items()})
-        runs.save_run(output_dir, config, history, (model, ema, optimizers, losses))
-        print(report.epoch_line(history, steps), flush=True)
-    if rank == 0:
-        runs.finish_run(output_dir, history, (images, labels, train_index), held_out.get("val"))
-    return output_dir / "best.pt"
+        runs.save_run(run, row)
+        print(report.epoch_line(run.history, run.steps), flush=True)
+    if processes.is_first():
+        runs.finish_run(run)
+    return run.folder / "best.pt"
+
+
+def print_settings(run: Run) -> None:
+    """Print every setting of a run, its size, and what a person may not expect."""
+    for name, value in vars(run.config).items():
+        print(f"{name:16} {printable(value)}")
+    parameters, size = run.model.num_parameters(), len(run.train_index)
+    print(f"\n{parameters:,} parameters, {size:,} training images, processes: {processes.count()}")
+    if parameters > MAX_PARAMETERS:
+        print(f"note: more than the {MAX_PARAMETERS:,} parameters that this project allows itself")
+    steps = sum(run.steps)
+    if start_up_decay(steps - 1) < run.config.ema_decay:
+        limit = f"above {start_up_decay(steps - 1):.4f}"
+        print(f"note: in a run of {steps:,} steps an --ema-decay {limit} changes nothing: the average starts short")
 
 
 def evaluate(path: str | Path, data_dir: str, device: torch.device) -> float:
@@ -316,37 +422,63 @@ def evaluate(path: str | Path, data_dir: str, device: torch.device) -> float:
 # ---- The command line -----------------------------------------------------------------------------------------------
 
 
+def print_useless(given: dict[str, Any], config: SimpleNamespace) -> None:
+    """Say which of the flags change nothing, since what they refine is off."""
+    for name, needed in NEEDS.items():
+        if name in given and not any(getattr(config, other) for other in needed):
+            print(f"note: {flag(name)} changes nothing without {' or '.join(map(flag, needed))}")
+
+
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that no half-written file is left
     parser = make_parser(SETTINGS, __doc__.splitlines()[0])
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir, with its settings")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output-dir, if there is one")
     parser.add_argument("--evaluate", metavar="CHECKPOINT", help="evaluate on the test split, train nothing")
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(parser.parse_args()).items()}
-    resume, checkpoint = given.pop("resume", False), given.pop("evaluate", None)
-    is_first, since = processes.is_first(), 0.0 if resume else time.time()
     with errors_in_one_line("train.py"), outlive_output("train.py"):
-        if checkpoint is not None:
-            if unused := [flag(name) for name in given if name not in EVALUATION_USES] + ["--resume"] * resume:
-                raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")
-        elif resume:
-            folder = Path(os.path.expanduser(given.setdefault("output_dir", SETTINGS["output_dir"][0])))
-            saved = runs.load_run(folder)
-            given = resumed_settings(SETTINGS, saved["train_config"], given, MAY_CHANGE_ON_RESUME)
-        config = choose_settings(SETTINGS, RECIPES, given)
-        if checkpoint is None:
-            folder = Path(os.path.expanduser(config.output_dir))
-            with runs.reserve_folder(folder) if is_first else nullcontext():
-                try:
-                    checkpoint = train(config, resume)
-                except (KeyboardInterrupt, SystemExit):
-                    if is_first:
-                        print(f"\nstopping; {runs.advice_to_resume(folder, since)}", flush=True)
-                    raise
+        if "evaluate" in given:
+            evaluate_command(given)
         else:
-            processes.set_threads(config.threads)
+            train_command(given, resume=given.pop("resume", False))
+
+
+def evaluate_command(given: dict[str, Any]) -> None:
+    """What `--evaluate` does."""
+    checkpoint = given.pop("evaluate")
+    if unused := [flag(name) for name in given if name not in EVALUATION_USES]:
+        raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")
+    config = choose_settings(SETTINGS, RECIPES, given)
+    processes.set_threads(config.threads)
+    if processes.is_first():
+        evaluate(checkpoint, config.data_dir, processes.choose_device(config.device))
+
+
+def train_command(given: dict[str, Any], resume: bool) -> None:
+    """Train, or go on with the run in the folder, then test; what the command line does without `--evaluate`."""
+    is_first = processes.is_first()
+    folder = Path(os.path.expanduser(given.get("output_dir", SETTINGS["output_dir"][0])))
+    if resume and not (folder / "last.pt").exists():
+        resume = False
         if is_first:
-            evaluate(checkpoint, config.data_dir, processes.choose_device(config.device))
-            print(f"heatmaps: python Visulization.py --checkpoint {shlex.quote(str(checkpoint))}")
+            print(f"there is no run to resume in {folder}: starting one")
+    resume = resume or (processes.is_restart() and runs.has_saved(folder))
+    if resume:
+        given.setdefault("output_dir", SETTINGS["output_dir"][0])  # the folder may have been moved
+        saved = runs.load_run(folder)["train_config"]
+        given = resumed_settings(SETTINGS, saved, given, MAY_CHANGE_ON_RESUME)
+    config = choose_settings(SETTINGS, RECIPES, given)
+    with runs.reserve_folder(folder) if is_first else nullcontext():
+        try:
+            if is_first and not resume:
+                print_useless(given, config)
+            best = train(config, resume)
+        except (KeyboardInterrupt, SystemExit):
+            if is_first:
+                print(f"\nstopping; {runs.advice_to_resume(folder, resume)}", flush=True)
+            raise
+    if is_first:
+        evaluate(best, config.data_dir, processes.choose_device(config.device))
+        print(f"heatmaps: python Visulization.py --checkpoint {shlex.quote(str(best))}")
 
 
 if __name__ == "__main__":

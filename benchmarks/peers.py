@@ -170,7 +170,7 @@ def fit(
     model.to(device, memory_format=torch.channels_last).train()
     run = step_time.make_run(model, config, images, labels, optimizers)
     if optimizers:
-        run.forward = lambda x: model(cutout(x, run.generator))
+        run.compiled = lambda x: model(cutout(x, run.generator))
     steps, first, started = len(images) // config.batch_size, 0, time.perf_counter()
     total_steps = config.epochs * steps
     warmup_steps = round(min(config.warmup_epochs, config.epochs / 4) * steps)
@@ -186,7 +186,7 @@ def fit(
             part.load_state_dict(values)
         first, started = saved["epoch"], started - saved["seconds"]
     for epoch in range(first, config.epochs):
-        run.generator.manual_seed(train.stream(config.seed, epoch))
+        run.generator.manual_seed(train.seed_for(config.seed, epoch))
         order = torch.randperm(len(images), generator=run.generator, device=device)[: steps * config.batch_size]
         batches = tqdm(order.split(config.batch_size), f"{name}, epoch {epoch + 1}", mininterval=60)
         for step, index in enumerate(batches, start=epoch * steps):

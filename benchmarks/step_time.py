@@ -104,7 +104,7 @@ def make_run(
     run = SimpleNamespace(model=model, config=config, images=images, labels=labels, teachers=[])
     run.ema = copy.deepcopy(model).eval().requires_grad_(False)
     run.optimizers = optimizers or optim.make_optimizers(model, config.optimizer, config.weight_decay)
-    run.forward = torch.compile(model, dynamic=False) if config.compile else model
+    run.compiled = torch.compile(model, dynamic=False) if config.compile else model
     run.generator = torch.Generator(images.device)
     return run
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there, and errors that are one line. Imports nothing of the project."""
 
+import hashlib
 import os
 import signal
 import sys
@@ -16,6 +17,11 @@ class UserError(RuntimeError):
 def printable(text: object) -> str:
     """A text that comes from a file, safe to print: what a terminal would obey, and line breaks, are replaced."""
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+
+
+def checksum(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @contextmanager

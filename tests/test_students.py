@@ -31,7 +31,7 @@ EDITS = [  # file, how a line of it begins, what the line becomes
         "    return loss, logits\n",
         "    loss = loss * config.loss_scale if config.use_scale else loss\n{line}",
     ),
-    ("train.py", "        # A number that you add", '{line}        row["grad_norm"] = model.head.weight.norm()\n'),
+    ("train.py", "    # A number that you add", '{line}    row["grad_norm"] = run.model.head.weight.norm()\n'),
     (
         "model.py",
         "        self.reset_parameters()",
@@ -52,7 +52,7 @@ EDITS = [  # file, how a line of it begins, what the line becomes
 
 def edit(folder):
     """Copy the scripts and change them with a text editor."""
-    for path in (*ROOT.glob("*.py"), ROOT / "training"):
+    for path in (*ROOT.glob("*.py"), ROOT / "common", ROOT / "training"):
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     text = (folder / "train.py").read_text()
     table_end = ")\n# What the record and its teacher"

@@ -1,4 +1,5 @@
 import csv
+import inspect
 import math
 import os
 import re
@@ -117,14 +118,15 @@ def test_predict_answers_in_evaluation_mode_and_leaves_the_mode(small_model, tes
 
 @pytest.fixture
 def watch(monkeypatch):
-    """Keeps the arguments and the result of every call of a function."""
+    """Keeps the arguments, by name, and the result of every call of a function."""
 
     def watch(module, name):
         function, calls = getattr(module, name), []
+        signature = inspect.signature(function)
 
         def watched(*arguments, **options):
             result = function(*arguments, **options)
-            calls.append(((*arguments, *options.values()), result))
+            calls.append((signature.bind(*arguments, **options).arguments, result))
             return result
 
         monkeypatch.setattr(module, name, watched)
@@ -155,10 +157,10 @@ def test_an_epoch_has_each_training_image_once_with_its_label_in_an_order_of_its
     steps = (train_size or 400) // 50
     epochs = []
     for epoch in range(2):
-        batches = [arguments[2:4] for arguments, _ in calls[epoch * steps : (epoch + 1) * steps]]
-        order = [number[image.tobytes()] for x, _ in batches for image in x.numpy()]
+        batches = [arguments for arguments, _ in calls[epoch * steps : (epoch + 1) * steps]]
+        order = [number[image.tobytes()] for batch in batches for image in batch["x"].numpy()]
         assert len(set(order)) == len(order) == steps * 50 and max(order) < 400  # none of the validation images
-        assert torch.equal(torch.cat([y for _, y in batches]), labels[order])
+        assert torch.equal(torch.cat([batch["targets"] for batch in batches]), labels[order])
         epochs.append(order)
     assert len(calls) == 2 * steps and epochs[0] != epochs[1]
     if train_size:
@@ -169,7 +171,7 @@ def test_an_epoch_has_each_training_image_once_with_its_label_in_an_order_of_its
 def test_images_left_over_wait_for_the_order_of_the_next_epoch(run_config, watch):
     calls = watch(train, "training_loss")
     train.train(run_config(train_size=25, batch_size=16))
-    assert [len(arguments[3]) for arguments, _ in calls] == [16, 16]
+    assert [len(arguments["targets"]) for arguments, _ in calls] == [16, 16]
 
 
 def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch, tmp_path):
@@ -178,7 +180,7 @@ def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch, tmp
     train.train(config)
     images, labels = splits_of(config)[:2]
     number = {image.tobytes(): i for i, image in enumerate(dataset.normalize(images).numpy())}
-    order = [number[image.tobytes()] for arguments, _ in calls for image in arguments[2].numpy()]
+    order = [number[image.tobytes()] for arguments, _ in calls for image in arguments["x"].numpy()]
     # Of 160 images 96 are easy, and half of these are left out.
     first, second, third = set(order[:160]), order[160:272], order[272:]
     assert len(first) == 160 and len(set(second)) == len(second) == len(set(third)) == len(third) == 112
@@ -189,7 +191,7 @@ def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch, tmp
     losses |= dict(zip(second, -log_softmax(logits[160:272])[np.arange(112), labels[second]], strict=True))
     assert set(sorted(losses, key=losses.get)[96:]) <= set(third) and set(third) != set(second)
     cosine = [config.lr * 0.5 * (1 + math.cos(math.pi * step / 24)) for step in range(24)]
-    assert [arguments[3] for arguments, _ in steps] == pytest.approx(cosine)
+    assert [arguments["lr"] for arguments, _ in steps] == pytest.approx(cosine)
     assert [row["images"] for row in history_of(tmp_path / "run")] == [160, 112, 112]
 
 
@@ -198,7 +200,7 @@ def test_images_that_the_first_epoch_did_not_reach_count_as_hard(run_config, wat
     config = run_config(flip=False, shift=0, erase=0.0, train_size=25, batch_size=10, skip_easy=1.0)
     train.train(config)
     first, second = [
-        {image.tobytes() for arguments, _ in part for image in arguments[2].numpy()} for part in (calls[:2], calls[2:])
+        {image.tobytes() for arguments, _ in part for image in arguments["x"].numpy()} for part in (calls[:2], calls[2:])
     ]
     assert len(first) == 20 and len(second) == 10 and len(second - first) == 5
 
@@ -206,13 +208,14 @@ def test_images_that_the_first_epoch_did_not_reach_count_as_hard(run_config, wat
 def test_the_warm_up_takes_at_most_a_quarter_of_the_steps(run_config, watch):
     calls = watch(train, "take_step")
     train.train(run_config(lr=0.5, warmup_epochs=1.0, skip_easy=1.0))  # 10 and 4 steps, of which 3.5 are a quarter
-    assert [arguments[3] for arguments, _ in calls][:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert [arguments["lr"] for arguments, _ in calls][:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
 
 
 def test_images_are_augmented_as_the_settings_say(run_config, watch):
     calls = watch(dataset, "augment")
     train.train(run_config(flip=False, shift=3, erase=0.75, erase_area=0.5, rotate=20.0, noise=0.2, distort_share=0.4))
-    assert len(calls) == 20 and {arguments[2:] for arguments, _ in calls} == {(False, 3, 0.75, 0.5, 20.0, 0.2, 0.4)}
+    asked = dict(flip=False, shift=3, erase=0.75, erase_area=0.5, rotate=20.0, noise=0.2, distort_share=0.4)
+    assert len(calls) == 20 and all(arguments | asked == arguments for arguments, _ in calls)
     variants = [result.numpy().tobytes() for _, result in calls]
     assert len(set(variants)) == 20
 
@@ -223,7 +226,7 @@ def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_con
     images = dataset.normalize(splits_of(run_config())[0]).numpy()
     number = {image.tobytes(): (i, False) for i, image in enumerate(images)}
     number |= {image[:, :, ::-1].tobytes(): (i, True) for i, image in enumerate(images)}
-    seen = [number[image.tobytes()] for arguments, _ in calls for image in arguments[2].numpy()]
+    seen = [number[image.tobytes()] for arguments, _ in calls for image in arguments["x"].numpy()]
     assert len(seen) == 800 and len(set(seen)) == 800  # in two epochs, each of 400 images as it is, and mirrored
     assert 150 < sum(mirrored for _, mirrored in seen[:400]) < 250
 
@@ -232,7 +235,7 @@ def test_without_flips_no_image_is_mirrored_in_any_epoch(run_config, watch):
     calls = watch(train, "training_loss")
     train.train(run_config(flip=False, alternate_flip=True, shift=0, erase=0.0, train_size=0, batch_size=50))
     images = {image.tobytes() for image in dataset.normalize(splits_of(run_config())[0]).numpy()}
-    assert len(calls) == 16 and all(image.tobytes() in images for (_, _, x, *_), _ in calls for image in x.numpy())
+    assert len(calls) == 16 and all(x.tobytes() in images for arguments, _ in calls for x in arguments["x"].numpy())
 
 
 def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run_config, watch, tmp_path):
@@ -240,7 +243,7 @@ def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run
     train.train(run_config(output_dir=str(tmp_path / "other")))
     assert not calls
     train.train(run_config(whiten=True, train_size=0))
-    assert torch.equal(calls[0][0][1], dataset.normalize(splits_of(run_config())[0]))
+    assert torch.equal(calls[0][0]["x"], dataset.normalize(splits_of(run_config())[0]))
     conv, norm = load_checkpoint(tmp_path / "run" / "last.pt")[0].stem.first[0]
     assert conv.weight.view(4, 9).norm(dim=1).tolist() == pytest.approx([1.0] * 4)  # He's have other norms
     assert torch.equal(conv.weight[::2], -conv.weight[1::2])
@@ -252,10 +255,10 @@ def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(ru
     calls = watch(train, "training_loss")
     plain, mixed = (run_config(epochs=1, cutmix=p, output_dir=str(tmp_path / str(p))) for p in (0.0, 1.0))
     train.train(plain)
-    labels = torch.cat([arguments[3] for arguments, _ in calls])
+    labels = torch.cat([arguments["targets"] for arguments, _ in calls])
     calls.clear()
     train.train(mixed)
-    targets = torch.cat([arguments[3] for arguments, _ in calls])
+    targets = torch.cat([arguments["targets"] for arguments, _ in calls])
     assert targets.shape == (160, 10) and targets.sum(dim=1).tolist() == pytest.approx([1.0] * 160)
     shares = targets.gather(1, labels[:, None])[:, 0]  # both runs take the images in the same order
     assert 0.4 < shares.mean() < 0.65 and (shares < 0.99).float().mean() > 0.8
@@ -282,23 +285,23 @@ def test_every_step_has_the_learning_rate_of_the_schedule(run_config, watch):
     train.train(run_config(lr=0.5, warmup_epochs=1.0))
     # A whole epoch of warm-up would be half the run: it gets a quarter of the 20 steps.
     cosine = [0.25 * (1 + math.cos(math.pi * step / 15)) for step in range(15)]
-    assert [arguments[3] for arguments, _ in calls] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, *cosine])
+    assert [arguments["lr"] for arguments, _ in calls] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, *cosine])
     # The averages of the first steps are short: step t keeps (1 + t) / (10 + t).
-    assert [arguments[4] for arguments, _ in calls] == pytest.approx([(1 + t) / (10 + t) for t in range(20)])
-    assert {arguments[5] for arguments, _ in calls} == {1.0}
+    assert [arguments["decay"] for arguments, _ in calls] == pytest.approx([(1 + t) / (10 + t) for t in range(20)])
+    assert {arguments["grad_clip"] for arguments, _ in calls} == {1.0}
 
 
 def test_the_learning_rate_ends_at_its_floor(run_config, watch):
     calls = watch(train, "take_step")
     train.train(run_config(lr=0.5, lr_floor=0.1, warmup_epochs=0.0))
-    rates = [arguments[3] for arguments, _ in calls]
+    rates = [arguments["lr"] for arguments, _ in calls]
     assert (rates[0], rates[10]) == pytest.approx((0.5, 0.275)) and 0.05 < rates[19] < 0.06
 
 
 def test_a_shorter_warm_up_has_its_own_length(run_config, watch):
     calls = watch(train, "take_step")
     train.train(run_config(lr=0.5, warmup_epochs=0.2))
-    assert [arguments[3] for arguments, _ in calls][:3] == pytest.approx([0.25, 0.5, 0.5])
+    assert [arguments["lr"] for arguments, _ in calls][:3] == pytest.approx([0.25, 0.5, 0.5])
 
 
 def test_bfloat16_trains_too(run_config):
@@ -316,7 +319,7 @@ def test_losses_of_the_history_are_plain_cross_entropy_of_all_three_splits(run_c
     (row,) = history_of(tmp_path / "run")
     *_, val_images, val_labels = splits_of(config)
     test_images, test_labels = dataset.load(config.data_dir, train=False)
-    answers = torch.cat([result[1] for _, result in calls]), torch.cat([arguments[3] for arguments, _ in calls])
+    answers = torch.cat([result[1] for _, result in calls]), torch.cat([arguments["targets"] for arguments, _ in calls])
     expected = dict(train=answers, val=(train.predict(model, val_images), val_labels))
     expected["test"] = train.predict(model, test_images), test_labels
     for split, (logits, labels) in expected.items():
@@ -330,9 +333,9 @@ def test_losses_of_the_history_are_plain_cross_entropy_of_all_three_splits(run_c
 def test_the_kept_weights_are_the_averaged_ones(run_config, watch):
     calls = watch(train, "take_step")
     kept = load_checkpoint(train.train(run_config(epochs=1)))[1]["model"]
-    model, ema = calls[-1][0][:2]
-    assert_identical(kept, dict(ema.state_dict()))
-    assert not torch.equal(kept["head.weight"], model.head.weight)
+    last_step = calls[-1][0]
+    assert_identical(kept, dict(last_step["ema"].state_dict()))
+    assert not torch.equal(kept["head.weight"], last_step["model"].head.weight)
 
 
 def test_the_mean_of_the_last_weights_gets_batch_norm_statistics_of_its_own(run_config, monkeypatch):
@@ -366,7 +369,7 @@ def test_the_mean_of_the_last_weights_gets_batch_norm_statistics_of_its_own(run_
 def test_without_averaging_the_kept_weights_are_the_models_own(run_config, watch):
     calls = watch(train, "take_step")
     kept = load_checkpoint(train.train(run_config(epochs=1, ema_decay=0.0)))[1]["model"]
-    assert_identical(kept, dict(calls[-1][0][0].state_dict()))
+    assert_identical(kept, dict(calls[-1][0]["model"].state_dict()))
 
 
 def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch, tmp_path):
@@ -377,21 +380,21 @@ def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch,
         told = {f"{split}_accuracy": next(accuracies[split])} if split in accuracies else {}
         return summary(split, *arguments) | told
 
-    def save_run(folder, config, history, state):
-        weights.append({name: tensor.clone() for name, tensor in state[1].state_dict().items()})
-        original(folder, config, history, state)
+    def save_run(run, row):
+        weights.append({name: tensor.clone() for name, tensor in run.ema.state_dict().items()})
+        original(run, row)
 
     original = runs.save_run
-    monkeypatch.setattr(report, "summary", told)
-    monkeypatch.setattr(runs, "save_run", save_run)
-    best = load_checkpoint(train.train(run_config(epochs=4, report_test=True)))[1]
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "summary", told)
+        patch.setattr(runs, "save_run", save_run)
+        best = load_checkpoint(train.train(run_config(epochs=4, report_test=True)))[1]
     assert best["epoch"] == 2
     assert_identical(best["model"], weights[1])
     assert [row["val_accuracy"] for row in best["history"]] == [0.5, 0.7, 0.7, 0.6]  # the whole run's
     last = load_checkpoint(tmp_path / "run" / "last.pt")[1]
     assert last["epoch"] == 4
     assert_identical(last["model"], weights[3])
-    monkeypatch.undo()
     finished, student = str(tmp_path / "run" / "best.pt"), str(tmp_path / "student")
     train.train(run_config(teacher=(finished,), epochs=1, output_dir=student))  # whatever its best epoch was
 
@@ -458,7 +461,7 @@ def test_another_seed_has_another_split_and_another_start(run_config, watch):
     for seed in (0, 1):
         train.train(run_config(seed=seed, lr=0.0, epochs=1))
     assert len(set(parts[0][1][2].tolist()) & set(parts[1][1][2].tolist())) < 100  # of the 160 of each
-    assert not torch.equal(models[0][0][0].head.weight, models[1][0][0].head.weight)
+    assert not torch.equal(models[0][0]["model"].head.weight, models[1][0]["model"].head.weight)
 
 
 @pytest.fixture
@@ -750,7 +753,7 @@ def test_other_peoples_files_stay_where_they_are(main, flags, tmp_path):
 
 def test_every_stream_of_randomness_is_its_own():
     numbers = [(seed, epoch, *rank) for seed in range(3) for epoch in range(3) for rank in ((), (1,), (2,))]
-    assert len({train.stream(*row) for row in numbers}) == len(numbers)
+    assert len({train.seed_for(*row) for row in numbers}) == len(numbers)
 
 
 def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(main, flags, capsys, tmp_path):
@@ -775,14 +778,11 @@ def test_weights_alone_are_no_run_to_resume(main, flags, tmp_path):
 
 
 def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_path):
-    assert main("--resume") == (
-        "train.py: error: there is no run to resume in checkpoints: name its --output-dir, or start without --resume"
-    )
     assert main(*flags, "--epochs", 1) == 0
-    for change in (["--lr", 0.5], ["--threads", 2], ["--stem-dims", 4, 16], ["--no-flip"], ["--teacher", "a.pt"]):
+    for change in (["--lr", 0.5], ["--threads", 3], ["--stem-dims", 4, 16], ["--no-flip"], ["--teacher", "a.pt"]):
         assert f"{change[0].replace('--no-', '--')} " in main("--resume", *change)
     (tmp_path / "moved").symlink_to(flags[-1])
-    assert main("--resume", "--data-dir", "moved", "--lr", 0.008, "--stem-dims", 4, 8) == 0
+    assert main("--resume", "--data-dir", "moved", "--threads", 0, "--lr", 0.008, "--stem-dims", 4, 8) == 0
     monkeypatch.setitem(train.SETTINGS, "mix", (0.2, (0.0, 1.0), "a new row"))
     assert "differ in their settings, --mix: start a new run" in main("--resume")
 

@@ -1,6 +1,7 @@
 """The optimiser: Muon and AdamW, their learning rate, the moving average of the weights; a whitened first layer."""
 
 import math
+from collections import Counter
 
 import torch
 import torch.nn as nn
@@ -89,20 +90,39 @@ def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[to
     Only the weights of linear layers and filters decay; norms, biases and positions do not. With kind "adamw", AdamW
     takes the hidden ones, too. The learning rate is set at each step, by `take_step`.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
-    weights = [m.weight for m in layers.values()]
-    hidden = [m.weight for n, m in layers.items() if kind == "muon" and not f"{n}.".startswith(FIRST_AND_LAST)]
-    ids, hidden_ids = {id(p) for p in weights}, {id(p) for p in hidden}
-    groups = [
-        dict(params=[p for p in weights if id(p) not in hidden_ids], weight_decay=weight_decay),
-        dict(params=[p for p in model.parameters() if id(p) not in ids], weight_decay=0.0),
-    ]
-    device = next(model.parameters()).device.type
-    options = dict(fused=device != "mps", capturable=device == "cuda")  # a CUDA graph can be made of it
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), **options)]
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    weights = {id(layer.weight) for layer in layers.values()}
+    matrices = [p for p in model.parameters() if id(p) in weights]
+    others = [p for p in model.parameters() if id(p) not in weights]
+    # All parameters, for an optimiser of your own: return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
+    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    if kind == "adamw":
+        return [adamw(groups)]
+    first_and_last = {id(layer.weight) for name, layer in layers.items() if f"{name}.".startswith(FIRST_AND_LAST)}
+    hidden = [p for p in matrices if id(p) not in first_and_last]
+    rest = [p for p in matrices if id(p) in first_and_last]
+    optimizers = [adamw([dict(groups[0], params=rest), groups[1]])]
     if hidden:
         optimizers.append(Muon(hidden, lr=0.0, weight_decay=weight_decay))
     return optimizers
+
+
+def adamw(groups: list[dict]) -> torch.optim.AdamW:
+    """AdamW for these groups of parameters, in one kernel for all of them where the device has it."""
+    device = groups[-1]["params"][0].device.type
+    options = dict(fused=device != "mps", capturable=device == "cuda")  # a CUDA graph can be made of it
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), **options)
+
+
+def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Refuse a trainable parameter that no optimiser has, or more than one, by a UserError with its name."""
+    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and held[id(parameter)] != 1:
+            raise UserError(
+                f"make_optimizers in training/optim.py gives {name} to {held[id(parameter)]} optimizers: give each "
+                "trainable parameter to exactly one"
+            )
 
 
 def learning_rate(
@@ -120,6 +140,11 @@ def learning_rate(
     return peak * (floor + (1 - floor) * left)
 
 
+def start_up_decay(step: int) -> float:
+    """The largest decay of the average at a step, counted from 0: its window is a ninth of the steps so far."""
+    return (1 + step) / (10 + step)
+
+
 def averaging_decay(step: int, total_steps: int, ema_decay: float, swa_share: float) -> float:
     """The part of the averaged weights that remains when a step's new weights are added; `step` counts from 0.
 
@@ -128,7 +153,7 @@ def averaging_decay(step: int, total_steps: int, ema_decay: float, swa_share: fl
     averaging, Izmailov et al. 2018, arXiv 1803.05407).
     """
     averaged = step - round((1 - swa_share) * total_steps)
-    return averaged / (averaged + 1) if swa_share and averaged >= 0 else min(ema_decay, (1 + step) / (10 + step))
+    return averaged / (averaged + 1) if swa_share and averaged >= 0 else min(ema_decay, start_up_decay(step))
 
 
 @torch.no_grad()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from matplotlib import style
 from matplotlib.figure import Figure
 from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, classification_report
 
-from common.files import whole_file
+from common.files import printable, whole_file
 from dataset import CLASS_NAMES
 
 
@@ -56,6 +57,7 @@ def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
+@style.context("default")  # whatever a matplotlibrc of one's own says
 def save_pictures(
     checkpoint: Path, history: Sequence[dict[str, float]], labels: torch.Tensor, predictions: torch.Tensor
 ) -> None:
@@ -65,7 +67,7 @@ def save_pictures(
     for name, figure in pictures.items():
         with whole_file(path := checkpoint.with_name(f"{checkpoint.stem}_{name}.png")) as file:
             figure.savefig(file, format="png", dpi=120)
-        print(f"wrote {path}")
+        print(f"wrote {printable(path)}")
 
 
 def draw_curves(history: Sequence[dict[str, float]]) -> Figure:

@@ -1,12 +1,15 @@
 """A run on the disk: its folder, its teachers, `last.pt` to go on from, `best.pt` to keep, and `history.csv`."""
 
+import copy
 import itertools
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -22,15 +25,88 @@ with suppress(ImportError):
     import fcntl
 
 History = list[dict[str, float]]  # a row of numbers for each epoch
-State = tuple[nn.Module, HybridClassifier, list[torch.optim.Optimizer], torch.Tensor]  # model, ema, optimizers, losses
+PICTURES = ("curves", "confusion_matrix")  # which `report.save_pictures` draws beside a checkpoint
+FILES_OF_A_RUN = ("last.pt", "best.pt", "history.csv")
+FILES_OF_A_RUN += tuple(f"{name}_{picture}.png" for name in ("best", "last") for picture in PICTURES)
+
+
+@dataclass
+class Run:
+    """A training run: what it looks at, and what its steps change."""
+
+    config: SimpleNamespace
+    images: torch.Tensor  # all training images, uint8 (60000, 1, 28, 28), on the device
+    labels: torch.Tensor  # int64 (60000,)
+    train_index: torch.Tensor  # those to train on, int64 (N,)
+    held_out: dict[str, tuple[torch.Tensor, torch.Tensor]]  # images and labels of the splits to report on
+    steps: list[int]  # of each epoch
+    skipped: int  # images that later epochs leave out
+    warmup_steps: int
+    model: HybridClassifier
+    ema: HybridClassifier  # the averaged weights
+    optimizers: list[torch.optim.Optimizer]
+    teachers: list[nn.Module]
+    teacher_checksums: list[str]
+    losses: torch.Tensor  # of each image when last seen, float (60000,)
+    generator: torch.Generator  # for the order and the augmentation
+    history: History = field(default_factory=list)
+    step: Callable | None = None  # `train.training_step` of this run, or its recording
+
+    def __post_init__(self) -> None:
+        self.originals = self.images.clone()  # `images` may be mirrored, see `dataset.alternate_flip`
+        self.compiled = self.model  # or what torch.compile makes of it
+        self.best = copy.deepcopy(self.ema)  # the averaged weights of the best epoch
+
+    @property
+    def folder(self) -> Path:
+        return Path(os.path.expanduser(self.config.output_dir))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next epoch needs, besides the averaged weights and the history."""
+        return dict(
+            model=self.model.state_dict(),
+            best=self.best.state_dict(),
+            optimizers=[optimizer.state_dict() for optimizer in self.optimizers],
+            losses=self.losses,
+            teachers=self.teacher_checksums,
+            processes=processes.count(),
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned; a UserError if that was another run."""
+        if state.keys() != self.state_dict().keys():
+            raise UserError("the run to resume is of another version of this project: start without --resume")
+        before = state["processes"]
+        if before != processes.count():  # batch norm would see other batches
+            raise UserError(f"the run to resume had {before} processes, not {processes.count()}: start as many again")
+        if state["teachers"] != self.teacher_checksums:
+            raise UserError("the teacher is not the one that the run began with: put that one back, or start anew")
+        self.model.load_state_dict(state["model"])
+        self.best.load_state_dict(state["best"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.losses.copy_(state["losses"])
+
+
+# ---- The folder -----------------------------------------------------------------------------------------------------
+
+
+def time_of_last(folder: Path) -> str:
+    """When last.pt was written, in nanoseconds; "" if there is none."""
+    with suppress(OSError):
+        return str((folder / "last.pt").stat().st_mtime_ns)
+    return ""
 
 
 @contextmanager
 def reserve_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run, and keep other runs out of it meanwhile; a UserError if another one has it."""
+    """Make the folder of a run, and keep other runs out of it meanwhile; a UserError if another one has it.
+
+    The file that is locked says which last.pt there was at the start, for `has_saved`.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / ".lock", "a")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir") from error
     with lock:
@@ -43,112 +119,146 @@ def reserve_folder(folder: Path) -> Iterator[None]:
         else:
             for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
                 part.unlink()
+        if not processes.is_restart():
+            lock.truncate(0)
+            lock.write(time_of_last(folder))
+            lock.flush()
         yield
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether the command that reserved the folder has written last.pt, in this process or before torchrun's restart.
+
+    The clock may have been set back meanwhile, so this asks for another time, not for a later one.
+    """
+    lock, last = folder / ".lock", time_of_last(folder)
+    return bool(last) and lock.exists() and lock.read_text() != last
 
 
 def put_aside(folder: Path) -> None:
     """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
-    patterns = ("last.pt", "best.pt", "last_*.png", "best_*.png", "history.csv")  # last.pt first
-    earlier = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    earlier = [folder / name for name in FILES_OF_A_RUN if (folder / name).exists()]  # last.pt first
     number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous-{n}-*")))
     for path in earlier:
         os.replace(path, path.with_name(f"previous-{number}-{path.name}"))
     if earlier:
-        print(f"an earlier run's {', '.join(path.name for path in earlier)} are now {folder}/previous-{number}-*")
+        names = ", ".join(path.name for path in earlier)
+        print(f"an earlier run's {names} are now {folder}/previous-{number}-*")
 
 
-def is_best(history: History) -> bool:
-    """Whether the latest epoch has the highest validation accuracy so far; without a validation split it always is."""
-    return history[-1] is max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))
+def advice_to_resume(folder: Path, resumed: bool) -> str:
+    """How to go on with a run that stops now."""
+    last, nothing = folder / "last.pt", "no epoch was finished, so nothing was saved"
+    if not last.exists():
+        return nothing
+    if not resumed and not has_saved(folder):
+        return f"{nothing}; {last} is of an earlier run"
+    launcher = "python" if processes.count() == 1 else f"torchrun --nproc-per-node={processes.count()}"
+    return f"go on from the last whole epoch with: {launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
 
 
-def save_run(folder: Path, config: SimpleNamespace, history: History, state: State) -> None:
-    """Save what the next epoch needs as last.pt, the averaged weights as best.pt if they are best, and history.csv."""
-    if len(history) == 1:
-        put_aside(folder)
+# ---- Saving and resuming --------------------------------------------------------------------------------------------
+
+
+def best_epoch(history: History) -> int:
+    """The first epoch of the highest validation accuracy, counted from 1; without a validation split the last one."""
+    return max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))["epoch"]
+
+
+def contents_of(run: Run, epochs: int) -> dict[str, Any]:
+    """What a checkpoint of a run says besides the weights, as it was after so many epochs."""
+    config = run.config
     environment = processes.environment(config.device, config.precision, config.threads)
-    contents = dict(train_config=vars(config), history=history, epoch=len(history), environment=environment)
-    model, ema, optimizers, losses = state
-    training = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], losses=losses)
+    return dict(train_config=vars(config), history=run.history[:epochs], epoch=epochs, environment=environment)
+
+
+def save_best(run: Run) -> None:
+    """Save the averaged weights of the best epoch as best.pt."""
+    save_checkpoint(run.folder / "best.pt", run.best, **contents_of(run, best_epoch(run.history)))
+
+
+def save_run(run: Run, row: dict[str, Any]) -> None:
+    """Add an epoch's row to the history, and save best.pt if the epoch is the best, history.csv, and last.pt."""
+    run.history.append({name: value.item() if hasattr(value, "item") else value for name, value in row.items()})
+    epochs = len(run.history)
+    if epochs == 1:
+        put_aside(run.folder)
     # last.pt comes last, so a run that is killed before that repeats this epoch, bit for bit.
-    if is_best(history) or not (folder / "best.pt").exists():
-        save_checkpoint(folder / "best.pt", ema, **contents)
-    write_history(history, folder / "history.csv")
-    save_checkpoint(folder / "last.pt", ema, **contents, training=training | dict(processes=processes.count()))
+    if best_epoch(run.history) == epochs:
+        run.best.load_state_dict(run.ema.state_dict())
+        save_best(run)
+    write_history(run.history, run.folder / "history.csv")
+    save_checkpoint(run.folder / "last.pt", run.ema, **contents_of(run, epochs), training=run.state_dict())
 
 
 def load_run(folder: Path) -> dict:
-    """The contents of the folder's last.pt; a UserError if it is not there, or of another kind."""
-    if not (folder / "last.pt").exists():
-        raise UserError(f"there is no run to resume in {folder}: name its --output-dir, or start without --resume")
+    """The contents of the folder's last.pt; a UserError if it is of another kind."""
     checkpoint = load_checkpoint(folder / "last.pt")[1]
     if "training" not in checkpoint:
         raise UserError(f"{folder / 'last.pt'} holds weights, but no run to resume: start without --resume")
     return checkpoint
 
 
-def resume_run(folder: Path, state: State) -> History:
-    """Load what `save_run` saved into `state`, and return the history."""
-    model, ema, optimizers, losses = state
-    checkpoint = load_run(folder)
-    training = checkpoint["training"]
-    if (before := training["processes"]) != processes.count():  # batch norm would see other batches
-        raise UserError(f"the run to resume had {before} processes, not {processes.count()}: start as many again")
-    ema.load_state_dict(checkpoint["model"])
-    model.load_state_dict(training["model"])
-    for optimizer, saved in zip(optimizers, training["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    losses.copy_(training["losses"])
+def resume_run(run: Run) -> None:
+    """Bring a new run to where the one in its folder stopped."""
+    checkpoint = load_run(run.folder)
+    run.load_state_dict(checkpoint["training"])
+    run.ema.load_state_dict(checkpoint["model"])
+    run.history = checkpoint["history"]
     if processes.is_first():
-        planned = checkpoint["train_config"]["epochs"]
-        print(f"going on with {folder / 'last.pt'} after epoch {checkpoint['epoch']} of {planned}")
-    return checkpoint["history"]
+        print(f"going on with {run.folder / 'last.pt'} after epoch {checkpoint['epoch']} of {run.config.epochs}")
+
+
+def finish_run(run: Run) -> None:
+    """Add the whole history and the statistics of `familiarity.measure` to best.pt, unless it has them."""
+    path = run.folder / "best.pt"
+    if path.exists() and "familiar" in load_checkpoint(path)[1]:
+        return
+    index = run.train_index[: 2 * familiarity.SAMPLE]
+    images, labels = run.originals[index].cpu(), run.labels[index].cpu()
+    known, others = images.chunk(2)
+    if "val" in run.held_out:
+        known, others = images, run.held_out["val"][0].cpu()
+    model = copy.deepcopy(run.best).cpu()
+    contents = contents_of(run, best_epoch(run.history)) | dict(history=run.history)
+    contents["familiar"] = familiarity.measure(model, known, labels[: len(known)], others)
+    save_checkpoint(path, model, **contents)
+
+
+# ---- Teachers -------------------------------------------------------------------------------------------------------
+
+
+def paths_of_teachers(config: SimpleNamespace) -> list[str]:
+    """The checkpoints that a run learns from; a default may be one word, without parentheses."""
+    paths = [config.teacher] if isinstance(config.teacher, str) else config.teacher
+    return [os.path.expanduser(path) for path in paths]
 
 
 def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.device) -> list[nn.Module]:
     """Load the teachers. A UserError for one that is missing, unfinished, this run's own, or saw validation images."""
-    val_index, teachers = dataset.split_indices(labels, config.val_size, config.seed)[1], []
+    _, val_index = dataset.split_indices(labels, config.val_size, config.seed)
     own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
-    for path in [config.teacher] if isinstance(config.teacher, str) else config.teacher:
-        if os.path.realpath(os.path.expanduser(path)) in own:
+    teachers = []
+    for path in paths_of_teachers(config):
+        if os.path.realpath(path) in own:
             raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
         is_default = config.recipe == "record" and os.path.basename(path) == "best.pt"
-        if is_default and not os.path.exists(os.path.expanduser(path)):
+        if is_default and not os.path.exists(path):
             folder = shlex.quote(os.path.dirname(path) or ".")
             raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {folder}")
         teacher, checkpoint = load_checkpoint(path, device)
         saw = checkpoint.get("train_config", {})  # without it, the teacher may have seen every image
-        epochs, planned = len(checkpoint.get("history", ())), saw.get("epochs", 0)
+        planned, val_size, seed = (saw.get(name, 0) for name in ("epochs", "val_size", "seed"))
+        if not all(isinstance(number, int) for number in (planned, val_size, seed)):
+            raise UserError(f"{path} does not say what it was trained on: name another teacher")
+        epochs = len(checkpoint.get("history", ()))
         if epochs < planned:
             advice = "finish it with train.py --resume, or name another teacher"
             raise UserError(f"{path} is from a run that stopped after {epochs} of {planned} epochs: {advice}")
-        val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
         if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
-            advice = f", or --val-size {val_size} --seed {seed} as it had" if val_size else ""
-            raise UserError(f"{path} was trained on images that this run validates on: give --val-size 0{advice}")
+            advice = "give --val-size 0"
+            if val_size:
+                advice += f", or --val-size {val_size} --seed {seed} as it had"
+            raise UserError(f"{path} was trained on images that this run validates on: {advice}")
         teachers.append(teacher.requires_grad_(False))
     return teachers
-
-
-def advice_to_resume(folder: Path, since: float) -> str:
-    """How to go on with a run that stops now and began at `time.time()` = since."""
-    last, nothing = folder / "last.pt", "no epoch was finished, so nothing was saved"
-    if not last.exists():
-        return nothing
-    if last.stat().st_mtime < since:
-        return f"{nothing}; {last} is of an earlier run"
-    launcher = "python" if processes.count() == 1 else f"torchrun --nproc-per-node={processes.count()}"
-    return f"go on from the last whole epoch with: {launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
-
-
-def finish_run(folder: Path, history: History, trained: tuple, held_out: tuple | None) -> None:
-    """Add the whole history and the statistics of `familiarity.measure` to best.pt.
-
-    `trained` is images, labels and the indices that were trained on; `held_out`, images and labels that were not.
-    """
-    model, best = load_checkpoint(folder / "best.pt")
-    contents = {name: best[name] for name in ("train_config", "epoch", "environment")}
-    images, labels = (tensor[trained[2][: 2 * familiarity.SAMPLE]].cpu() for tensor in trained[:2])
-    known, others = (images, held_out[0].cpu()) if held_out else images.chunk(2)
-    contents["familiar"] = familiarity.measure(model, known, labels[: len(known)], others)
-    save_checkpoint(folder / "best.pt", model, **contents, history=history)

@@ -83,14 +83,16 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def resumed_settings(table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]) -> dict:
+def resumed_settings(
+    table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]
+) -> dict[str, Any]:
     """The settings of a run to resume, with those replaced that were given and may change; others are refused."""
     if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
         raise UserError(f"the run to resume and train.py differ in their settings, {other}: start a new run")
     for name, value in given.items():
-        is_same = value == saved[name] or (value == "auto" and "auto" in (table[name][1] or ()))
-        if name not in may_change and not is_same:
-            raise UserError(
-                f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}: leave it out"
-            )
+        is_auto = value == "auto" and "auto" in (table[name][1] or ())  # what it came to was saved
+        is_auto = is_auto or (name == "threads" and value == 0)
+        if name in may_change or value == saved[name] or is_auto:
+            continue
+        raise UserError(f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}: leave it out")
     return saved | {name: value for name, value in given.items() if name in may_change}
