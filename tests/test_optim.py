@@ -1,4 +1,5 @@
 import copy
+import inspect
 import math
 from dataclasses import replace
 
@@ -12,9 +13,11 @@ from sklearn.decomposition import PCA
 import dataset
 from common.files import UserError
 from model import HybridClassifier
+from training import optim
 from training.optim import (
     Muon,
     averaging_decay,
+    check_optimizers,
     learning_rate,
     make_optimizers,
     orthogonalize,
@@ -254,11 +257,29 @@ def test_hidden_layers_go_to_muon_and_only_weights_of_layers_decay(changes):
     assert others == set(names.values()) - decayed - hidden and "pos_embed" in others
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw"])
+@pytest.mark.parametrize("kind", ["muon", "adamw", "a student's SGD"])
 def test_every_parameter_is_optimised_exactly_once(small_model, kind):
-    optimizers = make_optimizers(small_model, kind, weight_decay=0.1)
+    source, edited = inspect.getsource(optim), {}
+    if kind == "a student's SGD":  # the natural edit, in place of both optimisers
+        start, end = source.index('    if kind == "adamw":'), source.index("def adamw(")
+        source = f"{source[:start]}    return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]\n\n\n{source[end:]}"
+    exec(source, edited)
+    optimizers = edited["make_optimizers"](small_model, kind, weight_decay=0.1)
     optimised = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, optimised)) == sorted(map(id, small_model.parameters()))
+    check_optimizers(small_model, optimizers)
+
+
+def test_a_weight_that_no_optimizer_has_is_refused_by_name(small_model):
+    every = list(small_model.parameters())
+    some = [p for p in every if p is not small_model.head.weight]
+    with pytest.raises(UserError, match=r"gives head\.weight to 0 optimizers"):
+        check_optimizers(small_model, [torch.optim.SGD(some, lr=0.1)])
+    twice = [torch.optim.SGD(every, lr=0.1), torch.optim.SGD([small_model.pos_embed], lr=0.1)]
+    with pytest.raises(UserError, match=r"gives pos_embed to 2 optimizers"):
+        check_optimizers(small_model, twice)
+    small_model.head.weight.requires_grad_(False)  # it is not to be trained
+    check_optimizers(small_model, [torch.optim.SGD(some, lr=0.1)])
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])

@@ -169,6 +169,18 @@ def test_rows_of_all_processes_are_put_together_in_the_order_of_the_batch(monkey
     assert torch.equal(gather(parts[1]), rows)
 
 
+def test_gradients_are_averaged_over_the_processes(monkeypatch):
+    model = nn.Linear(3, 2)
+    own = [torch.full_like(p, i + 1.0) for i, p in enumerate(model.parameters())]
+    for p, gradient in zip(model.parameters(), own, strict=True):
+        p.grad = gradient.clone()
+    others = 5.0  # the gradients of the two other processes, added up
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.add_(others))
+    processes.average_gradients(model)
+    assert [p.grad.unique().tolist() for p in model.parameters()] == [[2.0], [pytest.approx(7 / 3)]]
+
+
 @pytest.fixture
 def together(small_data, tmp_path):
     """Runs train.py in several processes on the small data set, with some lines of Python before it starts."""

@@ -1,0 +1,98 @@
+"""A script's first moment and its output: Ctrl-C while the libraries load, streams that fail, odd environments."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from common.console import outlive_output
+from common.files import UserError, errors_in_one_line, printable
+
+
+def python(code, **options):
+    """Runs lines of Python in the repository; the libraries are not loaded, so this is quick."""
+    command = [sys.executable, "-c", f"from common.console import prepare\n{code}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_ctrl_c_while_the_libraries_load_is_one_line():
+    process = python('prepare("train.py"); print("loading", flush=True); import time; time.sleep(60)')
+    assert process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == "train.py: interrupted\n"
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("script", ["train.py", "Visulization.py"])
+def test_a_script_is_prepared_before_its_libraries_load(script):
+    lines = (ROOT / script).read_text().splitlines()
+    assert lines.index(f'    prepare("{script}")') < lines.index("import torch")
+
+
+def test_a_shells_background_job_goes_on_ignoring_ctrl_c():
+    code = 'import signal; prepare("x"); print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)'
+    process = python(code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.communicate(timeout=60)[0] == "True\n"
+
+
+def test_a_user_without_an_account_and_a_notebooks_backend_are_no_obstacle():
+    code = """
+import getpass, os, pwd
+def unknown(number): raise KeyError(number)
+pwd.getpwuid = unknown
+prepare("x")
+print(getpass.getuser(), os.environ["MPLBACKEND"])
+"""
+    names = ("LOGNAME", "USER", "LNAME", "USERNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    assert python(code, env=environment).communicate(timeout=60)[0] == "nobody agg\n"
+
+
+def test_a_file_does_not_take_the_number_of_a_closed_stream(tmp_path):
+    code = f"""
+import os, sys
+prepare("x")
+file = open({str(tmp_path / "file")!r}, "w")
+os.write(2, b"a library complains")
+print(file.fileno() > 2, file=sys.stdout)
+print("lost", file=sys.stderr)
+"""
+    process = python(code, preexec_fn=lambda: os.close(2))
+    assert process.communicate(timeout=60)[0] == "True\n" and process.returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_the_work_goes_on_when_its_output_is_lost(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    errors, done = io.StringIO(), []
+    monkeypatch.setattr(sys, "stdout", Full())
+    monkeypatch.setattr(sys, "stderr", errors)
+    with outlive_output("train.py"):
+        for step in range(3):
+            print("a line", flush=True)
+            done.append(step)
+    assert done == [0, 1, 2]
+    expected = "train.py: note: some of the output could not be written: [Errno 28] No space left on device\n"
+    assert errors.getvalue() == expected
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", Full())  # a terminal that is gone
+    with outlive_output("train.py"):
+        print("bars", file=sys.stderr, flush=True)
+        print("a line")
+    assert out.getvalue() == "a line\n"
+
+
+def test_what_a_file_says_cannot_command_the_terminal():
+    assert printable("caf\u00e9\x1b[2J\n\x07.png") == "caf\u00e9\ufffd[2J\ufffd\ufffd.png"
+    words = re.escape("a script: error: \ufffd[31m one line")
+    with pytest.raises(SystemExit, match=f"^{words}$"), errors_in_one_line("a script"):
+        raise UserError("\x1b[31m one\n line")
