@@ -245,6 +245,23 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_executed(small_m
             load_checkpoint(path)
 
 
+def test_what_a_checkpoint_says_of_its_training_has_to_be_of_the_right_type(small_model, tmp_path):
+    row = dict(epoch=1, val_accuracy=0.9, seconds=1.5, my_own="words")
+    save_checkpoint(tmp_path / "good.pt", small_model, train_config={}, history=[row], epoch=1)
+    assert load_checkpoint(tmp_path / "good.pt")[1]["history"] == [row]
+    for contents, words in (
+        (dict(train_config=[1]), "train_config is no dict"),
+        (dict(history="long"), "history is no list"),
+        (dict(epoch="3"), "epoch is no int"),
+        (dict(history=[row, 5]), "history has a row that is not of numbers"),
+        (dict(history=[row | dict(val_accuracy="high")]), "history has a row that is not of numbers"),
+    ):
+        save_checkpoint(tmp_path / "bad.pt", small_model, **contents)
+        with pytest.raises(CheckpointError, match=words) as error:
+            load_checkpoint(tmp_path / "bad.pt")
+        assert "\n" not in str(error.value)
+
+
 def test_a_checkpoint_of_another_model_is_told_why(small_model, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", small_model)
     monkeypatch.setattr(model_module, "HybridClassifier", Extended)

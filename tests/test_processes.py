@@ -272,6 +272,7 @@ def test_processes_that_cannot_share_the_work_are_refused_in_one_line(together, 
 def test_a_run_of_two_processes_is_not_resumed_by_one(run_config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(processes, "count", lambda: 2)
+        patch.setattr(processes, "of_the_first", lambda value: value)
         patch.setattr(processes, "gather", lambda rows: rows)
         patch.setattr(processes, "average_gradients", lambda model: None)
         train.train(run_config(epochs=1))

@@ -201,10 +201,8 @@ def test_images_that_the_first_epoch_did_not_reach_count_as_hard(run_config, wat
     calls = watch(train, "training_loss")
     config = run_config(flip=False, shift=0, erase=0.0, train_size=25, batch_size=10, skip_easy=1.0)
     train.train(config)
-    first, second = [
-        {image.tobytes() for arguments, _ in part for image in arguments["x"].numpy()}
-        for part in (calls[:2], calls[2:])
-    ]
+    batches = [{image.tobytes() for image in arguments["x"].numpy()} for arguments, _ in calls]
+    first, second = batches[0] | batches[1], batches[2]
     assert len(first) == 20 and len(second) == 10 and len(second - first) == 5
 
 
@@ -438,10 +436,8 @@ def test_model_and_teachers_are_compiled_if_that_is_asked_for(run_config, watch,
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled, losses = watch(torch, "compile"), watch(train, "training_loss")
     for compile_them in (True, False):
-        output_dir = str(tmp_path / str(compile_them))
-        train.train(
-            run_config(compile=compile_them, teacher=(teacher,), epochs=1, train_size=32, output_dir=output_dir)
-        )
+        options = dict(compile=compile_them, output_dir=str(tmp_path / str(compile_them)))
+        train.train(run_config(teacher=(teacher,), epochs=1, train_size=32, **options))
     assert [arguments["dynamic"] for arguments, _ in compiled] == [False, False]
     used = [arguments for arguments, _ in losses]
     assert [used[0]["model"], *used[0]["teachers"]] == [network for _, network in compiled]
@@ -449,11 +445,10 @@ def test_model_and_teachers_are_compiled_if_that_is_asked_for(run_config, watch,
     assert_identical(state_of(tmp_path / "True")["model"], state_of(tmp_path / "False")["model"])
 
 
-def test_steps_are_recorded_only_by_the_recipes_for_a_gpu():
-    recorded = [
-        name for name in train.RECIPES if choose_settings(train.SETTINGS, train.RECIPES, dict(recipe=name)).cuda_graph
-    ]
-    assert recorded == ["teacher", "record"]
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_steps_are_recorded_only_by_the_recipes_for_a_gpu(recipe):
+    config = choose_settings(train.SETTINGS, train.RECIPES, dict(recipe=recipe))
+    assert config.cuda_graph == (recipe in ("teacher", "record"))
 
 
 def test_a_new_field_of_the_model_without_a_setting_is_named(run_config, monkeypatch):
@@ -468,9 +463,7 @@ def test_a_weight_that_an_edited_optimizer_leaves_out_is_named(run_config, monke
         return [torch.optim.SGD(model.head.parameters(), lr=0.0)]
 
     monkeypatch.setattr(train, "make_optimizers", edited)
-    with pytest.raises(
-        UserError, match=r"gives pos_embed to 0 optimizers: give each trainable parameter to exactly one"
-    ):
+    with pytest.raises(UserError, match=r"gives pos_embed to 0 optimizers: give each trainable"):
         train.train(run_config())
 
 
@@ -494,7 +487,7 @@ def test_the_statistics_are_of_the_best_weights_and_of_images_that_were_held_out
     monkeypatch.setattr(report, "summary", told)
     calls = watch(familiarity, "measure")
     config = run_config()
-    best, contents = load_checkpoint(train.train(config))
+    contents = load_checkpoint(train.train(config))[1]
     images, labels, held_out, _ = splits_of(config)
     ((arguments, measured),) = calls
     assert contents["epoch"] == 1
@@ -961,10 +954,8 @@ def test_a_run_whose_folder_has_moved_goes_on_where_it_lies(main, flags, stop, t
 
 
 def test_other_peoples_files_stay_where_they_are(main, flags, tmp_path):
-    notes = [
-        tmp_path / "checkpoints" / name
-        for name in ("best_ideas.txt", "best_friend.png", "last_year.png", ".download.part")
-    ]
+    names = ("best_ideas.txt", "best_friend.png", "last_year.png", ".download.part")
+    notes = [tmp_path / "checkpoints" / name for name in names]
     notes[0].parent.mkdir()
     for note in notes:
         note.write_text("mine")
