@@ -23,28 +23,82 @@ LEAST_EVIDENCE = 1e-5
 Classes = int | Sequence[int] | torch.Tensor | None  # one for all images, or one for each
 
 
-def tokens_to_grid(activation: torch.Tensor, image_size: Sequence[int]) -> torch.Tensor:
+def tokens_to_grid(
+    activation: torch.Tensor, image_size: Sequence[int], channels: Sequence[int] = (1, 3)
+) -> torch.Tensor:
     """Bring a layer's output to the shape (N, C, h, w), where h x w has the proportions of `image_size`, (H, W).
 
-    It may be (N, C, h, w), or else (N, h, w, C), or tokens (N, h * w, C) that are laid out row by row.
+    It may be (N, C, h, w), or else (N, h, w, C), or tokens (N, h * w, C) that are laid out row by row. The grid of a
+    square image is square. An oblong one may be up to two places off, as strides and borders round; tokens may not.
+
+    A shape does not tell everything: 16 patches and 9 registers look like 25 patches, (N, C, T) like (N, T, C) where C
+    is a square, and queries (N, heads, T, d) like a grid where T = d. Such an output needs a `reshape`.
+
+    Args:
+        channels: the dimensions of a 4-D output that may be the channels.
+
+    Raises:
+        ValueError: no reading of the shape, or more than one, has the image's proportions.
     """
-    (height, width), grids = image_size, []
+    (height, width), grids, slack = image_size, [], 1
     if activation.ndim == 4:
-        grids = [activation, activation.permute(0, 3, 1, 2)]
+        grids = [activation.movedim(dimension, 1) for dimension in channels]
+        slack = 1 if height == width else 2 * max(height, width)
     elif activation.ndim == 3:
         tokens = activation.shape[1]
-        short = max(1, round((tokens * min(image_size) / max(image_size)) ** 0.5))
-        h, w = (short, tokens // short) if height < width else (tokens // short, short)
-        grids = [activation.mT.unflatten(2, (h, w))] if h * w == tokens else []
-    # In the image's proportions, h * W = w * H; strides and borders that round move a side by less than two places.
-    for slack in (1, 2 * max(height, width)):
-        for grid in grids:
-            if abs(grid.shape[2] * width - grid.shape[3] * height) < slack:
-                return grid
+        h = max(1, round((tokens * height / width) ** 0.5))
+        w = tokens // h
+        # A single token is a class token, or a mean.
+        grids = [activation.mT.unflatten(2, (h, w))] if h * w == tokens > 1 else []
+    grids = [grid for grid in grids if abs(grid.shape[2] * width - grid.shape[3] * height) < slack]
+    if len(grids) == 1:
+        return grids[0]
+    found = "in two ways" if grids else "not"
     raise ValueError(
-        f"the target layer's output {tuple(activation.shape)} is not laid out like the {height}x{width} image: choose "
-        "another layer, or give `reshape`; with a class token: lambda tokens: tokens[:, 1:].mT.unflatten(2, (h, w))"
+        f"the target layer's output {tuple(activation.shape)} is {found} laid out like the {height}x{width} image: "
+        "choose another layer, or give `reshape`. If it is (N, C, h, w): lambda x: x; if it is (N, h, w, C): lambda x: "
+        "x.permute(0, 3, 1, 2); with `extra` class or register tokens: lambda t: t[:, extra:].mT.unflatten(2, (h, w))"
     )
+
+
+def channel_dimensions(layer: nn.Module) -> tuple[int, ...]:
+    """The dimensions of a layer's 4-D output that may be the channels: one, where the kind of layer tells."""
+    if type(layer) is nn.Conv2d:
+        return (1,)
+    if type(layer) in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) == 1:
+        return (3,)
+    return (1, 3)
+
+
+def described(value: object) -> str:
+    """What a message says of a value that is not what it should be."""
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+
+
+def check_output(output: torch.Tensor, score: torch.Tensor, n: int) -> None:
+    """Raise a ValueError if a layer's output has another batch than the n images, or is attention weights.
+
+    `score` (n, 1) is what is explained.
+    """
+    found = f"the target layer's output {tuple(output.shape)}"
+    batch_first = output.shape[:1] == (n,)
+    if output.ndim == 3 and output.shape[0] == output.shape[1] == len(score) > 1:
+        # Tokens (T, N, C) with T = N look like (N, T, C), but an image's score depends on all of their rows.
+        (gradient,) = torch.autograd.grad(score[0].sum(), output, retain_graph=True, allow_unused=True)
+        batch_first = gradient is None or not gradient[1:].any()
+    if not batch_first:
+        raise ValueError(
+            f"{found} is not a grid for each of the {n} images: choose another layer, or give `reshape`; with the "
+            "batch second: lambda t: t[extra:].permute(1, 2, 0).unflatten(2, (h, w)), after `extra` class or register "
+            "tokens"
+        )
+    if n and output.ndim > 2 and output.shape[-1] == output.shape[-2] > 1:
+        rows = output.detach().flatten(0, -3)[0].float()  # one matrix tells
+        if rows.min() >= 0 and (rows.sum(dim=1) - 1).abs().max() < 0.01:
+            raise ValueError(
+                f"{found} is attention weights, as its rows add up to 1: choose another layer, or give `reshape`; for "
+                "what a class token in front attends to: lambda a: a[:, :, 0, 1:].unflatten(2, (h, w))"
+            )
 
 
 # ---- The methods: activations and gradients (N, C, h, w) -> weights that are multiplied with the activations ---------
@@ -114,14 +168,17 @@ class GradCAM:
 
     Args:
         model: maps a float tensor (N, channels, H, W) to logits (N, classes). A compiled one runs uncompiled.
-        target_layer: a module of `model` or its name, like "blocks.0", or a sequence of them. Of a layer that runs
-            several times, the last run counts. If a vision transformer reads only its class token, no gradient reaches
-            the patches after the last attention: take what goes into it, like the last block's first norm.
+        target_layer: a module of `model` or its name, like "blocks.0", or a sequence of them. If a vision transformer
+            reads only its class token, no gradient reaches the patches after the last attention: take what goes into
+            it, like the last block's first norm.
         method: a key of `METHODS`.
-        reshape: turns a layer's output into (N, C, h, w); None is `tokens_to_grid` with the image's size.
+        reshape: turns a layer's output into (N, C, h, w). None is `tokens_to_grid` with the image's size, and refuses
+            attention weights and what has another batch than the images.
+        run: which run of a target layer that runs several times in one forward pass, as a shared encoder does; counted
+            from 0. A layer that runs once needs none.
 
     Raises:
-        ValueError: a layer, method, class or model that is not there or cannot be explained; the message says why.
+        ValueError: a layer, run, method, class or model that is not there or cannot be explained; the message says why.
     """
 
     def __init__(
@@ -130,6 +187,7 @@ class GradCAM:
         target_layer: str | nn.Module | Sequence[str | nn.Module],
         method: str = "gradcam",
         reshape: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        run: int | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls no hooks either
         layers = dict(model.named_modules(remove_duplicate=False))
@@ -146,18 +204,21 @@ class GradCAM:
             raise ValueError("target_layer names no layer")
         if method not in METHODS:
             raise ValueError(f"there is no method {method!r}; there are {', '.join(METHODS)}")
-        self.model, self.method, self.reshape = model, METHODS[method], reshape
+        self.model, self.method, self.reshape, self.run = model, METHODS[method], reshape, run
         self.logits: torch.Tensor | None = None
-        self._activations: dict[nn.Module, torch.Tensor] = {}
+        self._activations: dict[nn.Module, list[torch.Tensor]] = {}  # of every run
         self._hooks: list[Any] = []
 
     def _keep_activation(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if module not in self._activations:
+            return output  # the caller runs the model, not for a map
         if not isinstance(output, torch.Tensor):
-            raise ValueError(f"the target layer returns a {type(output).__name__}, not a tensor: choose another layer")
+            raise ValueError(f"the target layer returns {described(output)}, not a tensor: choose another layer")
         # Autograd's graph begins here, with the first layer's activation; later layers lie on that graph already. The
         # model goes on with a copy, as its next operation may be in place.
-        self._activations[module] = output.clone().requires_grad_()
-        return self._activations[module].clone()
+        activation = output.clone().requires_grad_()
+        self._activations[module].append(activation)
+        return activation.clone()
 
     def __enter__(self) -> "GradCAM":
         if self._hooks:
@@ -166,7 +227,7 @@ class GradCAM:
         self._switched_off += [(weight, "requires_grad") for weight in self.model.parameters() if weight.requires_grad]
         for part, flag in self._switched_off:
             setattr(part, flag, False)
-        self._hooks = [layer.register_forward_hook(self._keep_activation) for layer in self.target_layers]
+        self._hooks = [layer.register_forward_hook(self._keep_activation) for layer in set(self.target_layers)]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -200,16 +261,17 @@ class GradCAM:
         if not self._hooks:
             with self:
                 return self(images, target_class, versus, normalize)
-        self._activations = {}
+        if not isinstance(images, torch.Tensor) or images.ndim != 4:
+            raise ValueError(f"give the images as one tensor (N, channels, H, W), not {described(images)}")
+        self._activations = {layer: [] for layer in self.target_layers}
         with torch.inference_mode(False), torch.enable_grad():
             # Autograd takes no tensor that was made in inference mode, but takes a copy of it.
             logits = self.model(images.clone() if images.is_inference() else images.detach())
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-                found = getattr(logits, "shape", type(logits).__name__)
-                raise ValueError(f"the model returns {found}, not logits (N, classes): wrap it in a module that does")
-            if any(layer not in self._activations for layer in self.target_layers):
-                raise ValueError("the model's forward pass does not go through the target layer: choose another layer")
-            activations = [self._activations[layer] for layer in self.target_layers]
+                raise ValueError(
+                    f"the model returns {described(logits)}, not logits (N, classes): wrap it in a module that does"
+                )
+            activations = self._chosen_runs()
             self.logits = logits.detach()
             target = self.logits.argmax(dim=1) if target_class is None else self._classes("target_class", target_class)
             score = logits.gather(1, target[:, None])
@@ -218,20 +280,18 @@ class GradCAM:
             # An image's score depends on its own activations alone, so the gradient of the sum holds every image's.
             gradients = None
             if score.requires_grad:
+                if self.reshape is None:
+                    for activation in activations:
+                        check_output(activation, score, len(images))
                 gradients = torch.autograd.grad(score.sum(), activations, allow_unused=True)
         if not gradients or any(gradient is None for gradient in gradients):
             raise ValueError(
                 "no gradient reaches the target layer: the logits do not depend on it, or no_grad or detach cuts it off"
             )
-        size, shares = images.shape[-2:], []
-        reshape = self.reshape or (lambda output: tokens_to_grid(output, size))
-        for activation, gradient in zip(activations, gradients, strict=True):
-            activation, gradient = reshape(activation.detach()).float(), reshape(gradient).float()
-            if len(activation) != len(images):
-                raise ValueError(
-                    f"the target layer's output is not a grid for each of the {len(images)} images: choose another "
-                    "layer, or give `reshape`; with the batch second: lambda x: x.permute(1, 2, 0).unflatten(2, (h, w))"
-                )
+        self._activations = {}
+        size, shares = images.shape[2:], []
+        for layer, *outputs in zip(self.target_layers, activations, gradients, strict=True):
+            activation, gradient = (self._grid(layer, output.detach(), images) for output in outputs)
             weight = self.method(activation, gradient)
             if versus is not None:
                 weight = weight - self.method(activation, -gradient)
@@ -241,6 +301,32 @@ class GradCAM:
         if normalize:
             maps = maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
         return maps
+
+    def _chosen_runs(self) -> list[torch.Tensor]:
+        """The activation of each target layer."""
+        runs = [self._activations[layer] for layer in self.target_layers]
+        if not all(runs):
+            raise ValueError("the model's forward pass does not go through the target layer: choose another layer")
+        count = min((len(outputs) for outputs in runs if len(outputs) > 1), default=1)
+        run = 0 if self.run is None and count == 1 else self.run
+        if run not in range(count):
+            raise ValueError(
+                f"the target layer's number of runs in one forward pass is {count}: "
+                f"give GradCAM the one to explain as `run`, from 0 to {count - 1}"
+            )
+        return [outputs[min(run, len(outputs) - 1)] for outputs in runs]
+
+    def _grid(self, layer: nn.Module, output: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+        """A layer's output, or its gradient, as float32 (N, C, h, w)."""
+        if self.reshape is None:
+            return tokens_to_grid(output, images.shape[2:], channel_dimensions(layer)).float()
+        grid = self.reshape(output)
+        if not isinstance(grid, torch.Tensor) or grid.ndim != 4 or len(grid) != len(images):
+            raise ValueError(
+                f"`reshape` returns {described(grid)}, not a tensor (N, C, h, w) for the {len(images)} images; with "
+                "`extra` class or register tokens: lambda t: t[:, extra:].mT.unflatten(2, (h, w))"
+            )
+        return grid.float()
 
     def _classes(self, name: str, given: Classes) -> torch.Tensor:
         """One class index per image, int64 of shape (N,)."""
