@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.ops import SqueezeExcitation, StochasticDepth
+from torchvision.ops import StochasticDepth
 
 from common.files import UserError, whole_file
 from dataset import CLASS_NAMES, IMAGE_SIZE
@@ -40,11 +40,10 @@ class ModelConfig:
     embed_dim: int  # channels of the stem at 7x7, which is the width of a token
     depth: int  # number of Transformer blocks; 0 leaves a purely convolutional network
     num_heads: int  # attention heads per block; divides embed_dim
-    mlp_ratio: float  # hidden width of a block's MLP, in units of embed_dim
+    mlp_ratio: float  # hidden width of a block's MLP, as a multiple of embed_dim
     pool: str  # "attention" (a learned weighted mean of the tokens) or "mean"
     drop_path: float  # stochastic depth of the last block, 0 to 1 (excluded); earlier blocks get less, linearly
     residual_unit: str  # "resnet" or "pyramidnet", see ResidualBlock
-    squeeze: int  # reduction ratio of squeeze-and-excitation in the residual blocks; 0 leaves it out
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -70,19 +69,19 @@ class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: (N, C, H, W) -> (N, C, H, W).
 
     In He et al. 2015 ("resnet") a ReLU follows the sum; in Han et al. 2017 (arXiv 1610.02915, "pyramidnet") none does,
-    and a batch norm comes first. Squeeze-and-excitation (Hu et al. 2018) weights the branch's channels.
+    and a batch norm comes first.
     """
 
-    def __init__(self, channels: int, unit: str, squeeze: int) -> None:
+    def __init__(self, channels: int, unit: str) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels) if unit == "pyramidnet" else nn.Identity()
         self.conv1 = conv_bn(channels, channels)
         self.conv2 = conv_bn(channels, channels)
-        self.excite = SqueezeExcitation(channels, max(1, channels // squeeze)) if squeeze else nn.Identity()
         self.last = nn.Identity() if unit == "pyramidnet" else nn.ReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(x + self.excite(self.conv2(F.relu(self.conv1(self.norm(x))))))
+        branch = self.conv2(F.relu(self.conv1(self.norm(x))))
+        return self.last(x + branch)
 
 
 class Attention(nn.Module):
@@ -155,8 +154,7 @@ class HybridClassifier(nn.Module):
             down = nn.Sequential(conv_bn(in_channels, channels, stride=2 if stage else 1), nn.ReLU())
             self.stem.add_module(f"down{stage}" if stage else "first", down)
             for i in range(config.stem_blocks[stage]):
-                block = ResidualBlock(channels, config.residual_unit, config.squeeze)
-                self.stem.add_module(f"stage{stage}_{i}", block)
+                self.stem.add_module(f"stage{stage}_{i}", ResidualBlock(channels, config.residual_unit))
             in_channels = channels
         self.pos_embed = nn.Parameter(torch.zeros(1, GRID_SIZE * GRID_SIZE, config.embed_dim))
         drop_paths = [config.drop_path * (i + 1) / config.depth for i in range(config.depth)]
@@ -204,7 +202,7 @@ class HybridClassifier(nn.Module):
 
 CONTENTS = dict(train_config=dict, history=list, epoch=int)  # what `save_checkpoint` may be given besides the weights
 COLUMNS = ("epoch", "lr", "seconds", "_loss", "_accuracy")  # how the names end that a history's numbers have
-CHECKPOINT_FORMAT = "fashion-mnist-hybrid 3"  # the number changes when older files can no longer be read
+CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # the number changes when older files can no longer be read
 
 
 class CheckpointError(UserError):

@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import dataset
@@ -43,7 +42,6 @@ from common.files import UserError, checksum, errors_in_one_line, printable
 from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
 from training import processes, report, runs
 from training.optim import (
-    averaging_decay,
     check_optimizers,
     learning_rate,
     make_optimizers,
@@ -71,20 +69,22 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
     erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
     cutmix=(0.3, (0.0, 1.0), "probability that a rectangle comes from another image, with its share of the label"),
-    rotate=(0.0, (0.0, 180.0), "turn some images (see --distort-share) by up to this many degrees either way"),
-    noise=(0.0, (0.0, 1.0), "add Gaussian noise to some, of a standard deviation up to this fraction of the range"),
-    distort_share=(0.5, (0.01, 1.0), "share of the images that --rotate turns and, drawn separately, --noise changes"),
+    rotate=(0.0, (0.0, 180.0), "rotate an eighth of the images by up to this many degrees either way"),
+    noise=(
+        0.0,
+        (0.0, 1.0),
+        "add Gaussian noise to an eighth, of a deviation of up to this fraction of the range",
+    ),
     # model
     stem_dims=((16, 32), (1, INF), "channels of the convolutional stem at 28x28 and at 14x14"),
     stem_blocks=((2, 2, 2), (0, INF), "residual blocks of the stem at 28x28, at 14x14 and at 7x7"),
     embed_dim=(96, (1, INF), "channels at 7x7, which is the width of a token"),
     depth=(1, (0, INF), "number of Transformer blocks"),
     num_heads=(3, (1, INF), "attention heads of a block; divides embed_dim"),
-    mlp_ratio=(2.0, (0.01, INF), "hidden width of a block's MLP, in units of embed_dim"),
+    mlp_ratio=(2.0, (0.01, INF), "hidden width of a block's MLP, as a multiple of embed_dim"),
     pool=("attention", ("attention", "mean"), "how 49 tokens become one"),
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet has a batch norm first and no ReLU last"),
-    squeeze=(0, (0, INF), "reduction ratio of squeeze-and-excitation in residual blocks; 0 leaves it out"),
     whiten=(False, None, "the first layer's filters, 18 at most, are principal components of patches, and not trained"),
     # optimisation
     epochs=(30, (1, INF), "passes over the training images, see --skip-easy"),
@@ -92,13 +92,11 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
     optimizer=("muon", ("muon", "adamw"), "muon is for matrices and filters, with adamw for the rest"),
     lr=(8e-3, (0.0, INF), "peak learning rate"),
     schedule=("cosine", ("cosine", "linear"), "how the learning rate falls from there to the end of the run"),
-    lr_floor=(0.0, (0.0, 1.0), "learning rate at the end, as a fraction of the peak"),
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
     label_smoothing=(0.0, (0.0, 0.99), "share of the target spread evenly over all classes"),
     ema_decay=(0.999, (0.0, 0.999999), "decay of the moving average of the weights, which is what is kept; 0 is off"),
-    swa_share=(0.0, (0.0, 1.0), "final fraction of the run whose weights are averaged equally instead; 0 is off"),
-    grad_clip=(1.0, (0.0, INF), "largest norm of the gradient; 0 clips nothing"),
+    grad_clip=(1.0, (0.0, INF), "maximum gradient norm; 0 disables clipping"),
     # distillation
     teacher=((), None, "checkpoints whose mean prediction the model learns from, besides the labels"),
     teacher_weight=(0.9, (0.0, 1.0), "weight of the teachers in the loss, where there are any"),
@@ -117,7 +115,7 @@ SETTINGS: Table = dict(  # name=(default, what is allowed: a range, words or any
 # What the record and its teacher, a model seven times as large, share: stronger augmentation.
 BIG = dict(val_size=0, residual_unit="pyramidnet", mlp_ratio=1.0)
 BIG |= dict(cuda_graph=True)
-BIG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1, distort_share=0.125)
+BIG |= dict(shift=3, erase=0.5, erase_area=0.4, cutmix=0.5, rotate=15.0, noise=0.1)
 RECIPES = dict(  # values that go together and replace the defaults above; flags override both
     default={},
     # Minutes on two CPU cores: a smaller model, too few epochs to overfit.
@@ -133,7 +131,6 @@ EVALUATION_USES = ("data_dir", "device", "threads")
 NEEDS = dict(  # settings that refine another one, and change nothing where that is off
     alternate_flip=("flip",),
     erase_area=("erase",),
-    distort_share=("rotate", "noise"),
     num_heads=("depth",),
     mlp_ratio=("depth",),
     drop_path=("depth",),
@@ -173,8 +170,9 @@ def augmented_batch(
     images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator, config: SimpleNamespace
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Random variants of uint8 images (N, 1, 28, 28), normalised, and their targets: int64 (N,), or mixed, (N, 10)."""
-    options = {n: getattr(config, n) for n in ("shift", "erase", "erase_area", "rotate", "noise", "distort_share")}
-    images = dataset.augment(images, generator, config.flip and not config.alternate_flip, **options)
+    options = {name: getattr(config, name) for name in ("shift", "erase", "erase_area", "rotate", "noise")}
+    flip = config.flip and not config.alternate_flip  # which mirrors them once an epoch
+    images = dataset.augment(images, generator, flip, **options)
     if config.cutmix:
         targets = F.one_hot(labels, len(dataset.CLASS_NAMES)).float()
         images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
@@ -340,8 +338,8 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     outputs = []
     run.model.train()
     for step, index in enumerate(bar, start=first_step):
-        lr = learning_rate(step, sum(run.steps), run.warmup_steps, config.lr, config.lr_floor, config.schedule)
-        decay = averaging_decay(step, sum(run.steps), config.ema_decay, config.swa_share)
+        lr = learning_rate(step, sum(run.steps), run.warmup_steps, config.lr, config.schedule)
+        decay = min(config.ema_decay, start_up_decay(step))
         loss, logits = run.step(index, lr, decay)
         outputs.append(logits)
         if step % 20 == 0:  # rarely, since it has to wait for the GPU
@@ -354,10 +352,6 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         if config.precision != "float32":
             advice += ", or try --precision float32"
         raise UserError(f"the loss or a weight became infinite or NaN in epoch {epoch + 1}, not saved: {advice}")
-    steps_left = sum(run.steps) - step - 1
-    if config.swa_share and steps_left < config.swa_share * sum(run.steps):  # fit batch norm to the average
-        parts = ((run.images[part], run.labels[part]) for part in seen[:10_000].split(500))
-        update_bn((augmented_batch(*part, run.generator, config)[0] for part in parts), run.ema)
     row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
     if processes.is_first():
         row |= report.summary("train", logits, run.labels[seen], config.quiet)

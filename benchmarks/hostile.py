@@ -39,9 +39,7 @@ from common.files import UserError
 from model import HybridClassifier, ModelConfig, load_checkpoint, save_checkpoint
 from training.runs import reserve_folder
 
-SMALL = ModelConfig(
-    (4, 8), (0, 1, 1), 16, 1, 2, mlp_ratio=2.0, pool="mean", drop_path=0.0, residual_unit="resnet", squeeze=0
-)
+SMALL = ModelConfig((4, 8), (0, 1, 1), 16, 1, 2, mlp_ratio=2.0, pool="mean", drop_path=0.0, residual_unit="resnet")
 Cases = Iterator[tuple[str, str, str]]  # what is tried, how it should end, how it ended
 
 

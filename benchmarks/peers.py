@@ -190,8 +190,8 @@ def fit(
         order = torch.randperm(len(images), generator=run.generator, device=device)[: steps * config.batch_size]
         batches = tqdm(order.split(config.batch_size), f"{name}, epoch {epoch + 1}", mininterval=60)
         for step, index in enumerate(batches, start=epoch * steps):
-            lr = optim.learning_rate(step, total_steps, warmup_steps, config.lr, config.lr_floor, config.schedule)
-            step_once(index, lr, optim.averaging_decay(step, total_steps, config.ema_decay, config.swa_share))
+            lr = optim.learning_rate(step, total_steps, warmup_steps, config.lr, config.schedule)
+            step_once(index, lr, min(config.ema_decay, optim.start_up_decay(step)))
         if state:
             with whole_file(state) as file:
                 saved = dict(made_with=made_with, epoch=epoch + 1, seconds=time.perf_counter() - started)

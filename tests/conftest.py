@@ -29,7 +29,6 @@ SMALL_MODEL = ModelConfig(
     pool="attention",
     drop_path=0.0,
     residual_unit="resnet",
-    squeeze=0,
 )
 # A run of half a second: ten steps an epoch. Two threads would only wait for each other.
 SMALL_RUN = vars(SMALL_MODEL) | dict(train_size=160, val_size=100, epochs=2, batch_size=16, drop_path=0.2)

@@ -45,7 +45,7 @@ def test_logits_of_an_image_do_not_depend_on_its_batch(test_split, pool, depth):
 
 
 def test_a_residual_unit_of_pyramidnet_has_its_norm_first_and_no_relu_last(small_model):
-    resnet, pyramid = small_model.stem.stage2_0, ResidualBlock(16, "pyramidnet", squeeze=0).eval()
+    resnet, pyramid = small_model.stem.stage2_0, ResidualBlock(16, "pyramidnet").eval()
     x = torch.randn(2, 16, 7, 7, generator=torch.Generator().manual_seed(0))
     branch = resnet.conv2(F.relu(resnet.conv1(x)))
     torch.testing.assert_close(resnet(x), F.relu(x + branch))
@@ -55,22 +55,9 @@ def test_a_residual_unit_of_pyramidnet_has_its_norm_first_and_no_relu_last(small
     torch.testing.assert_close(pyramid(x), x + resnet.conv2(F.relu(resnet.conv1(x + 2))), rtol=1e-4, atol=1e-4)
 
 
-def test_squeeze_and_excitation_weighs_the_channels_of_the_branch(small_model):
-    plain, block = small_model.stem.stage2_0, ResidualBlock(16, "resnet", squeeze=8).eval()
-    block.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randn(2, 16, 7, 7, generator=torch.Generator().manual_seed(0))
-    branch = plain.conv2(F.relu(plain.conv1(x)))
-    fc1, fc2 = (f.weight.flatten(1) for f in (block.excite.fc1, block.excite.fc2))
-    assert fc1.shape == (2, 16)
-    hidden = F.relu(branch.mean(dim=(2, 3)) @ fc1.T + block.excite.fc1.bias)
-    weights = torch.sigmoid(hidden @ fc2.T + block.excite.fc2.bias)[:, :, None, None]
-    torch.testing.assert_close(block(x), F.relu(x + weights * branch), rtol=1e-4, atol=1e-5)
-
-
 def test_the_settings_reach_the_residual_blocks():
-    model = HybridClassifier(replace(SMALL_MODEL, residual_unit="pyramidnet", squeeze=4))
-    block = model.stem.stage2_0
-    assert isinstance(block.norm, nn.BatchNorm2d) and block.excite.fc1.out_channels == 4
+    model = HybridClassifier(replace(SMALL_MODEL, residual_unit="pyramidnet"))
+    assert isinstance(model.stem.stage2_0.norm, nn.BatchNorm2d)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():

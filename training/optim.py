@@ -125,35 +125,25 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
             )
 
 
-def learning_rate(
-    step: int, total_steps: int, warmup_steps: int, peak: float, floor: float = 0.0, schedule: str = "cosine"
-) -> float:
-    """Linear warm-up to `peak`, then half a cosine or a straight line down to `floor`, a part of the peak.
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
+    """Linear warm-up to `peak`, then half a cosine or a straight line down to 0; `step` counts from 0.
 
-    The cosine is Loshchilov & Hutter's (2017), the line as in Bergsma et al. 2025 (arXiv 2502.15938). `step` counts
-    from 0.
+    The cosine is Loshchilov & Hutter's (2017), the line as in Bergsma et al. 2025 (arXiv 2502.15938).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
-    return peak * (floor + (1 - floor) * left)
+    if schedule == "linear":
+        return peak * (1 - done)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def start_up_decay(step: int) -> float:
-    """The largest decay of the average at a step, counted from 0: its window is a ninth of the steps so far."""
-    return (1 + step) / (10 + step)
+    """The largest decay of the average at a step, counted from 0: its window is a ninth of the steps so far.
 
-
-def averaging_decay(step: int, total_steps: int, ema_decay: float, swa_share: float) -> float:
-    """The part of the averaged weights that remains when a step's new weights are added; `step` counts from 0.
-
-    An exponential moving average, whose first steps average over a shorter window, so that the random initial weights
-    are soon forgotten; in the last `swa_share` of the run, the equal mean of that share's weights (stochastic weight
-    averaging, Izmailov et al. 2018, arXiv 1803.05407).
+    So the random initial weights are soon forgotten.
     """
-    averaged = step - round((1 - swa_share) * total_steps)
-    return averaged / (averaged + 1) if swa_share and averaged >= 0 else min(ema_decay, start_up_decay(step))
+    return (1 + step) / (10 + step)
 
 
 @torch.no_grad()
