@@ -258,10 +258,10 @@ def steps_of_epochs(config: SimpleNamespace, size: int, world_size: int) -> tupl
     return steps, skipped
 
 
-def start_run(config: SimpleNamespace, resume: bool) -> Run:
+def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | None = None) -> Run:
     """A run with its data, model, optimisers and teachers, new or where last.pt stopped.
 
-    What the settings mean by "auto" is in its own `config`.
+    What the settings mean by "auto" is in its own `config`. Another model than `make_model`'s may be given.
     """
     device = processes.choose_device(config.device)
     _, world_size = processes.join(device)
@@ -276,7 +276,7 @@ def start_run(config: SimpleNamespace, resume: bool) -> Run:
     images, labels, train_index, held_out = load_data(config, device)
     steps, skipped = steps_of_epochs(config, len(train_index), world_size)
     seed_everything(config.seed)
-    model = make_model(config).to(device, memory_format=torch.channels_last)
+    model = (model or make_model(config)).to(device, memory_format=torch.channels_last)
     if config.whiten:
         whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
