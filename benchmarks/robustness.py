@@ -1,45 +1,54 @@
 """How far to trust the probabilities, and what changed images do to the accuracy: the test split, plain and changed.
 
-    python benchmarks/robustness.py                                              the shipped model
-    python benchmarks/robustness.py checkpoints/shipped/model.pt my/best.pt      a column for each checkpoint
+    python benchmarks/robustness.py                                           the shipped model
+    python benchmarks/robustness.py checkpoints/shipped/model.pt my/best.pt   a row for each checkpoint
 
 The expected calibration error (Guo et al. 2017, arXiv 1706.04599) is the mean distance between confidence and accuracy,
-in 15 equal bins of confidence; 0 is best. Every change is drawn anew for every image from the seed, the same for all
+in 15 equal bins of confidence; 0 is best. Every change is drawn anew for every image from one seed, the same for all
 models. Nothing here is used to choose anything.
 """
 
-import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
+import results
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import train
 from model import load_checkpoint
 from training.processes import set_threads
 
-OCCLUSION = 8  # pixels, both ways
+SIDE = 8  # pixels of the black square, both ways
+COLUMNS = dict(
+    checkpoint=("", ""),
+    test_accuracy=("accuracy", ".2%"),
+    test_loss=("loss", ".4f"),
+    confidence=("mean confidence", ".2%"),
+    calibration_error=("expected calibration error", ".2%"),
+    shifted=("shifted by up to 3 pixels", ".2%"),
+    rotated=("rotated by 15 degrees", ".2%"),
+    noise_01=("Gaussian noise, 0.1 of the range", ".2%"),
+    noise_02=("Gaussian noise, 0.2 of the range", ".2%"),
+    occluded=("a black square of 8x8", ".2%"),
+)
 
 
 def rotate(images: torch.Tensor, generator: torch.Generator, degrees: float = 15) -> torch.Tensor:
-    """Turn every image by `degrees`, one way or the other."""
+    """Rotate every image by `degrees`, one way or the other."""
     clockwise = torch.rand(len(images), generator=generator) < 0.5
-    turned = images.clone()
+    rotated = images.clone()
     for mask, angle in ((clockwise, -degrees), (~clockwise, degrees)):
-        turned[mask] = transforms.rotate(images[mask], angle, interpolation=InterpolationMode.BILINEAR)
-    return turned
+        rotated[mask] = transforms.rotate(images[mask], angle, interpolation=InterpolationMode.BILINEAR)
+    return rotated
 
 
 def add_noise(images: torch.Tensor, generator: torch.Generator, deviation: float) -> torch.Tensor:
-    """Add Gaussian noise; its deviation is a part of the brightest value."""
+    """Add Gaussian noise; its standard deviation is a fraction of the brightest value."""
     noise = torch.randn(images.shape, generator=generator) * deviation * 255
     return (images + noise).round().clamp(0, 255).byte()
 
@@ -47,52 +56,51 @@ def add_noise(images: torch.Tensor, generator: torch.Generator, deviation: float
 def occlude(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Blacken a square of 8x8 pixels at a random place of each image."""
     n, _, height, width = images.shape
-    top = torch.randint(0, height - OCCLUSION + 1, (n, 1, 1, 1), generator=generator)
-    left = torch.randint(0, width - OCCLUSION + 1, (n, 1, 1, 1), generator=generator)
+    top = torch.randint(0, height - SIDE + 1, (n, 1, 1, 1), generator=generator)
+    left = torch.randint(0, width - SIDE + 1, (n, 1, 1, 1), generator=generator)
     y, x = torch.arange(height)[:, None], torch.arange(width)
-    inside = (y >= top) & (y < top + OCCLUSION) & (x >= left) & (x < left + OCCLUSION)
+    inside = (y >= top) & (y < top + SIDE) & (x >= left) & (x < left + SIDE)
     return images.masked_fill(inside, 0)
 
 
-CHANGES: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = {
-    "as they are": lambda images, g: images,
-    "shifted by up to 3 pixels each way": lambda images, g: dataset.augment(images, g, flip=False, shift=3, erase=0),
-    "turned by 15 degrees": rotate,
-    "Gaussian noise, deviation 0.1 of the range": lambda images, g: add_noise(images, g, 0.1),
-    "Gaussian noise, deviation 0.2 of the range": lambda images, g: add_noise(images, g, 0.2),
-    "a black square of 8x8 pixels": occlude,
-}
+CHANGES: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = dict(
+    shifted=lambda images, g: dataset.augment(images, g, flip=False, shift=3, erase=0),
+    rotated=rotate,
+    noise_01=lambda images, g: add_noise(images, g, 0.1),
+    noise_02=lambda images, g: add_noise(images, g, 0.2),
+    occluded=occlude,
+)
 
 
-def measure(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, str]:
-    """The figures of one model, as text: accuracy under each change, and the quality of its probabilities."""
-    figures = {}
+def measure(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> results.Row:
+    """The figures of a model: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
+    logits = train.predict(model, images)
+    probabilities = logits.softmax(dim=1)
+    error = multiclass_calibration_error(probabilities, labels, num_classes=10, n_bins=15, norm="l1")
+    figures = dict(
+        test_accuracy=(logits.argmax(dim=1) == labels).double().mean(),
+        test_loss=F.cross_entropy(logits, labels),
+        confidence=probabilities.amax(dim=1).mean(),
+        calibration_error=error,
+    )
     for name, change in CHANGES.items():
-        logits = train.predict(model, change(images, torch.Generator().manual_seed(seed)))
-        figures[f"accuracy, test images {name}"] = f"{(logits.argmax(dim=1) == labels).double().mean().item():.2%}"
-        if name == "as they are":
-            probabilities = logits.softmax(dim=1)
-            error = multiclass_calibration_error(probabilities, labels, num_classes=10, n_bins=15, norm="l1").item()
-            figures |= {
-                "negative log-likelihood": f"{F.cross_entropy(logits, labels).item():.4f}",
-                "mean confidence": f"{probabilities.amax(dim=1).mean().item():.2%}",
-                "expected calibration error": f"{error:.2%}",
-            }
-    return figures
+        changed = change(images, torch.Generator().manual_seed(0))
+        right = train.predict(model, changed).argmax(dim=1) == labels
+        figures[name] = right.double().mean()
+    return {name: round(figure.item(), 4) for name, figure in figures.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = results.make_parser(__file__, __doc__)
     parser.add_argument("checkpoints", nargs="*", default=["checkpoints/shipped/model.pt"])
-    parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    set_threads()
-    images, labels = dataset.load(args.data_dir, train=False)
-    columns = [measure(load_checkpoint(path)[0], images, labels, args.seed) for path in args.checkpoints]
-    print("| | " + " | ".join(args.checkpoints) + " |\n|---|" + "---:|" * len(columns))
-    for name in columns[0]:
-        print(f"| {name} | " + " | ".join(column[name] for column in columns) + " |")
+    if not args.table:
+        set_threads()
+        images, labels = dataset.load(args.data_dir, train=False)
+        for path in args.checkpoints:
+            figures = measure(load_checkpoint(path)[0], images, labels)
+            results.add(args.output, dict(checkpoint=path) | figures, "checkpoint")
+    results.print_table(results.read(args.output), COLUMNS)
 
 
 if __name__ == "__main__":

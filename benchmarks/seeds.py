@@ -1,23 +1,19 @@
-"""The test accuracy of every trained seed, with mean and spread, from the saved results.
+"""The test accuracy of every trained seed, with mean and standard deviation.
 
-    python benchmarks/seeds.py                              print the table of seeds.csv
-    python benchmarks/seeds.py --add checkpoints/best.pt    evaluate a finished run on the test split, save its line
+    python benchmarks/seeds.py checkpoints/best.pt    test a finished run, and add its row to seeds.csv
+    python benchmarks/seeds.py --table                print that file
 
-A run that has its line is not evaluated again.
+A run that has its row is not tested again.
 """
 
-import argparse
-import csv
 import itertools
-import math
 import statistics
-import sys
 from pathlib import Path
 
+import results
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import dataset
 import train
@@ -25,8 +21,17 @@ from model import load_checkpoint
 from training.processes import set_threads
 from training.settings import choose_settings, flag
 
-TABLE = Path(__file__).resolve().parent / "seeds.csv"
+TABLE = Path(__file__).with_suffix(".csv")
 NOT_IN_COMMAND = ("recipe", "seed", "device", "precision", "threads", *train.MAY_CHANGE_ON_RESUME)
+COLUMNS = dict(
+    command=("command", "code"),
+    parameters=("parameters", ",.0f"),
+    val_accuracy=("val accuracy", ".2%"),
+    test_accuracy=("test accuracy", ".2%"),
+    flip_accuracy=("with flip test-time augmentation", ".2%"),
+    test_loss=("test loss", ".4f"),
+    minutes=("minutes", ".1f"),
+)
 
 
 def command_of(config: dict) -> str:
@@ -46,98 +51,65 @@ def command_of(config: dict) -> str:
     return " ".join(words)
 
 
-def figures_of(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
-    """A trained model's columns of the table, from the test split: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
+def figures_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> results.Row:
+    """What a trained model reaches on the test split: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
     logits = train.predict(model, images)
-    mirrored = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
-
-    def accuracy(scores: torch.Tensor) -> float:
-        return round((scores.argmax(dim=1) == labels).double().mean().item(), 4)
-
+    both = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
+    right, right_with_flip = (scores.argmax(dim=1) == labels for scores in (logits, both))
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
-        test_accuracy=accuracy(logits),
-        mirrored_accuracy=accuracy(mirrored),
+        test_accuracy=round(right.double().mean().item(), 4),
+        flip_accuracy=round(right_with_flip.double().mean().item(), 4),
         test_loss=round(F.cross_entropy(logits, labels).item(), 4),
     )
 
 
-def require_new(command: str, seed: int) -> None:
-    """End the script if this command and seed have their line in seeds.csv."""
-    if (command, str(seed)) in {(row["command"], row["seed"]) for row in read_table()}:
-        script = Path(sys.argv[0]).name
-        raise SystemExit(f"{script}: error: seed {seed} of {command!r} has its line in {TABLE.name} already")
+def require_new(path: Path, command: str, seed: int) -> None:
+    """End the script if this command and seed have their row in the file."""
+    if any((row["command"], row["seed"]) == (command, str(seed)) for row in results.read(path)):
+        raise SystemExit(f"error: seed {seed} of {command!r} has its row in {path.name} already")
 
 
-def evaluate(path: Path, images: torch.Tensor, labels: torch.Tensor) -> dict[str, object]:
-    """One line of the table."""
+def row_of(path: Path, args) -> results.Row:
+    """The row of a finished run's checkpoint."""
     model, checkpoint = load_checkpoint(path)
     config, history = checkpoint["train_config"], checkpoint["history"]
-    require_new(command_of(config), config["seed"])
+    require_new(args.output, command_of(config), config["seed"])
     if len(history) != config["epochs"]:
-        raise SystemExit(f"seeds.py: error: {path} is from an unfinished run")
+        raise SystemExit(f"error: {path} is from an unfinished run")
+    best = history[checkpoint["epoch"] - 1]
     return dict(
         command=command_of(config),
         seed=config["seed"],
-        val_accuracy=round(history[checkpoint["epoch"] - 1].get("val_accuracy", math.nan), 4),
+        val_accuracy=round(best["val_accuracy"], 4) if "val_accuracy" in best else "",
         minutes=round(history[-1]["seconds"] / 60, 1),
-        environment=checkpoint["environment"],
-        **figures_of(model, images, labels),
+        machine=checkpoint["environment"],
+        **figures_of(model, *dataset.load(args.data_dir, train=False)),
     )
 
 
-def read_table() -> list[dict]:
-    """The lines of seeds.csv."""
-    with open(TABLE, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def save_table(rows: list[dict], path: Path) -> None:
-    """Write rows as a CSV file."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def add_line(row: dict[str, object]) -> list[dict]:
-    """Write seeds.csv with one more line; returns all of them."""
-    rows = sorted([*read_table(), row], key=lambda row: (row["command"], int(row["seed"])))
-    save_table(rows, TABLE)
-    return rows
-
-
-def print_table(rows: list[dict]) -> None:
-    """Print a line for each run and, below the seeds of one command, their mean and standard deviation."""
-    print("| command | parameters | val accuracy | test accuracy | with mirror image | test loss | minutes |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for command, group in itertools.groupby(rows, key=lambda row: row["command"]):
-        lines = list(group)
-        for row in lines:
-            val = float(row["val_accuracy"])
-            print(
-                f"| `{command} --seed {row['seed']}` | {int(row['parameters']):,} "
-                f"| {'' if math.isnan(val) else f'{val:.2%}'} | {float(row['test_accuracy']):.2%} "
-                f"| {float(row['mirrored_accuracy']):.2%} | {row['test_loss']} | {row['minutes']} |"
-            )
-        if len(lines) > 1:
-            means = []
-            for name in ("test_accuracy", "mirrored_accuracy"):
-                values = [100 * float(row[name]) for row in lines]
-                means.append(f"**{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} %**")
-            print(f"| **mean and standard deviation of {len(lines)} seeds** | | | {' | '.join(means)} | | |")
+def spread(rows: list[dict[str, str]], name: str) -> str:
+    """Mean and standard deviation of a column of fractions, in percent."""
+    values = [100 * float(row[name]) for row in rows]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation} %"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--add", type=Path, metavar="CHECKPOINT", help="evaluate this run and save its line")
-    parser.add_argument("--data-dir", default="data")
+    parser = results.make_parser(__file__, __doc__)
+    parser.add_argument("checkpoint", nargs="?", type=Path, default="checkpoints/best.pt", help="of a finished run")
     args = parser.parse_args()
-    rows = read_table()
-    if args.add:
+    if not args.table:
         set_threads()
-        rows = add_line(evaluate(args.add, *dataset.load(args.data_dir, train=False)))
-    print_table(rows)
+        results.add(args.output, row_of(args.checkpoint, args))
+    rows = sorted(results.read(args.output), key=lambda row: (row["command"], int(row["seed"])))
+    named = [row | dict(command=f"{row['command']} --seed {row['seed']}") for row in rows]
+    results.print_table(named, COLUMNS)
+    for command, group in itertools.groupby(rows, key=lambda row: row["command"]):
+        seeds = list(group)
+        if len(seeds) > 1:
+            accuracy, with_flip = spread(seeds, "test_accuracy"), spread(seeds, "flip_accuracy")
+            print(f"\n- `{command}`, {len(seeds)} seeds: {accuracy}; with flip test-time augmentation {with_flip}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Run:
     train_index: torch.Tensor  # those to train on, int64 (N,)
     held_out: dict[str, tuple[torch.Tensor, torch.Tensor]]  # images and labels of the splits to report on
     steps: list[int]  # of each epoch
-    skipped: int  # images that later epochs leave out
+    pruned: int  # images that each later epoch leaves out
     warmup_steps: int
     model: HybridClassifier
     ema: HybridClassifier  # the averaged weights
