@@ -1,14 +1,15 @@
 """Fashion-MNIST: where it comes from, what it contains, and how a batch of it is made.
 
-`load` finds or fetches the four files, checks every one of them, and returns a split as two tensors. From then on the
-images live as one uint8 tensor on the training device, and a batch is an index and a few batched tensor operations:
+`load` finds or fetches the four files, checks every one of them, and returns a split as two
+tensors. From then on the images live as one uint8 tensor on the training device, and a batch is an
+index and a few batched tensor operations:
 
-    images, labels = load("data", train=True)            # uint8 (60000, 1, 28, 28), int64 (60000,)
+    images, labels = load("data", train=True)  # uint8 (60000, 1, 28, 28), int64 (60000,)
     train, val = split_indices(labels, val_size=5000, seed=0)
-    x = normalize(augment(images[train[:128]], generator))   # float32 (128, 1, 28, 28), what the model takes
+    x = normalize(augment(images[train[:128]], generator))  # float32 (128, 1, 28, 28)
 
-The data set: Xiao, Rasul & Vollgraf 2017, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
-Algorithms", arXiv 1708.07747 (MIT licence).
+The data set: Xiao, Rasul & Vollgraf 2017, "Fashion-MNIST: a Novel Image Dataset for Benchmarking
+Machine Learning Algorithms", arXiv 1708.07747 (MIT licence).
 """
 
 import gzip
@@ -35,11 +36,12 @@ from common.files import UserError, whole_file
 CLASS_NAMES = tuple(FashionMNIST.classes)  # label 0 is the first
 IMAGE_SIZE = 28  # pixels, both ways
 EASY_SHARE = 0.6  # of the images, see `epoch_order`
-DISTORTED_SHARE = 0.125  # of the images are rotated and, drawn separately, noisy; half of them cost 0.5 points
+# Of the images, are rotated and, drawn separately, noisy. Half of them cost 0.5 points.
+DISTORTED_SHARE = 0.125
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixel values scaled to [0, 1]
 
-# SHA-256 of the four uncompressed files. The MD5 sums that the authors publish are those of their own .gz files;
-# Debian compresses the same bytes again, so only the content can be compared.
+# SHA-256 of the four uncompressed files. The MD5 sums that the authors publish are those of their
+# own .gz files; Debian compresses the same bytes again, so only the content can be compared.
 FILES = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -48,6 +50,7 @@ FILES = {
 }
 GZIP_MAGIC = b"\x1f\x8b"  # how such files begin
 IDX_MAGIC = b"\0\0\x08"  # bytes; the next one is the number of dimensions
+SOURCE = "https://github.com/zalandoresearch/fashion-mnist"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -56,7 +59,10 @@ class DataError(UserError):
     """The data set cannot be found, fetched or trusted."""
 
 
-# ---- Getting the files ----------------------------------------------------------------------------------------------
+FETCH_ERRORS = (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError)
+
+
+# ---- Getting the files ---------------------------------------------------------------------------
 
 
 def _say(message: str) -> None:
@@ -64,7 +70,7 @@ def _say(message: str) -> None:
 
 
 def _describe(content: bytes) -> str:
-    """What a whole file in the format of the data set holds, like "60000x28x28 values", or "" if it is none."""
+    """What a whole idx file holds, like "60000x28x28 values"; "" if it is none."""
     dimensions = content[3] if content[:3] == IDX_MAGIC and len(content) > 3 else 0
     header = 4 + 4 * dimensions
     if not dimensions or len(content) < header:
@@ -75,9 +81,9 @@ def _describe(content: bytes) -> str:
 
 
 def _read(source: Path) -> bytes | None:
-    """A file's content, unpacked if it is compressed, whatever its name; None if it is missing, b"" if it is damaged.
+    """A file's content, unpacked if it is compressed, whatever its name.
 
-    A DataError if it is there, but cannot be read.
+    None if it is missing, b"" if it is damaged. A DataError if it is there, but cannot be read.
     """
     try:
         content = source.read_bytes()
@@ -95,12 +101,14 @@ def _read(source: Path) -> bytes | None:
 
 
 def _find(name: str, data_dir: Path) -> bytes | None:
-    """The content of a file as it was published, from the data folder or an installed Debian package.
+    """A file's content as it was published, from the data folder or Debian's installed package.
 
-    A DataError if the data folder has a whole file of this name with other content: nothing else is taken instead.
+    A DataError if the data folder has a whole file of this name with other content: nothing else is
+    taken instead.
     """
     other = []
-    for folder in (data_dir, data_dir / "FashionMNIST" / "raw", DEBIAN_FOLDER):  # the second is torchvision's
+    torchvisions = data_dir / "FashionMNIST" / "raw"
+    for folder in (data_dir, torchvisions, DEBIAN_FOLDER):
         if folder == DEBIAN_FOLDER and other:
             break
         for source in (folder / name, folder / f"{name}.gz"):
@@ -130,20 +138,23 @@ def _from_mirror(mirror: str, name: str, scratch: Path) -> Path:
 
 
 def _from_apt(name: str, scratch: Path) -> Path:
-    """Fetch Debian's package with apt and unpack it into `scratch`; nothing is installed, so root is not needed."""
-    for folder in ("lists/partial", "cache/archives/partial"):  # lists of its own: the machine's may be missing or old
+    """Fetch Debian's package with apt and unpack it into `scratch`, without installing it."""
+    # It gets lists of its own: the machine's may be missing or old.
+    for folder in ("lists/partial", "cache/archives/partial"):
         (scratch / folder).mkdir(parents=True)
     options = ("-o", "APT::Sandbox::User=root", "-o", f"Dir::State::lists={scratch}/lists")
     apt = ("apt-get", *options, "-o", f"Dir::Cache={scratch}/cache")
     for command in ((*apt, "update"), (*apt, "download", DEBIAN_PACKAGE)):
         subprocess.run(command, cwd=scratch, capture_output=True, check=True, timeout=300)
     (package,) = scratch.glob("*.deb")
-    subprocess.run(("dpkg-deb", "-x", package, scratch), capture_output=True, check=True, timeout=300)
+    subprocess.run(
+        ("dpkg-deb", "-x", package, scratch), capture_output=True, check=True, timeout=300
+    )
     return scratch / DEBIAN_FOLDER.relative_to("/") / f"{name}.gz"
 
 
 def _fetch(name: str, data_dir: Path) -> bytes:
-    """Fetch a file, keep it in `data_dir` unless another has its name, and return its content, or raise a DataError."""
+    """Fetch a file, keep it in `data_dir` unless another has its name, and return its content."""
     failures = []
     for fetch in (*(partial(_from_mirror, mirror) for mirror in FashionMNIST.mirrors), _from_apt):
         with tempfile.TemporaryDirectory() as scratch:
@@ -152,7 +163,7 @@ def _fetch(name: str, data_dir: Path) -> bytes:
                 content = _read(fetched) or b""
                 if hashlib.sha256(content).hexdigest() != FILES[name]:
                     raise DataError("the download is not the published file")
-            except (DataError, OSError, ValueError, HTTPException, subprocess.SubprocessError) as error:
+            except FETCH_ERRORS as error:
                 failures.append(" ".join(str(error).split())[:200])
                 continue
             for file in fetched.parent.glob("*-ubyte.gz"):  # Debian's package has all four
@@ -160,26 +171,27 @@ def _fetch(name: str, data_dir: Path) -> bytes:
                     with whole_file(data_dir / file.name) as copy:
                         copy.write(file.read_bytes())
             return content
-    raise DataError(
-        f"no good copy of {name} is in {data_dir}, and none could be fetched ({'; '.join(failures)}): put the four .gz "
-        f"files of https://github.com/zalandoresearch/fashion-mnist there, or run 'apt-get install {DEBIAN_PACKAGE}'"
-    )
+    way = f"put the four .gz files of {SOURCE} there, or run 'apt-get install {DEBIAN_PACKAGE}'"
+    reasons = f"none could be fetched ({'; '.join(failures)})"
+    raise DataError(f"no good copy of {name} is in {data_dir}, and {reasons}: {way}")
 
 
-# ---- From files to tensors ------------------------------------------------------------------------------------------
+# ---- From files to tensors -----------------------------------------------------------------------
 
 
 def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Read the training split (60,000 images) or the test split (10,000); find or fetch the files, and check them.
+    """Read the training split (60,000 images) or the test split (10,000); fetch what is missing.
 
-    The folder `data_dir` may hold the files compressed or not, and may be read-only. Debian's package is found where it
-    is installed. What is not found is fetched into the folder.
+    The folder `data_dir` may hold the files compressed or not, and may be read-only. Debian's
+    package is found where it is installed. What is not found is fetched into the folder.
 
     Returns:
-        Images, uint8 (N, 1, 28, 28), 0 is the dark background; and labels, int64 (N,), indices of `CLASS_NAMES`.
+        Images, uint8 (N, 1, 28, 28), 0 is the dark background; and labels, int64 (N,), indices of
+        `CLASS_NAMES`.
     """
     data_dir, arrays = Path(os.path.expanduser(data_dir)), []
-    for name, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):  # bytes before the values
+    # bytes before the values
+    for name, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):
         name = f"{'train' if train else 't10k'}-{name}"
         content = _find(name, data_dir) or _fetch(name, data_dir)
         arrays.append(np.frombuffer(content, np.uint8, offset=header).copy())
@@ -187,26 +199,40 @@ def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]
     return images.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE), labels.long()
 
 
-def split_indices(labels: torch.Tensor, val_size: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold `val_size` images out for validation, with every class in proportion; the same seed gives the same split.
+def split_indices(
+    labels: torch.Tensor, val_size: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hold `val_size` images out for validation, with every class in proportion; the same seed
+    gives the same split.
 
-    Takes labels, int64 (N,), and a size of 0 or from 10 to N - 10. Returns the indices of both parts, int64, ascending.
+    Takes labels, int64 (N,), and a size of 0 or from 10 to N - 10. Returns the indices of both
+    parts, int64, ascending.
     """
     everything = np.arange(len(labels))
     if val_size == 0:
         return torch.from_numpy(everything), torch.empty(0, dtype=torch.int64)
-    train, val = train_test_split(everything, test_size=val_size, random_state=seed, stratify=labels.cpu().numpy())
+    train, val = train_test_split(
+        everything, test_size=val_size, random_state=seed, stratify=labels.cpu().numpy()
+    )
     return torch.from_numpy(np.sort(train)), torch.from_numpy(np.sort(val))
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images (N, 1, 28, 28) into the float32 tensor, mean 0 and deviation 1, that the model takes."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1:] != (1, IMAGE_SIZE, IMAGE_SIZE):
-        raise ValueError(f"expected uint8 images of shape (N, 1, 28, 28), not {images.dtype} {tuple(images.shape)}")
+    """Turn uint8 images (N, 1, 28, 28) into the float32 tensor, mean 0 and deviation 1, that the
+    model takes.
+    """
+    if (
+        images.dtype != torch.uint8
+        or images.ndim != 4
+        or images.shape[1:] != (1, IMAGE_SIZE, IMAGE_SIZE)
+    ):
+        raise ValueError(
+            f"expected uint8 images (N, 1, 28, 28), not {images.dtype} {tuple(images.shape)}"
+        )
     return images.float().div_(255).sub_(MEAN).div_(STD)
 
 
-# ---- Augmentation: batched, on the device, drawn from the given generator -------------------------------------------
+# ---- Augmentation: batched, on the device, drawn from the given generator ------------------------
 
 
 def augment(
@@ -219,23 +245,28 @@ def augment(
     rotate: float = 0.0,
     noise: float = 0.0,
 ) -> torch.Tensor:
-    """Draw a random variant of each image, of the same shape: rotated, mirrored, shifted, noisy, partly erased.
+    """Draw a random variant of each image, of the same shape: rotated, mirrored, shifted, noisy,
+    partly erased.
 
     Args:
         images: uint8 tensor of shape (N, C, H, W), left as it is.
         generator: the source of randomness, on the images' device.
         flip: mirror half of the images, left to right.
-        shift: move each by up to that many pixels each way, 0 to 27; uncovered pixels become background.
-        erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see `random_erase`).
+        shift: move each by up to that many pixels each way, 0 to 27; uncovered pixels become
+            background.
+        erase: probability, 0 to 1, that a rectangle of the image is replaced by noise (see
+            `random_erase`).
         erase_area: the largest such rectangle, as a part of the image, 0.02 to 1.
         rotate: rotate some of the images by up to this many degrees either way.
-        noise: add Gaussian noise to some of them, of a standard deviation up to this fraction of the range.
+        noise: add Gaussian noise to some of them, of a standard deviation up to this fraction of
+            the range.
     """
     (n, _, height, width), device = images.shape, images.device
     if rotate:
         images = random_rotate(images, generator, rotate)
     if flip or shift:
-        # Every output pixel is one input pixel, so flip and shift are one look-up of rows and columns.
+        # Every output pixel is one input pixel, so flip and shift are one look-up of rows and
+        # columns.
         rows = torch.arange(height, device=device).expand(n, height)
         columns = torch.arange(width, device=device).expand(n, width)
         if flip:
@@ -258,17 +289,19 @@ def augment(
 def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int) -> torch.Tensor:
     """Mirror a random half of uint8 images (N, 1, H, W) in even epochs, and the others in odd ones.
 
-    So two epochs show every image both ways, which a random flip does for half of them (Jordan 2024, arXiv 2404.00498,
-    section 3.6). The generator must be in the same state each time.
+    So two epochs show every image both ways, which a random flip does for half of them (Jordan
+    2024, arXiv 2404.00498, section 3.6). The generator must be in the same state each time.
     """
     mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
     return torch.where(mirrored ^ bool(epoch % 2), images.flip(3), images)
 
 
 def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) -> torch.Tensor:
-    """A random order of images, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest loss, float (N,).
+    """A random order of images, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest
+    loss, float (N,).
 
-    After Qin et al. 2024 (arXiv 2303.04947), who also raise the other easy images' weight, and end with whole epochs.
+    After Qin et al. 2024 (arXiv 2303.04947), who also raise the other easy images' weight, and end
+    with whole epochs.
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)
@@ -277,17 +310,28 @@ def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) 
 
 
 def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float) -> torch.Tensor:
-    """Rotate some of the uint8 images (N, C, H, W) about their centre, by uniformly -degrees to degrees."""
+    """Rotate some of the uint8 images (N, C, H, W) about their centre, by uniformly -degrees to
+    degrees.
+    """
     draw = 2 * torch.rand(len(images), generator=generator, device=images.device) - 1
-    angle = draw.sign() * ((draw.abs() - 1) / DISTORTED_SHARE + 1).clamp(min=0) * np.deg2rad(degrees).item()
+    angle = (
+        draw.sign()
+        * ((draw.abs() - 1) / DISTORTED_SHARE + 1).clamp(min=0)
+        * np.deg2rad(degrees).item()
+    )
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     matrices = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, list(images.shape), align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()  # at 0 degrees nothing changes
+    # at 0 degrees nothing changes
+    return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()
 
 
-def random_noise(images: torch.Tensor, generator: torch.Generator, deviation: float) -> torch.Tensor:
-    """Add Gaussian noise to some of the uint8 images (N, C, H, W), of uniformly 0 to `deviation` of the range."""
+def random_noise(
+    images: torch.Tensor, generator: torch.Generator, deviation: float
+) -> torch.Tensor:
+    """Add Gaussian noise to some of the uint8 images (N, C, H, W), of uniformly 0 to `deviation` of
+    the range.
+    """
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
     deviations = 255 * deviation * ((draw - 1) / DISTORTED_SHARE + 1).clamp(min=0)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
@@ -297,14 +341,19 @@ def random_noise(images: torch.Tensor, generator: torch.Generator, deviation: fl
 def random_rectangles(
     images: torch.Tensor, generator: torch.Generator, probability: float, area: tuple[float, float]
 ) -> torch.Tensor:
-    """A mask, bool (N, 1, H, W), of one random rectangle in some of the images; `probability` is per image.
+    """A mask, bool (N, 1, H, W), of one random rectangle in some of the images; `probability` is
+    per image.
 
-    Its area is uniform between two fractions of the image's, or what fits; one side is at most 3.3 times the other.
+    Its area is uniform between two fractions of the image's, or what fits; one side is at most 3.3
+    times the other.
     """
     n, _, height, width = images.shape
-    chance, size, aspect, top, left = torch.rand(5, n, 1, 1, generator=generator, device=images.device)
+    chance, size, aspect, top, left = torch.rand(
+        5, n, 1, 1, generator=generator, device=images.device
+    )
     size = (area[0] + size * (area[1] - area[0])) * height * width
-    aspect = torch.exp((2 * aspect - 1) * np.log(3.3).item())  # log-uniform, so that tall and wide are as likely
+    # log-uniform, so that tall and wide are as likely
+    aspect = torch.exp((2 * aspect - 1) * np.log(3.3).item())
     box_height = (size * aspect).sqrt().round().clamp(max=height)
     box_width = (size / aspect).sqrt().round().clamp(max=width)
     top = (top * (height - box_height + 1)).floor()
@@ -315,23 +364,30 @@ def random_rectangles(
     return (inside & (chance < probability)).unsqueeze(1)
 
 
-def random_erase(images: torch.Tensor, generator: torch.Generator, probability: float, area: float) -> torch.Tensor:
-    """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv 1708.04896).
+def random_erase(
+    images: torch.Tensor, generator: torch.Generator, probability: float, area: float
+) -> torch.Tensor:
+    """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv
+    1708.04896).
 
     It takes from 2 % of the image to `area`, a fraction of it. `probability` is per image.
     """
     inside = random_rectangles(images, generator, probability, (0.02, area))
-    noise = torch.randint(0, 256, images.shape, generator=generator, device=images.device, dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, images.shape, generator=generator, device=images.device, dtype=torch.uint8
+    )
     return torch.where(inside, noise, images)
 
 
 def cutmix(
     images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace a random rectangle by that of the previous image in the batch (after Yun et al. 2019, arXiv 1905.04899).
+    """Replace a random rectangle by that of the previous image in the batch (after Yun et al. 2019,
+    arXiv 1905.04899).
 
-    Takes uint8 images (N, 1, H, W) and targets, float (N, 10), mixed in proportion to the area. Unlike theirs, an image
-    has its own rectangle, with this probability, of any size, wholly inside. The order of the batch has to be random.
+    Takes uint8 images (N, 1, H, W) and targets, float (N, 10), mixed in proportion to the area.
+    Unlike theirs, an image has its own rectangle, with this probability, of any size, wholly
+    inside. The order of the batch has to be random.
     """
     inside = random_rectangles(images, generator, probability, (0.0, 1.0))
     share = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)

@@ -1,9 +1,10 @@
 """A small CNN + Transformer hybrid for 28x28 grey images, and the checkpoint format it is saved in.
 
-A convolutional stem looks at pixels and strokes and turns the image into a 7x7 grid of tokens; a Transformer encoder
-relates the 49 tokens to each other; a pooled head turns them into 10 logits:
+A convolutional stem looks at pixels and strokes and turns the image into a 7x7 grid of tokens; a
+Transformer encoder relates the 49 tokens to each other; a pooled head turns them into 10 logits:
 
-    image (N, 1, 28, 28) -> stem (N, embed_dim, 7, 7) -> tokens (N, 49, embed_dim) -> blocks -> pool -> logits (N, 10)
+    image (N, 1, 28, 28) -> stem (N, embed_dim, 7, 7) -> tokens (N, 49, embed_dim) -> blocks -> pool
+    -> logits (N, 10)
 """
 
 import io
@@ -25,10 +26,11 @@ MAX_PARAMETERS = 600_000
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints" / "shipped" / "model.pt"
 STEM_STRIDE = 4  # two stride-2 convolutions: 28 -> 14 -> 7
 GRID_SIZE = IMAGE_SIZE // STEM_STRIDE
-FUSED_ATTENTION = False  # PyTorch's CPU kernel is made for long sequences; 49 tokens are faster without it
+# PyTorch's CPU kernel is made for long sequences; 49 tokens are faster without it.
+FUSED_ATTENTION = False
 
 
-# ---- Configuration --------------------------------------------------------------------------------------------------
+# ---- Configuration -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,23 +44,29 @@ class ModelConfig:
     num_heads: int  # attention heads per block; divides embed_dim
     mlp_ratio: float  # hidden width of a block's MLP, as a multiple of embed_dim
     pool: str  # "attention" (a learned weighted mean of the tokens) or "mean"
-    drop_path: float  # stochastic depth of the last block, 0 to 1 (excluded); earlier blocks get less, linearly
+    # Stochastic depth of the last block, 0 to 1 (excluded); earlier blocks get less, linearly
+    drop_path: float
     residual_unit: str  # "resnet" or "pyramidnet", see ResidualBlock
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
             raise UserError(
-                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}: change one of them"
+                f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}: "
+                "change one of them"
             )
         if len(self.stem_dims) != 2 or len(self.stem_blocks) != 3:
-            raise UserError(f"stem_dims {self.stem_dims} and stem_blocks {self.stem_blocks}: give 2 and 3 numbers")
+            raise UserError(
+                f"stem_dims {self.stem_dims}, stem_blocks {self.stem_blocks}: give 2 and 3 numbers"
+            )
 
 
-# ---- The parts ------------------------------------------------------------------------------------------------------
+# ---- The parts -----------------------------------------------------------------------------------
 
 
 def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """A 3x3 convolution and its batch norm (Ioffe & Szegedy 2015): (N, C, H, W) -> (N, C', H / stride, W / stride)."""
+    """A 3x3 convolution and its batch norm (Ioffe & Szegedy 2015): (N, C, H, W) -> (N, C', H /
+    stride, W / stride).
+    """
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -68,8 +76,8 @@ def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequenti
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a shortcut: (N, C, H, W) -> (N, C, H, W).
 
-    In He et al. 2015 ("resnet") a ReLU follows the sum; in Han et al. 2017 (arXiv 1610.02915, "pyramidnet") none does,
-    and a batch norm comes first.
+    In He et al. 2015 ("resnet") a ReLU follows the sum; in Han et al. 2017 (arXiv 1610.02915,
+    "pyramidnet") none does, and a batch norm comes first.
     """
 
     def __init__(self, channels: int, unit: str) -> None:
@@ -95,7 +103,9 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         n, t, c = x.shape
-        q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv(x).view(n, t, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        )
         if x.device.type == "cpu" and not FUSED_ATTENTION:
             x = ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(dim=-1) @ v  # (N, heads, T, C / heads)
         else:
@@ -104,7 +114,9 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """A pre-norm Transformer block (Xiong et al. 2020) with stochastic depth: (N, T, C) -> (N, T, C)."""
+    """A pre-norm Transformer block (Xiong et al. 2020) with stochastic depth: (N, T, C) -> (N, T,
+    C).
+    """
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -112,8 +124,11 @@ class EncoderBlock(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dim)
         self.attention = Attention(embed_dim, num_heads)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.mlp = nn.Sequential(nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim))
-        self.drop_path = StochasticDepth(drop_path, mode="row")  # dropped for some images (after Huang et al. 2016)
+        self.mlp = nn.Sequential(
+            nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim)
+        )
+        # It drops a branch for some images (after Huang et al. 2016).
+        self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path(self.attention(self.norm1(x)))
@@ -121,7 +136,9 @@ class EncoderBlock(nn.Module):
 
 
 class Pool(nn.Module):
-    """A mean of the tokens, (N, T, C) -> (N, C): plain, or weighted by learned scores (Hassani et al. 2021)."""
+    """A mean of the tokens, (N, T, C) -> (N, C): plain, or weighted by learned scores (Hassani et
+    al. 2021).
+    """
 
     def __init__(self, embed_dim: int, pool: str) -> None:
         super().__init__()
@@ -134,14 +151,14 @@ class Pool(nn.Module):
         return (weights.transpose(1, 2) @ x).squeeze(1)
 
 
-# ---- The model ------------------------------------------------------------------------------------------------------
+# ---- The model -----------------------------------------------------------------------------------
 
 
 class HybridClassifier(nn.Module):
     """CNN stem + Transformer encoder + pooled head.
 
-    `forward` takes normalised images, a float tensor of shape (N, 1, 28, 28) as `dataset.normalize` makes it, and
-    returns logits of shape (N, 10); `softmax(dim=1)` turns them into probabilities.
+    `forward` takes normalised images, a float tensor of shape (N, 1, 28, 28) as `dataset.normalize`
+    makes it, and returns logits of shape (N, 10); `softmax(dim=1)` turns them into probabilities.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -149,17 +166,23 @@ class HybridClassifier(nn.Module):
         self.config = config
         self.stem = nn.Sequential()
         in_channels = 1
-        # A few narrow blocks work at full resolution before the downsampling: few parameters, fine texture.
+        # A few narrow blocks work at full resolution before the downsampling: few parameters, fine
+        # texture.
         for stage, channels in enumerate((*config.stem_dims, config.embed_dim)):
-            down = nn.Sequential(conv_bn(in_channels, channels, stride=2 if stage else 1), nn.ReLU())
+            down = nn.Sequential(
+                conv_bn(in_channels, channels, stride=2 if stage else 1), nn.ReLU()
+            )
             self.stem.add_module(f"down{stage}" if stage else "first", down)
             for i in range(config.stem_blocks[stage]):
-                self.stem.add_module(f"stage{stage}_{i}", ResidualBlock(channels, config.residual_unit))
+                self.stem.add_module(
+                    f"stage{stage}_{i}", ResidualBlock(channels, config.residual_unit)
+                )
             in_channels = channels
         self.pos_embed = nn.Parameter(torch.zeros(1, GRID_SIZE * GRID_SIZE, config.embed_dim))
         drop_paths = [config.drop_path * (i + 1) / config.depth for i in range(config.depth)]
         self.blocks = nn.ModuleList(
-            EncoderBlock(config.embed_dim, config.num_heads, config.mlp_ratio, drop_path) for drop_path in drop_paths
+            EncoderBlock(config.embed_dim, config.num_heads, config.mlp_ratio, drop_path)
+            for drop_path in drop_paths
         )
         self.norm = nn.LayerNorm(config.embed_dim)
         self.pool = Pool(config.embed_dim, config.pool)
@@ -167,7 +190,9 @@ class HybridClassifier(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: He et al. 2015 for convolutions, deviation 0.02 for linear layers and positions."""
+        """Draw the initial weights: He et al. 2015 for convolutions, deviation 0.02 for linear
+        layers and positions.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -182,9 +207,13 @@ class HybridClassifier(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def stage_ends(self) -> list[str]:
-        """Names of the stem's last layers at 28x28, at 14x14 and at 7x7, for `get_submodule` or `gradcam.GradCAM`."""
+        """Names of the stem's last layers at 28x28, at 14x14 and at 7x7, for `get_submodule` or
+        `gradcam.GradCAM`.
+        """
         names = list(dict(self.stem.named_children()))
-        return [f"stem.{names[sum(self.config.stem_blocks[: stage + 1]) + stage]}" for stage in range(3)]
+        return [
+            f"stem.{names[sum(self.config.stem_blocks[: stage + 1]) + stage]}" for stage in range(3)
+        ]
 
     def embed(self, x: torch.Tensor) -> torch.Tensor:
         """What the head sees of normalised images (N, 1, 28, 28): the pooled tokens, (N, C)."""
@@ -198,11 +227,14 @@ class HybridClassifier(nn.Module):
         return self.head(self.embed(x))
 
 
-# ---- Checkpoints: a zip archive of torch.save with one dictionary of plain values and tensors -----------------------
+# ---- Checkpoints: a zip archive of torch.save with one dictionary of plain values and tensors ----
 
-CONTENTS = dict(train_config=dict, history=list, epoch=int)  # what `save_checkpoint` may be given besides the weights
-COLUMNS = ("epoch", "lr", "seconds", "_loss", "_accuracy")  # how the names end that a history's numbers have
-CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # the number changes when older files can no longer be read
+# What `save_checkpoint` may be given besides the weights.
+CONTENTS = dict(train_config=dict, history=list, epoch=int)
+# How the names of a history's numbers end.
+COLUMNS = ("epoch", "lr", "seconds", "_loss", "_accuracy")
+# The number changes when older files can no longer be read.
+CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"
 
 
 class CheckpointError(UserError):
@@ -210,49 +242,73 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
-    """Write the model's configuration and weights, and whatever else is given, so that `load_checkpoint` reads them.
+    """Write the model's configuration and weights, and whatever else is given, so that
+    `load_checkpoint` reads them.
 
-    The contents may be numbers, strings, tensors, and lists and dictionaries of them. A UserError if the file cannot be
-    written; an older one is as it was.
+    The contents may be numbers, strings, tensors, and lists and dictionaries of them. A UserError
+    if the file cannot be written; an older one is as it was.
     """
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    checkpoint = dict(format=CHECKPOINT_FORMAT, model_config=asdict(model.config), model=weights, **contents)
-    buffer = io.BytesIO()  # torch.save turns a file's own error, such as a full disk, into another one
+    checkpoint = dict(
+        format=CHECKPOINT_FORMAT, model_config=asdict(model.config), model=weights, **contents
+    )
+    # `torch.save` turns a file's own error, such as a full disk, into another one
+    buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with whole_file(path) as file:
         file.write(buffer.getbuffer())
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> tuple[HybridClassifier, dict[str, Any]]:
-    """Read a checkpoint of this project. The file's checksums are compared, and none of its content is executed.
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu"
+) -> tuple[HybridClassifier, dict[str, Any]]:
+    """Read a checkpoint of this project. The file's checksums are compared, and none of its content
+    is executed.
 
     Returns:
-        The model in evaluation mode on `device`, and the checkpoint's whole dictionary with its tensors on the CPU.
+        The model in evaluation mode on `device`, and the checkpoint's whole dictionary with its
+        tensors on the CPU.
 
     Raises:
-        CheckpointError: the file is missing, damaged, not of this project, or of another model than the present code's.
+        CheckpointError: the file is missing, damaged, not of this project, or of another model than
+            the present code's.
     """
     path = Path(os.path.expanduser(path))
     try:
         with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():  # torch.load compares no checksums: a flipped bit would be another weight
+            # `torch.load` compares no checksums: a flipped bit would be another weight
+            if damaged := archive.testzip():
                 raise zipfile.BadZipFile(f"{damaged} has changed since it was written")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         reason = error.strerror or error
-        raise CheckpointError(f"cannot read {path}: {reason}; name a checkpoint that train.py wrote") from error
+        raise CheckpointError(
+            f"cannot read {path}: {reason}; name a checkpoint that train.py wrote"
+        ) from error
     except Exception as error:  # a damaged or foreign file raises one of a dozen types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason[:200]}): name another one") from error
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint ({reason[:200]}): name another one"
+        ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of this version of the project: name one that train.py wrote")
+        raise CheckpointError(
+            f"{path} is no checkpoint of this version of the project: name one that train.py wrote"
+        )
     for name, kind in CONTENTS.items():
         if not isinstance(checkpoint.get(name, kind()), kind):
-            raise CheckpointError(f"{path} is damaged ({name} is no {kind.__name__}): name another one")
+            raise CheckpointError(
+                f"{path} is damaged ({name} is no {kind.__name__}): name another one"
+            )
     for row in checkpoint.get("history", ()):
-        known = [row[column] for column in row if str(column).endswith(COLUMNS)] if isinstance(row, dict) else [None]
+        known = (
+            [row[column] for column in row if str(column).endswith(COLUMNS)]
+            if isinstance(row, dict)
+            else [None]
+        )
         if not all(isinstance(value, int | float) for value in known):
-            raise CheckpointError(f"{path} is damaged (history has a row that is not of numbers): name another one")
+            raise CheckpointError(
+                f"{path} is damaged (history has a row that is not of numbers): name another one"
+            )
     try:
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])

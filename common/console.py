@@ -1,4 +1,6 @@
-"""How a script begins and what it prints to: Ctrl-C while the libraries load, output that gets lost."""
+"""How a script begins and what it prints to: Ctrl-C while the libraries load, output that gets
+lost.
+"""
 
 import getpass
 import os
@@ -10,7 +12,9 @@ from typing import Any, TextIO
 
 
 def prepare(script: str) -> None:
-    """Settle what the libraries would stumble over while they load; to be called before they are imported."""
+    """Settle what the libraries would stumble over while they load; to be called before they are
+    imported.
+    """
 
     def stop(*_: Any) -> None:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
@@ -21,9 +25,14 @@ def prepare(script: str) -> None:
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not to be had outside of it
     try:
         getpass.getuser()
-    except (ImportError, KeyError, OSError):  # a container's user without an account; PyTorch asks for the name
+    except (
+        ImportError,
+        KeyError,
+        OSError,
+    ):  # a container's user without an account; PyTorch asks for the name
         os.environ["LOGNAME"] = "nobody"
-    # A file that is opened next would get the number of a closed stream, and what is printed into it.
+    # A file that is opened next would get the number of a closed stream, and what is printed into
+    # it.
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             with suppress(OSError):
@@ -41,7 +50,10 @@ class LosableStream:
     def write(self, text: str) -> int:
         try:
             self.stream.write(text)
-        except (OSError, ValueError) as error:  # a full disk, a terminal or a reader that is gone; a closed stream
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # a full disk, a terminal or a reader that is gone; a closed stream
             self.failure = error
         return len(text)
 
@@ -69,4 +81,6 @@ def outlive_output(script: str) -> Iterator[None]:
                 with suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         if output.failure and not errors.failure:
-            errors.write(f"{script}: note: some of the output could not be written: {output.failure}\n")
+            errors.write(
+                f"{script}: note: some of the output could not be written: {output.failure}\n"
+            )

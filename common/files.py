@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors that are one line. Imports nothing of the project."""
+"""Files that are whole or not there, and errors in one line. Imports nothing of the project."""
 
 import hashlib
 import os
@@ -15,8 +15,13 @@ class UserError(RuntimeError):
 
 
 def printable(text: object) -> str:
-    """A text that comes from a file, safe to print: what a terminal would obey, and line breaks, are replaced."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(text))
+    """A text that comes from a file, safe to print: what a terminal would obey, and line breaks,
+    are replaced.
+    """
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        for character in str(text)
+    )
 
 
 def checksum(path: str | Path) -> str:
@@ -26,10 +31,13 @@ def checksum(path: str | Path) -> str:
 
 @contextmanager
 def errors_in_one_line(script: str) -> Iterator[None]:
-    """End the script with one line on stderr for what its user can fix, and for Ctrl-C; a bug keeps its traceback."""
+    """End the script with one line on stderr for what its user can fix, and for Ctrl-C; a bug keeps
+    its traceback.
+    """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if hasattr(sys.stdout, "reconfigure"):  # a file's name may have characters that this terminal lacks
+    # a file's name may have characters that this terminal lacks
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -37,7 +45,8 @@ def errors_in_one_line(script: str) -> Iterator[None]:
         print(f"{script}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        # Python flushes it once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(f"{script}: error: the program that reads the output has ended") from None
     except UserError as error:
         one_line = " ".join(str(error).split())
@@ -46,9 +55,11 @@ def errors_in_one_line(script: str) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name only when it is complete: `path` is the old file or the new one.
+    """Open a file for writing that gets its name only when it is complete: `path` is the old file
+    or the new one.
 
-    Until then it is `.NAME.PROCESS.part` beside it. A UserError if it cannot be written; an older file is as it was.
+    Until then it is `.NAME.PROCESS.part` beside it. A UserError if it cannot be written; an older
+    file is as it was.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -61,7 +72,9 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(part, path)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; make room, or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {reason}; make room, or choose another folder"
+        ) from error
     finally:
         with suppress(OSError):  # it has its name by now, unless something failed
             part.unlink()

@@ -1,4 +1,6 @@
-"""The optimiser: Muon and AdamW, their learning rate, the moving average of the weights; a whitened first layer."""
+"""The optimiser: Muon and AdamW, their learning rate, the moving average of the weights; a whitened
+first layer.
+"""
 
 import math
 from collections import Counter
@@ -14,14 +16,18 @@ FIRST_AND_LAST = ("stem.first.", "pool.score.", "head.")
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+    """Momentum whose update is made orthogonal (Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon).
 
-    Convolution filters count as matrices of shape (out, in * height * width). The update is scaled as Liu et al. 2025
-    (arXiv 2502.16982) propose, to the size of AdamW's, so that both take the same learning rate and weight decay.
-    Unlike `torch.optim.Muon`, it takes filters and computes in float32: many CPUs only emulate bfloat16.
+    Convolution filters count as matrices of shape (out, in * height * width). The update is scaled
+    as Liu et al. 2025 (arXiv 2502.16982) propose, to the size of AdamW's, so that both take the
+    same learning rate and weight decay. Unlike `torch.optim.Muon`, it takes filters and computes in
+    float32: many CPUs only emulate bfloat16.
     """
 
-    def __init__(self, params: list[torch.Tensor], lr: float, weight_decay: float, momentum: float = 0.95) -> None:
+    def __init__(
+        self, params: list[torch.Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+    ) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -38,19 +44,23 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(state["momentum"], momentum).flatten(1).float()
                 same_size.setdefault(min(update.shape), []).append((p, update))
             for pairs in same_size.values():
-                for (p, _), update in zip(pairs, orthogonalize([update for _, update in pairs]), strict=True):
+                for (p, _), update in zip(
+                    pairs, orthogonalize([update for _, update in pairs]), strict=True
+                ):
                     scale = 0.2 * max(update.shape) ** 0.5
                     p.mul_(1 - lr * group["weight_decay"])
                     p.sub_(update.view_as(p) * (lr * scale))
 
 
 def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
-    """Bring the singular values of each matrix close to 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
+    """Bring the singular values of each matrix close to 1 by a quintic Newton-Schulz iteration
+    (Jordan et al. 2024).
 
-    A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so they are multiplied
-    with each other first, in the smaller dimension, and with the matrix once.
-    Takes and returns float32 matrices whose smaller dimension is the same: many small operations would take longer.
-    After five steps the singular values lie between 0.7 and 1.2, those near 0 stay lower.
+    A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so
+    they are multiplied with each other first, in the smaller dimension, and with the matrix once.
+    Takes and returns float32 matrices whose smaller dimension is the same: many small operations
+    would take longer. After five steps the singular values lie between 0.7 and 1.2, those near 0
+    stay lower.
     """
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
     wide = [x / (x.norm() + 1e-7) for x in wide]
@@ -58,7 +68,9 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
     identity = torch.eye(len(gram[0]), device=gram.device)
     product = identity.expand_as(gram)
     for _ in range(steps):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315).add_(3.4445 * identity)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315).add_(
+            3.4445 * identity
+        )
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
     pairs = zip(product, wide, matrices, strict=True)
@@ -67,38 +79,57 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
 
 @torch.no_grad()
 def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
-    """Make the first filters the principal components of 3x3 patches of images, with both signs, and freeze that layer.
+    """Make the first filters the principal components of 3x3 patches of images, with both signs,
+    and freeze that layer.
 
-    Batch norm then gives all components the same variance, which whitens the patches. Jordan 2024 (arXiv 2404.00498)
-    takes 2x2 patches, and scales the filters instead. Both signs are needed, as ReLU keeps only positive values;
-    if the number of filters is odd, the last component has one.
-    Takes normalised images, float32 (N, 1, 28, 28). The components of largest variance come first. There are nine, so
-    more than 18 filters raise a `UserError`.
+    Batch norm then gives all components the same variance, which whitens the patches. Jordan 2024
+    (arXiv 2404.00498) takes 2x2 patches, and scales the filters instead. Both signs are needed, as
+    ReLU keeps only positive values; if the number of filters is odd, the last component has one.
+    Takes normalised images, float32 (N, 1, 28, 28). The components of largest variance come first.
+    There are nine, so more than 18 filters raise a `UserError`.
     """
     patches = F.unfold(x.cpu(), kernel_size=3).transpose(0, 1).flatten(1)  # (9, N * 26 * 26)
-    components = torch.linalg.eigh(patches.cov()).eigenvectors.T.flip(0)  # in rows; eigh is ascending
+    # In rows; eigh is ascending.
+    components = torch.linalg.eigh(patches.cov()).eigenvectors.T.flip(0)
     filters = torch.stack([components, -components], dim=1).view(-1, 1, 3, 3)
     weight = model.stem.first.requires_grad_(False)[0][0].weight
     if len(weight) > len(filters):
-        raise UserError(f"--whiten makes only {len(filters)} filters: lower the first --stem-dims, or add --no-whiten")
+        raise UserError(
+            f"--whiten makes only {len(filters)} filters: lower the first --stem-dims, "
+            "or add --no-whiten"
+        )
     weight.copy_(filters[: len(weight)])
 
 
-def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden linear layers and filters, AdamW (Loshchilov & Hutter 2019) for everything else.
+def make_optimizers(
+    model: nn.Module, kind: str, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the hidden linear layers and filters, AdamW (Loshchilov & Hutter 2019) for
+    everything else.
 
-    Only the weights of linear layers and filters decay; norms, biases and positions do not. With kind "adamw", AdamW
-    takes the hidden ones, too. The learning rate is set at each step, by `take_step`.
+    Only the weights of linear layers and filters decay; norms, biases and positions do not. With
+    kind "adamw", AdamW takes the hidden ones, too. The learning rate is set at each step, by
+    `take_step`.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)}
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
     weights = {id(layer.weight) for layer in layers.values()}
     matrices = [p for p in model.parameters() if id(p) in weights]
     others = [p for p in model.parameters() if id(p) not in weights]
-    # All parameters, for an optimiser of your own: return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
-    groups = [dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
+    # All parameters, for an optimiser of your own:
+    # return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
+    groups = [
+        dict(params=matrices, weight_decay=weight_decay),
+        dict(params=others, weight_decay=0.0),
+    ]
     if kind == "adamw":
         return [adamw(groups)]
-    first_and_last = {id(layer.weight) for name, layer in layers.items() if f"{name}.".startswith(FIRST_AND_LAST)}
+    first_and_last = {
+        id(layer.weight) for name, layer in layers.items() if f"{name}.".startswith(FIRST_AND_LAST)
+    }
     hidden = [p for p in matrices if id(p) not in first_and_last]
     rest = [p for p in matrices if id(p) in first_and_last]
     optimizers = [adamw([dict(groups[0], params=rest), groups[1]])]
@@ -108,27 +139,40 @@ def make_optimizers(model: nn.Module, kind: str, weight_decay: float) -> list[to
 
 
 def adamw(groups: list[dict]) -> torch.optim.AdamW:
-    """AdamW for these groups of parameters, in one kernel for all of them where the device has it."""
+    """AdamW for these groups of parameters, in one kernel for all where the device has it."""
     device = groups[-1]["params"][0].device.type
-    options = dict(fused=device != "mps", capturable=device == "cuda")  # a CUDA graph can be made of it
+    # A CUDA graph can be made of a capturable one.
+    options = dict(fused=device != "mps", capturable=device == "cuda")
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), **options)
 
 
 def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Refuse a trainable parameter that no optimiser has, or more than one, by a UserError with its name."""
-    held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    """Refuse a trainable parameter that no optimiser has, or more than one, by a UserError with its
+    name.
+    """
+    held = Counter(
+        id(p)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and held[id(parameter)] != 1:
+        number = held[id(parameter)]
+        if parameter.requires_grad and number != 1:
             raise UserError(
-                f"make_optimizers in training/optim.py gives {name} to {held[id(parameter)]} optimizers: give each "
-                "trainable parameter to exactly one"
+                f"make_optimizers in training/optim.py gives {name} to {number} optimizers: "
+                "give each trainable parameter to exactly one"
             )
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str) -> float:
-    """Linear warm-up to `peak`, then half a cosine or a straight line down to 0; `step` counts from 0.
+def learning_rate(
+    step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str
+) -> float:
+    """Linear warm-up to `peak`, then half a cosine or a straight line down to 0; `step` counts from
+    0.
 
-    The cosine is Loshchilov & Hutter's (2017), the line as in Bergsma et al. 2025 (arXiv 2502.15938).
+    The cosine is Loshchilov & Hutter's (2017), the line as in Bergsma et al. 2025 (arXiv
+    2502.15938).
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -139,7 +183,8 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, s
 
 
 def start_up_decay(step: int) -> float:
-    """The largest decay of the average at a step, counted from 0: its window is a ninth of the steps so far.
+    """The largest decay of the average at a step, counted from 0: its window is a ninth of the
+    steps so far.
 
     So the random initial weights are soon forgotten.
     """
@@ -168,7 +213,9 @@ def take_step(
     decay: float | torch.Tensor,
     grad_clip: float,
 ) -> None:
-    """Clip the gradients to that norm (0: not at all), take a step, clear them, and update the average."""
+    """Clip the gradients to that norm (0: not at all), take a step, clear them, and update the
+    average.
+    """
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

@@ -20,9 +20,11 @@ ALL_THREADS = torch.get_num_threads()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees for the next one (mallopt(3) explains the two parameters).
+    """Have glibc keep the memory that a step frees for the next one (mallopt(3) explains the two
+    parameters).
 
-    Otherwise it returns large blocks to the kernel, which hands them out again page by page: a sixth of a step's time.
+    Otherwise it returns large blocks to the kernel, which hands them out again page by page: a
+    sixth of a step's time.
     """
     trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
     with suppress(AttributeError, OSError, TypeError):  # another C library, which has no mallopt
@@ -30,11 +32,13 @@ def keep_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(mmap_max, 0)  # and takes no block outside of it
 
 
-def measure(prepare: Callable[[Any], Callable[[], Any]], choices: list, seconds: float) -> dict[Any, float]:
+def measure(
+    prepare: Callable[[Any], Callable[[], Any]], choices: list, seconds: float
+) -> dict[Any, float]:
     """How many times a second a piece of work gets done with each of the choices.
 
-    `prepare` makes a choice and returns the work. The choices take turns, two each, so that they meet the same
-    disturbances.
+    `prepare` makes a choice and returns the work. The choices take turns, two each, so that they
+    meet the same disturbances.
     """
     done = dict.fromkeys(choices, 0)
     spent = dict.fromkeys(choices, 0.0)
@@ -51,11 +55,13 @@ def measure(prepare: Callable[[Any], Callable[[], Any]], choices: list, seconds:
 
 
 def set_threads(threads: int = 0) -> int:
-    """Use this many CPU threads; 0 takes one per core, or fewer where other work keeps some of the cores busy.
+    """Use this many CPU threads; 0 takes one per core, or fewer where other work keeps some of the
+    cores busy.
 
-    PyTorch's threads spin while they wait for each other, so if one of them shares its core with another program, all
-    are slower than fewer would be (`benchmarks/busy_cores.py`). Load averages lag, and in a container show the host, so
-    this measures for 0.4 s. It leaves a user's own OMP_NUM_THREADS alone, and returns the number of threads.
+    PyTorch's threads spin while they wait for each other, so if one of them shares its core with
+    another program, all are slower than fewer would be (`benchmarks/busy_cores.py`). Load averages
+    lag, and in a container show the host, so this measures for 0.4 s. It leaves a user's own
+    OMP_NUM_THREADS alone, and returns the number of threads.
     """
     keep_freed_memory()
     is_mac = sys.platform == "darwin"  # its matrix products have threads of their own
@@ -67,7 +73,9 @@ def set_threads(threads: int = 0) -> int:
 
 
 def choose_threads(most: int) -> int:
-    """All of the threads, or one, half of them or all but one, where these do clearly more for their number."""
+    """All of the threads, or one, half of them or all but one, where these do clearly more for
+    their number.
+    """
     matrix = torch.rand(256, 256)
 
     def prepare(number: int) -> Callable[[], torch.Tensor]:
@@ -76,8 +84,8 @@ def choose_threads(most: int) -> int:
 
     choices = sorted({1, max(1, most // 2), most - 1, most})
     rates = measure(prepare, choices, seconds=0.4)
-    # Twice the threads have to do 1.4 times as much. Two idle cores do 1.6 to 1.9 times as much as one, and below 1.1
-    # where one of them is busy.
+    # Twice the threads have to do 1.4 times as much. Two idle cores do 1.6 to 1.9 times as much as
+    # one, and below 1.1 where one of them is busy.
     score = {number: rate / number**0.5 for number, rate in rates.items()}
     best = max(choices, key=score.get)
     if score[best] <= 1.1 * score[most]:
@@ -87,22 +95,27 @@ def choose_threads(most: int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting; "auto" takes CUDA, then MPS, then the CPU. A UserError if it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device of a setting; "auto" takes CUDA, then MPS, then the CPU. A UserError if it is not
+    there.
+    """
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     name = next(kind for kind in there if there[kind]) if name == "auto" else name
     if not there[name]:
-        raise UserError(
-            f"--device {name}: PyTorch sees no such device here; start a run with --device auto, or resume "
-            "this one where it began"
-        )
+        advice = "start a run with --device auto, or resume this one where it began"
+        raise UserError(f"--device {name}: PyTorch sees no such device here; {advice}")
     return torch.device(name)
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """What matrix products compute in; "auto" takes bfloat16 where the hardware is faster in it than in float32.
+    """What matrix products compute in; "auto" takes bfloat16 where the hardware is faster in it
+    than in float32.
 
-    A CPU without bfloat16 instructions is some hundred times slower in it. One that has them may be slower, too, so it
-    is measured, for 0.2 s.
+    A CPU without bfloat16 instructions is some hundred times slower in it. One that has them may be
+    slower, too, so it is measured, for 0.2 s.
     """
     if name != "auto":
         return name
@@ -116,9 +129,13 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def bfloat16_speed_up() -> float:
-    """How many times faster a convolution, forward and backward, is on this CPU in bfloat16 than in float32."""
+    """How many times faster a convolution, forward and backward, is on this CPU in bfloat16 than in
+    float32.
+    """
     convolution = nn.Conv2d(32, 32, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
-    images = torch.rand(64, 32, 14, 14).contiguous(memory_format=torch.channels_last).requires_grad_()
+    images = (
+        torch.rand(64, 32, 14, 14).contiguous(memory_format=torch.channels_last).requires_grad_()
+    )
 
     def prepare(precision: str) -> Callable[[], None]:
         def work() -> None:
@@ -140,12 +157,18 @@ def environment(device: str, precision: str, threads: int) -> str:
 
 
 def join(device: torch.device) -> tuple[int, int]:
-    """Meet the processes that torchrun started, over NCCL on GPUs, gloo on CPUs; return the rank and their number."""
+    """Meet the processes that torchrun started, over NCCL on GPUs, gloo on CPUs; return the rank
+    and their number.
+    """
     if not dist.is_torchelastic_launched():
         return 0, 1
-    is_left_over = device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()
+    is_left_over = (
+        device.type == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count()
+    )
     if is_left_over or device.type == "mps":
-        raise UserError(f"not every process has a {device.type} device: start fewer, or give --device cpu")
+        raise UserError(
+            f"not every process has a {device.type} device: start fewer, or give --device cpu"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # "cuda" is this one from now on
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -164,7 +187,9 @@ def rank() -> int:
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started this command before, and a process of it failed (--max-restarts)."""
+    """Whether torchrun has started this command before, and a process of it failed (--max-
+    restarts).
+    """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -188,11 +213,15 @@ def own_part(rows: torch.Tensor) -> torch.Tensor:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients over the processes, always in one order, so that a resumed run rounds alike."""
+    """Average the gradients over the processes, always in one order, so that a resumed run rounds
+    alike.
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if count() > 1:
         dist.all_reduce(flat := torch.cat([gradient.flatten().float() for gradient in gradients]))
-        for gradient, mean in zip(gradients, (flat / count()).split([g.numel() for g in gradients]), strict=True):
+        for gradient, mean in zip(
+            gradients, (flat / count()).split([g.numel() for g in gradients]), strict=True
+        ):
             gradient.copy_(mean.view_as(gradient))
 
 

@@ -10,12 +10,13 @@ Step = Callable[..., tuple[torch.Tensor, ...]]
 
 
 class ReplayedStep:
-    """`step(index, *numbers)` as a CUDA graph (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
+    """`step(index, *numbers)` as a CUDA graph
+    (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 
-    A step of a small model is a thousand operations of a few microseconds each, less than Python takes to launch one.
-    The step gets its numbers as tensors and must read none on the CPU. It may draw random numbers from
-    `generator` and from PyTorch's default one; whatever else Python does in it is not repeated. cuDNN may try which
-    algorithms are fastest.
+    A step of a small model is a thousand operations of a few microseconds each, less than Python
+    takes to launch one. The step gets its numbers as tensors and must read none on the CPU. It may
+    draw random numbers from `generator` and from PyTorch's default one; whatever else Python does
+    in it is not repeated. cuDNN may try which algorithms are fastest.
     """
 
     def __init__(self, step: Step, generator: torch.Generator) -> None:
@@ -27,7 +28,10 @@ class ReplayedStep:
     def __call__(self, index: torch.Tensor, *numbers: float) -> tuple[torch.Tensor, ...]:
         """Take a step; the index must have the same shape each time."""
         if self.calls == 0:
-            self.inputs = [torch.empty_like(index), *(torch.zeros((), device=index.device) for _ in numbers)]
+            self.inputs = [
+                torch.empty_like(index),
+                *(torch.zeros((), device=index.device) for _ in numbers),
+            ]
         self.inputs[0].copy_(index)
         for tensor, number in zip(self.inputs[1:], numbers, strict=True):
             tensor.fill_(number)
@@ -39,7 +43,9 @@ class ReplayedStep:
             torch.cuda.current_stream().wait_stream(self.stream)
         else:
             if self.calls == WARM_UP + 1:
-                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(
+                    self.graph, stream=self.stream, capture_error_mode="thread_local"
+                ):
                     self.outputs = self.step(*self.inputs)
             self.graph.replay()
         return tuple(output.clone() for output in self.outputs)

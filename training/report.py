@@ -1,4 +1,6 @@
-"""What a run says and leaves beside its checkpoints: reports, the history, curves, the confusion matrix."""
+"""What a run says and leaves beside its checkpoints: reports, the history, curves, the confusion
+matrix.
+"""
 
 import csv
 import io
@@ -23,23 +25,39 @@ def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
     return classification_report(labels.cpu(), predictions.cpu(), **options)
 
 
-def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool) -> dict[str, float]:
-    """Cross-entropy and accuracy of logits (N, 10), for the history; prints the report by class, unless quiet."""
+def summary(
+    split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool
+) -> dict[str, float]:
+    """Cross-entropy and accuracy of logits (N, 10), for the history; prints the report by class,
+    unless quiet.
+    """
     predictions = logits.argmax(dim=1)
     if not quiet:
         print(f"\n{'train split, as augmented' if split == 'train' else f'{split} split'}")
         print(class_report(labels, predictions))
     loss = F.cross_entropy(logits, labels).item()
-    return {f"{split}_loss": loss, f"{split}_accuracy": accuracy_score(labels.cpu(), predictions.cpu())}
+    return {
+        f"{split}_loss": loss,
+        f"{split}_accuracy": accuracy_score(labels.cpu(), predictions.cpu()),
+    }
 
 
 def epoch_line(history: Sequence[dict[str, float]], steps: Sequence[int]) -> str:
     """One line for the latest epoch; `steps` is the number of steps of every epoch of the run."""
-    row, seconds = history[-1], history[-1]["seconds"] - (history[-2]["seconds"] if len(history) > 1 else 0)
+    row, seconds = (
+        history[-1],
+        history[-1]["seconds"] - (history[-2]["seconds"] if len(history) > 1 else 0),
+    )
     words = [f"epoch {len(history)}/{len(steps)}"]
-    for split, name in (("train", "train"), ("val", "val (averaged weights)"), ("test", "test (chooses nothing)")):
+    for split, name in (
+        ("train", "train"),
+        ("val", "val (averaged weights)"),
+        ("test", "test (chooses nothing)"),
+    ):
         if f"{split}_loss" in row:
-            words.append(f"{name} loss {row[f'{split}_loss']:.4f} accuracy {row[f'{split}_accuracy']:.4f}")
+            words.append(
+                f"{name} loss {row[f'{split}_loss']:.4f} accuracy {row[f'{split}_accuracy']:.4f}"
+            )
     words += [f"last lr {row['lr']:.3g}", f"{row['images'] / max(seconds, 0.01):.0f} images/s"]
     left = seconds * sum(steps[len(history) :]) / steps[len(history) - 1]
     elapsed, remaining = (timedelta(seconds=round(s)) for s in (row["seconds"], left))
@@ -48,7 +66,8 @@ def epoch_line(history: Sequence[dict[str, float]], steps: Sequence[int]) -> str
 
 def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
     """Write a table with a row for each epoch; the old file is replaced whole."""
-    columns = dict.fromkeys(name for row in history for name in row)  # they may come and go on --resume
+    # they may come and go on --resume
+    columns = dict.fromkeys(name for row in history for name in row)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(columns), restval="")
     writer.writeheader()
@@ -59,9 +78,14 @@ def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
 
 @style.context("default")  # whatever a matplotlibrc of one's own says
 def save_pictures(
-    checkpoint: Path, history: Sequence[dict[str, float]], labels: torch.Tensor, predictions: torch.Tensor
+    checkpoint: Path,
+    history: Sequence[dict[str, float]],
+    labels: torch.Tensor,
+    predictions: torch.Tensor,
 ) -> None:
-    """Draw a checkpoint's curves and its confusion matrix on the test split beside it, as NAME_curves.png and so on."""
+    """Draw a checkpoint's curves and its confusion matrix on the test split beside it, as
+    NAME_curves.png and so on.
+    """
     pictures = {"curves": draw_curves(history)} if history else {}
     pictures["confusion_matrix"] = draw_confusion_matrix(labels, predictions)
     for name, figure in pictures.items():
@@ -76,7 +100,10 @@ def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
     loss, accuracies, lr = figure.subplots(1, 3)
     labels = dict(train="training (as augmented)", val="validation", test="test")
     for color, (split, label) in enumerate(labels.items()):
-        for axes, name, scale in ((loss, f"{split}_loss", 1), (accuracies, f"{split}_accuracy", 100)):
+        for axes, name, scale in (
+            (loss, f"{split}_loss", 1),
+            (accuracies, f"{split}_accuracy", 100),
+        ):
             points = [(row["epoch"], scale * row[name]) for row in history if name in row]
             if points:
                 axes.plot(*zip(*points, strict=True), ".-", label=label, color=f"C{color}")
@@ -94,7 +121,9 @@ def draw_confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor) -> Fi
     """How many images of each class (rows) were taken for each class (columns)."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
-    options = dict(display_labels=CLASS_NAMES, cmap="Blues", colorbar=False, xticks_rotation=45, ax=axes)
+    options = dict(
+        display_labels=CLASS_NAMES, cmap="Blues", colorbar=False, xticks_rotation=45, ax=axes
+    )
     ConfusionMatrixDisplay.from_predictions(labels.cpu(), predictions.cpu(), **options)
     axes.set_title(f"test split: {accuracy_score(labels.cpu(), predictions.cpu()):.2%} right")
     return figure

@@ -1,4 +1,6 @@
-"""A run on the disk: its folder, its teachers, `last.pt` to go on from, `best.pt` to keep, and `history.csv`."""
+"""A run on the disk: its folder, its teachers, `last.pt` to go on from, `best.pt` to keep, and
+`history.csv`.
+"""
 
 import copy
 import itertools
@@ -27,7 +29,9 @@ with suppress(ImportError):
 History = list[dict[str, float]]  # a row of numbers for each epoch
 PICTURES = ("curves", "confusion_matrix")  # which `report.save_pictures` draws beside a checkpoint
 FILES_OF_A_RUN = ("last.pt", "best.pt", "history.csv")
-FILES_OF_A_RUN += tuple(f"{name}_{picture}.png" for name in ("best", "last") for picture in PICTURES)
+FILES_OF_A_RUN += tuple(
+    f"{name}_{picture}.png" for name in ("best", "last") for picture in PICTURES
+)
 
 
 @dataclass
@@ -38,7 +42,8 @@ class Run:
     images: torch.Tensor  # all training images, uint8 (60000, 1, 28, 28), on the device
     labels: torch.Tensor  # int64 (60000,)
     train_index: torch.Tensor  # those to train on, int64 (N,)
-    held_out: dict[str, tuple[torch.Tensor, torch.Tensor]]  # images and labels of the splits to report on
+    # Images and labels of the splits to report on.
+    held_out: dict[str, tuple[torch.Tensor, torch.Tensor]]
     steps: list[int]  # of each epoch
     pruned: int  # images that each later epoch leaves out
     warmup_steps: int
@@ -53,7 +58,8 @@ class Run:
     step: Callable | None = None  # `train.training_step` of this run, or its recording
 
     def __post_init__(self) -> None:
-        self.originals = self.images.clone()  # `images` may be mirrored, see `dataset.alternate_flip`
+        # `images` may be mirrored, see `dataset.alternate_flip`
+        self.originals = self.images.clone()
         self.compiled = self.model  # or what torch.compile makes of it
         self.best = copy.deepcopy(self.ema)  # the averaged weights of the best epoch
 
@@ -75,12 +81,16 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned; a UserError if that was another run."""
         if state.keys() != self.state_dict().keys():
-            raise UserError("the run to resume is of another version of this project: start without --resume")
+            raise UserError(
+                "the run to resume is of another version of this project: start without --resume"
+            )
         before = state["processes"]
         if before != processes.count():  # batch norm would see other batches
-            raise UserError(f"the run to resume had {before} processes, not {processes.count()}: start as many again")
+            now = f"{before} processes, not {processes.count()}"
+            raise UserError(f"the run to resume had {now}: start as many again")
         if state["teachers"] != self.teacher_checksums:
-            raise UserError("the teacher is not the one that the run began with: put that one back, or start anew")
+            what = "the teacher is not the one that the run began with"
+            raise UserError(f"{what}: put that one back, or start anew")
         self.model.load_state_dict(state["model"])
         self.best.load_state_dict(state["best"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -88,7 +98,7 @@ class Run:
         self.losses.copy_(state["losses"])
 
 
-# ---- The folder -----------------------------------------------------------------------------------------------------
+# ---- The folder ----------------------------------------------------------------------------------
 
 
 def time_of_last(folder: Path) -> str:
@@ -100,7 +110,8 @@ def time_of_last(folder: Path) -> str:
 
 @contextmanager
 def reserve_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run, and keep other runs out of it meanwhile; a UserError if another one has it.
+    """Make the folder of a run, and keep other runs out of it meanwhile; a UserError if another one
+    has it.
 
     The file that is locked says which last.pt there was at the start, for `has_saved`.
     """
@@ -108,12 +119,16 @@ def reserve_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
     except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir") from error
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another --output-dir"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"another run is writing to {folder}: give this one another --output-dir") from None
+            raise UserError(
+                f"another run is writing to {folder}: give this one another --output-dir"
+            ) from None
         except (OSError, AttributeError):  # Windows and some network drives have no locks
             pass
         else:
@@ -127,7 +142,8 @@ def reserve_folder(folder: Path) -> Iterator[None]:
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether the command that reserved the folder has written last.pt, in this process or before torchrun's restart.
+    """Whether the command that reserved the folder has written last.pt, in this process or before
+    torchrun's restart.
 
     The clock may have been set back meanwhile, so this asks for another time, not for a later one.
     """
@@ -136,8 +152,11 @@ def has_saved(folder: Path) -> bool:
 
 
 def put_aside(folder: Path) -> None:
-    """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is overwritten."""
-    earlier = [folder / name for name in FILES_OF_A_RUN if (folder / name).exists()]  # last.pt first
+    """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is
+    overwritten.
+    """
+    # last.pt is the first.
+    earlier = [folder / name for name in FILES_OF_A_RUN if (folder / name).exists()]
     number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous-{n}-*")))
     for path in earlier:
         os.replace(path, path.with_name(f"previous-{number}-{path.name}"))
@@ -153,15 +172,20 @@ def advice_to_resume(folder: Path, resumed: bool) -> str:
         return nothing
     if not resumed and not has_saved(folder):
         return f"{nothing}; {last} is of an earlier run"
-    launcher = "python" if processes.count() == 1 else f"torchrun --nproc-per-node={processes.count()}"
-    return f"go on from the last whole epoch with: {launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
+    launcher = "python"
+    if processes.count() > 1:
+        launcher = f"torchrun --nproc-per-node={processes.count()}"
+    command = f"{launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
+    return f"go on from the last whole epoch with: {command}"
 
 
-# ---- Saving and resuming --------------------------------------------------------------------------------------------
+# ---- Saving and resuming -------------------------------------------------------------------------
 
 
 def best_epoch(history: History) -> int:
-    """The first epoch of the highest validation accuracy, counted from 1; without a validation split the last one."""
+    """The first epoch of the highest validation accuracy, counted from 1; without a validation
+    split the last one.
+    """
     return max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))["epoch"]
 
 
@@ -169,7 +193,12 @@ def contents_of(run: Run, epochs: int) -> dict[str, Any]:
     """What a checkpoint of a run says besides the weights, as it was after so many epochs."""
     config = run.config
     environment = processes.environment(config.device, config.precision, config.threads)
-    return dict(train_config=vars(config), history=run.history[:epochs], epoch=epochs, environment=environment)
+    return dict(
+        train_config=vars(config),
+        history=run.history[:epochs],
+        epoch=epochs,
+        environment=environment,
+    )
 
 
 def save_best(run: Run) -> None:
@@ -178,8 +207,12 @@ def save_best(run: Run) -> None:
 
 
 def save_run(run: Run, row: dict[str, Any]) -> None:
-    """Add an epoch's row to the history, and save best.pt if the epoch is the best, history.csv, and last.pt."""
-    run.history.append({name: value.item() if hasattr(value, "item") else value for name, value in row.items()})
+    """Add an epoch's row to the history, and save best.pt if the epoch is the best, history.csv,
+    and last.pt.
+    """
+    run.history.append(
+        {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+    )
     epochs = len(run.history)
     if epochs == 1:
         put_aside(run.folder)
@@ -188,14 +221,18 @@ def save_run(run: Run, row: dict[str, Any]) -> None:
         run.best.load_state_dict(run.ema.state_dict())
         save_best(run)
     write_history(run.history, run.folder / "history.csv")
-    save_checkpoint(run.folder / "last.pt", run.ema, **contents_of(run, epochs), training=run.state_dict())
+    save_checkpoint(
+        run.folder / "last.pt", run.ema, **contents_of(run, epochs), training=run.state_dict()
+    )
 
 
 def load_run(folder: Path) -> dict:
     """The contents of the folder's last.pt; a UserError if it is of another kind."""
     checkpoint = load_checkpoint(folder / "last.pt")[1]
     if "training" not in checkpoint:
-        raise UserError(f"{folder / 'last.pt'} holds weights, but no run to resume: start without --resume")
+        raise UserError(
+            f"{folder / 'last.pt'} holds weights, but no run to resume: start without --resume"
+        )
     return checkpoint
 
 
@@ -206,11 +243,14 @@ def resume_run(run: Run) -> None:
     run.ema.load_state_dict(checkpoint["model"])
     run.history = checkpoint["history"]
     if processes.is_first():
-        print(f"going on with {run.folder / 'last.pt'} after epoch {checkpoint['epoch']} of {run.config.epochs}")
+        done = f"after epoch {checkpoint['epoch']} of {run.config.epochs}"
+        print(f"going on with {run.folder / 'last.pt'} {done}")
 
 
 def finish_run(run: Run) -> None:
-    """Add the whole history and the statistics of `familiarity.measure` to best.pt, unless it has them."""
+    """Add the whole history and the statistics of `familiarity.measure` to best.pt, unless it has
+    them.
+    """
     path = run.folder / "best.pt"
     if path.exists() and "familiar" in load_checkpoint(path)[1]:
         return
@@ -225,7 +265,7 @@ def finish_run(run: Run) -> None:
     save_checkpoint(path, model, **contents)
 
 
-# ---- Teachers -------------------------------------------------------------------------------------------------------
+# ---- Teachers ------------------------------------------------------------------------------------
 
 
 def paths_of_teachers(config: SimpleNamespace) -> list[str]:
@@ -234,27 +274,41 @@ def paths_of_teachers(config: SimpleNamespace) -> list[str]:
     return [os.path.expanduser(path) for path in paths]
 
 
-def load_teachers(config: SimpleNamespace, labels: torch.Tensor, device: torch.device) -> list[nn.Module]:
-    """Load the teachers. A UserError for one that is missing, unfinished, this run's own, or saw validation images."""
+def load_teachers(
+    config: SimpleNamespace, labels: torch.Tensor, device: torch.device
+) -> list[nn.Module]:
+    """Load the teachers. A UserError for one that is missing, unfinished, this run's own, or saw
+    validation images.
+    """
     _, val_index = dataset.split_indices(labels, config.val_size, config.seed)
-    own = [os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt")) for name in ("best", "last")]
+    own = [
+        os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt"))
+        for name in ("best", "last")
+    ]
     teachers = []
     for path in paths_of_teachers(config):
         if os.path.realpath(path) in own:
-            raise UserError(f"the teacher {path} lies where this run saves: give another --output-dir")
+            raise UserError(
+                f"the teacher {path} lies where this run saves: give another --output-dir"
+            )
         is_default = config.recipe == "record" and os.path.basename(path) == "best.pt"
         if is_default and not os.path.exists(path):
             folder = shlex.quote(os.path.dirname(path) or ".")
-            raise UserError(f"{path} is missing: first run train.py --recipe teacher --output-dir {folder}")
+            raise UserError(
+                f"{path} is missing: first run train.py --recipe teacher --output-dir {folder}"
+            )
         teacher, checkpoint = load_checkpoint(path, device)
-        saw = checkpoint.get("train_config", {})  # without it, the teacher may have seen every image
+        # Without it, the teacher may have seen every image.
+        saw = checkpoint.get("train_config", {})
         planned, val_size, seed = (saw.get(name, 0) for name in ("epochs", "val_size", "seed"))
         if not all(isinstance(number, int) for number in (planned, val_size, seed)):
             raise UserError(f"{path} does not say what it was trained on: name another teacher")
         epochs = len(checkpoint.get("history", ()))
         if epochs < planned:
             advice = "finish it with train.py --resume, or name another teacher"
-            raise UserError(f"{path} is from a run that stopped after {epochs} of {planned} epochs: {advice}")
+            raise UserError(
+                f"{path} is from a run that stopped after {epochs} of {planned} epochs: {advice}"
+            )
         if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
             advice = "give --val-size 0"
             if val_size:

@@ -1,7 +1,8 @@
 """One table of settings, one check of them: for flags, edited defaults and resumed runs alike.
 
-A table has a row for each setting, `name=(default, allowed, meaning)`. `allowed` is a range (lowest, highest) of
-numbers, a tuple of words to choose from, or None for anything of the default's type.
+A table has a row for each setting, `name=(default, allowed, meaning)`. `allowed` is a range
+(lowest, highest) of numbers, a tuple of words to choose from, or None for anything of the default's
+type.
 """
 
 import argparse
@@ -21,14 +22,18 @@ def flag(name: str) -> str:
 
 
 def element_type(default: Any, allowed: Any) -> type:
-    """The type of a setting's value, or of each value in a row of them: that of its bounds, else of its default."""
+    """The type of a setting's value, or of each value in a row of them: that of its bounds, else of
+    its default.
+    """
     values = allowed or (default if isinstance(default, tuple | list) else [default])
     types = [type(value) for value in values if value != INF]
     return float if float in types else types[0] if types else str
 
 
 def check(table: Table, name: str, value: Any) -> None:
-    """Refuse a value that its row of the table does not allow, by a UserError that says what it may be."""
+    """Refuse a value that its row of the table does not allow, by a UserError that says what it may
+    be.
+    """
     default, allowed, _ = table[name]
     kind, is_row = element_type(default, allowed), isinstance(default, tuple | list)
     values = value if is_row and isinstance(value, tuple | list) else [value]
@@ -43,16 +48,25 @@ def check(table: Table, name: str, value: Any) -> None:
         low, high = allowed
         what = f"a {'whole ' if kind is int else ''}number "
         what += f"from {low:,} to {high:,}" if high < INF else f"of at least {low:,}"
-        is_good = is_good and all(low <= v <= high and v < INF for v in values)  # NaN fails this, too
+        # NaN fails this, too.
+        is_good = is_good and all(low <= v <= high and v < INF for v in values)
     if is_row:
-        what = "words in parentheses, with a comma after each" if kind is str else f"{len(default)} values, each {what}"
+        what = (
+            "words in parentheses, with a comma after each"
+            if kind is str
+            else f"{len(default)} values, each {what}"
+        )
         is_good = is_good and (kind is str or len(values) == len(default))
     if not is_good:
         raise UserError(f"{flag(name)} {value!r}: give {what}")
 
 
-def choose_settings(table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]) -> SimpleNamespace:
-    """Every setting of the table with its value, checked: the one given, else the recipe's, else the default."""
+def choose_settings(
+    table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]
+) -> SimpleNamespace:
+    """Every setting of the table with its value, checked: the one given, else the recipe's, else
+    the default.
+    """
     settings = {name: default for name, (default, _, _) in table.items()}
     if (recipe := given.get("recipe", settings["recipe"])) not in recipes:
         raise UserError(f"--recipe {recipe}: give one of {', '.join(recipes)}")
@@ -66,12 +80,17 @@ def choose_settings(table: Table, recipes: dict[str, dict[str, Any]], given: dic
 
 
 def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
-    """A parser with a flag for each setting; what it parses holds only the flags that were given."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without a page of usage
+    """A parser with a flag for each setting; it returns only the flags that were given."""
+    parser = argparse.ArgumentParser(
+        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    # It comes without a page of usage.
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     for name, (default, allowed, meaning) in table.items():
         kind = element_type(default, allowed)
-        options: dict[str, Any] = dict(dest=name, help=f"{meaning} (default: {default})".replace("%", "%%"))
+        options: dict[str, Any] = dict(
+            dest=name, help=f"{meaning} (default: {default})".replace("%", "%%")
+        )
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -86,13 +105,18 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
 def resumed_settings(
     table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The settings of a run to resume, with those replaced that were given and may change; others are refused."""
+    """The settings of a run to resume, with those replaced that were given and may change; others
+    are refused.
+    """
     if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
-        raise UserError(f"the run to resume and train.py differ in their settings, {other}: start a new run")
+        raise UserError(
+            f"the run to resume and train.py differ in their settings, {other}: start a new run"
+        )
     for name, value in given.items():
         is_auto = value == "auto" and "auto" in (table[name][1] or ())  # what it came to was saved
         is_auto = is_auto or (name == "threads" and value == 0)
         if name in may_change or value == saved[name] or is_auto:
             continue
-        raise UserError(f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}: leave it out")
+        what = f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}"
+        raise UserError(f"{what}: leave it out")
     return saved | {name: value for name, value in given.items() if name in may_change}
