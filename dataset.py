@@ -202,8 +202,7 @@ def load(data_dir: str | Path, train: bool) -> tuple[torch.Tensor, torch.Tensor]
 def split_indices(
     labels: torch.Tensor, val_size: int, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hold `val_size` images out for validation, with every class in proportion; the same seed
-    gives the same split.
+    """Hold `val_size` images out for validation, every class in proportion.
 
     Takes labels, int64 (N,), and a size of 0 or from 10 to N - 10. Returns the indices of both
     parts, int64, ascending.
@@ -218,16 +217,15 @@ def split_indices(
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images (N, 1, 28, 28) into the float32 tensor, mean 0 and deviation 1, that the
-    model takes.
-    """
+    """Turn uint8 images (N, 1, 28, 28) into the float32 tensor that the model takes."""
     if (
         images.dtype != torch.uint8
         or images.ndim != 4
         or images.shape[1:] != (1, IMAGE_SIZE, IMAGE_SIZE)
     ):
         raise ValueError(
-            f"expected uint8 images (N, 1, 28, 28), not {images.dtype} {tuple(images.shape)}"
+            "expected uint8 images of shape (N, 1, 28, 28), not "
+            f"{images.dtype} {tuple(images.shape)}"
         )
     return images.float().div_(255).sub_(MEAN).div_(STD)
 
@@ -245,8 +243,7 @@ def augment(
     rotate: float = 0.0,
     noise: float = 0.0,
 ) -> torch.Tensor:
-    """Draw a random variant of each image, of the same shape: rotated, mirrored, shifted, noisy,
-    partly erased.
+    """Draw a random variant of each image, of the same shape and type.
 
     Args:
         images: uint8 tensor of shape (N, C, H, W), left as it is.
@@ -297,8 +294,7 @@ def alternate_flip(images: torch.Tensor, generator: torch.Generator, epoch: int)
 
 
 def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) -> torch.Tensor:
-    """A random order of images, int64 (N - skipped,), without some of the `EASY_SHARE` of lowest
-    loss, float (N,).
+    """A random order of images, int64 (N - pruned,), without some of those of lowest loss, (N,).
 
     After Qin et al. 2024 (arXiv 2303.04947), who also raise the other easy images' weight, and end
     with whole epochs.
@@ -310,9 +306,7 @@ def epoch_order(losses: torch.Tensor, generator: torch.Generator, skipped: int) 
 
 
 def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: float) -> torch.Tensor:
-    """Rotate some of the uint8 images (N, C, H, W) about their centre, by uniformly -degrees to
-    degrees.
-    """
+    """Rotate some of the uint8 images (N, C, H, W), by uniformly -degrees to degrees."""
     draw = 2 * torch.rand(len(images), generator=generator, device=images.device) - 1
     angle = (
         draw.sign()
@@ -329,9 +323,7 @@ def random_rotate(images: torch.Tensor, generator: torch.Generator, degrees: flo
 def random_noise(
     images: torch.Tensor, generator: torch.Generator, deviation: float
 ) -> torch.Tensor:
-    """Add Gaussian noise to some of the uint8 images (N, C, H, W), of uniformly 0 to `deviation` of
-    the range.
-    """
+    """Add Gaussian noise to some uint8 images (N, C, H, W), of a deviation from 0 to this."""
     draw = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device)
     deviations = 255 * deviation * ((draw - 1) / DISTORTED_SHARE + 1).clamp(min=0)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
@@ -341,8 +333,7 @@ def random_noise(
 def random_rectangles(
     images: torch.Tensor, generator: torch.Generator, probability: float, area: tuple[float, float]
 ) -> torch.Tensor:
-    """A mask, bool (N, 1, H, W), of one random rectangle in some of the images; `probability` is
-    per image.
+    """A mask, bool (N, 1, H, W), of one random rectangle in some of the images.
 
     Its area is uniform between two fractions of the image's, or what fits; one side is at most 3.3
     times the other.
@@ -367,8 +358,7 @@ def random_rectangles(
 def random_erase(
     images: torch.Tensor, generator: torch.Generator, probability: float, area: float
 ) -> torch.Tensor:
-    """Replace a random rectangle of uint8 images (N, 1, H, W) by noise (Zhong et al. 2017, arXiv
-    1708.04896).
+    """Fill a random rectangle of uint8 images with noise (Zhong et al. 2017, arXiv 1708.04896).
 
     It takes from 2 % of the image to `area`, a fraction of it. `probability` is per image.
     """
@@ -382,8 +372,7 @@ def random_erase(
 def cutmix(
     images: torch.Tensor, targets: torch.Tensor, generator: torch.Generator, probability: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace a random rectangle by that of the previous image in the batch (after Yun et al. 2019,
-    arXiv 1905.04899).
+    """Fill a random rectangle with the image before's (after Yun et al. 2019, arXiv 1905.04899).
 
     Takes uint8 images (N, 1, H, W) and targets, float (N, 10), mixed in proportion to the area.
     Unlike theirs, an image has its own rectangle, with this probability, of any size, wholly

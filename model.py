@@ -64,9 +64,7 @@ class ModelConfig:
 
 
 def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """A 3x3 convolution and its batch norm (Ioffe & Szegedy 2015): (N, C, H, W) -> (N, C', H /
-    stride, W / stride).
-    """
+    """A 3x3 convolution and its batch norm (Ioffe & Szegedy 2015)."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(out_channels),
@@ -114,9 +112,7 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """A pre-norm Transformer block (Xiong et al. 2020) with stochastic depth: (N, T, C) -> (N, T,
-    C).
-    """
+    """A pre-norm Transformer block (Xiong et al. 2020): (N, T, C) -> (N, T, C)."""
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
@@ -136,9 +132,7 @@ class EncoderBlock(nn.Module):
 
 
 class Pool(nn.Module):
-    """A mean of the tokens, (N, T, C) -> (N, C): plain, or weighted by learned scores (Hassani et
-    al. 2021).
-    """
+    """A mean of tokens, (N, T, C) -> (N, C), plain or weighted by scores (Hassani et al. 2021)."""
 
     def __init__(self, embed_dim: int, pool: str) -> None:
         super().__init__()
@@ -190,9 +184,7 @@ class HybridClassifier(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the initial weights: He et al. 2015 for convolutions, deviation 0.02 for linear
-        layers and positions.
-        """
+        """Draw the initial weights: He et al. 2015 for convolutions, else a deviation of 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -207,9 +199,7 @@ class HybridClassifier(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def stage_ends(self) -> list[str]:
-        """Names of the stem's last layers at 28x28, at 14x14 and at 7x7, for `get_submodule` or
-        `gradcam.GradCAM`.
-        """
+        """Names of the stem's last layers at 28x28, at 14x14 and at 7x7."""
         names = list(dict(self.stem.named_children()))
         return [
             f"stem.{names[sum(self.config.stem_blocks[: stage + 1]) + stage]}" for stage in range(3)
@@ -242,8 +232,7 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
-    """Write the model's configuration and weights, and whatever else is given, so that
-    `load_checkpoint` reads them.
+    """Write a model's configuration and weights, and what else is given, for `load_checkpoint`.
 
     The contents may be numbers, strings, tensors, and lists and dictionaries of them. A UserError
     if the file cannot be written; an older one is as it was.
@@ -262,8 +251,7 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu"
 ) -> tuple[HybridClassifier, dict[str, Any]]:
-    """Read a checkpoint of this project. The file's checksums are compared, and none of its content
-    is executed.
+    """Read a checkpoint of this project: checksums are compared, no code in it is executed.
 
     Returns:
         The model in evaluation mode on `device`, and the checkpoint's whole dictionary with its

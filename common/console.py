@@ -12,9 +12,7 @@ from typing import Any, TextIO
 
 
 def prepare(script: str) -> None:
-    """Settle what the libraries would stumble over while they load; to be called before they are
-    imported.
-    """
+    """Settle what libraries stumble over while they load; to be called before."""
 
     def stop(*_: Any) -> None:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)

@@ -15,9 +15,7 @@ class UserError(RuntimeError):
 
 
 def printable(text: object) -> str:
-    """A text that comes from a file, safe to print: what a terminal would obey, and line breaks,
-    are replaced.
-    """
+    """A text from a file, safe to print: line breaks and escape sequences are replaced."""
     return "".join(
         character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
         for character in str(text)
@@ -31,9 +29,7 @@ def checksum(path: str | Path) -> str:
 
 @contextmanager
 def errors_in_one_line(script: str) -> Iterator[None]:
-    """End the script with one line on stderr for what its user can fix, and for Ctrl-C; a bug keeps
-    its traceback.
-    """
+    """End in one line on stderr for what the user can fix, and Ctrl-C; not for a bug."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # a file's name may have characters that this terminal lacks
@@ -55,8 +51,7 @@ def errors_in_one_line(script: str) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name only when it is complete: `path` is the old file
-    or the new one.
+    """Open a file for writing that gets its name only when it is complete.
 
     Until then it is `.NAME.PROCESS.part` beside it. A UserError if it cannot be written; an older
     file is as it was.

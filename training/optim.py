@@ -16,8 +16,7 @@ FIRST_AND_LAST = ("stem.first.", "pool.score.", "head.")
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon).
+    """Momentum whose update is made orthogonal (Jordan et al. 2024, kellerjordan.github.io).
 
     Convolution filters count as matrices of shape (out, in * height * width). The update is scaled
     as Liu et al. 2025 (arXiv 2502.16982) propose, to the size of AdamW's, so that both take the
@@ -53,8 +52,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
-    """Bring the singular values of each matrix close to 1 by a quintic Newton-Schulz iteration
-    (Jordan et al. 2024).
+    """Bring each matrix's singular values close to 1, by Newton-Schulz (Jordan et al. 2024).
 
     A step multiplies the matrix by a polynomial of its Gram matrix. The polynomials commute, so
     they are multiplied with each other first, in the smaller dimension, and with the matrix once.
@@ -79,8 +77,7 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
 
 @torch.no_grad()
 def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
-    """Make the first filters the principal components of 3x3 patches of images, with both signs,
-    and freeze that layer.
+    """Make the first filters the principal components of 3x3 patches, and freeze that layer.
 
     Batch norm then gives all components the same variance, which whitens the patches. Jordan 2024
     (arXiv 2404.00498) takes 2x2 patches, and scales the filters instead. Both signs are needed, as
@@ -104,8 +101,7 @@ def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
 def make_optimizers(
     model: nn.Module, kind: str, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden linear layers and filters, AdamW (Loshchilov & Hutter 2019) for
-    everything else.
+    """Muon for hidden matrices and filters, AdamW (Loshchilov & Hutter 2019) for the rest.
 
     Only the weights of linear layers and filters decay; norms, biases and positions do not. With
     kind "adamw", AdamW takes the hidden ones, too. The learning rate is set at each step, by
@@ -147,9 +143,7 @@ def adamw(groups: list[dict]) -> torch.optim.AdamW:
 
 
 def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Refuse a trainable parameter that no optimiser has, or more than one, by a UserError with its
-    name.
-    """
+    """Refuse a trainable parameter that no optimiser has, or more than one, by its name."""
     held = Counter(
         id(p)
         for optimizer in optimizers
@@ -168,8 +162,7 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
 def learning_rate(
     step: int, total_steps: int, warmup_steps: int, peak: float, schedule: str
 ) -> float:
-    """Linear warm-up to `peak`, then half a cosine or a straight line down to 0; `step` counts from
-    0.
+    """Linear warm-up to `peak`, then half a cosine or a straight line down to 0.
 
     The cosine is Loshchilov & Hutter's (2017), the line as in Bergsma et al. 2025 (arXiv
     2502.15938).
@@ -183,8 +176,7 @@ def learning_rate(
 
 
 def start_up_decay(step: int) -> float:
-    """The largest decay of the average at a step, counted from 0: its window is a ninth of the
-    steps so far.
+    """The largest decay of the average at a step: its window is a ninth of the steps so far.
 
     So the random initial weights are soon forgotten.
     """
@@ -213,9 +205,7 @@ def take_step(
     decay: float | torch.Tensor,
     grad_clip: float,
 ) -> None:
-    """Clip the gradients to that norm (0: not at all), take a step, clear them, and update the
-    average.
-    """
+    """Clip the gradients, take a step, clear them, and update the average."""
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

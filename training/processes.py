@@ -20,8 +20,7 @@ ALL_THREADS = torch.get_num_threads()
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees for the next one (mallopt(3) explains the two
-    parameters).
+    """Have glibc keep the memory that a step frees for the next one (see mallopt(3)).
 
     Otherwise it returns large blocks to the kernel, which hands them out again page by page: a
     sixth of a step's time.
@@ -55,8 +54,7 @@ def measure(
 
 
 def set_threads(threads: int = 0) -> int:
-    """Use this many CPU threads; 0 takes one per core, or fewer where other work keeps some of the
-    cores busy.
+    """Use this many CPU threads; 0 takes one per core, or fewer where some cores are busy.
 
     PyTorch's threads spin while they wait for each other, so if one of them shares its core with
     another program, all are slower than fewer would be (`benchmarks/busy_cores.py`). Load averages
@@ -73,9 +71,7 @@ def set_threads(threads: int = 0) -> int:
 
 
 def choose_threads(most: int) -> int:
-    """All of the threads, or one, half of them or all but one, where these do clearly more for
-    their number.
-    """
+    """All of the threads; or one, half, all but one, if these do clearly more for their number."""
     matrix = torch.rand(256, 256)
 
     def prepare(number: int) -> Callable[[], torch.Tensor]:
@@ -95,9 +91,7 @@ def choose_threads(most: int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a setting; "auto" takes CUDA, then MPS, then the CPU. A UserError if it is not
-    there.
-    """
+    """The device of a setting; "auto" takes CUDA, then MPS, then the CPU."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -111,8 +105,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """What matrix products compute in; "auto" takes bfloat16 where the hardware is faster in it
-    than in float32.
+    """What matrix products compute in; "auto" takes bfloat16 only where it is faster.
 
     A CPU without bfloat16 instructions is some hundred times slower in it. One that has them may be
     slower, too, so it is measured, for 0.2 s.
@@ -129,9 +122,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def bfloat16_speed_up() -> float:
-    """How many times faster a convolution, forward and backward, is on this CPU in bfloat16 than in
-    float32.
-    """
+    """How many times faster this CPU trains a convolution in bfloat16 than in float32."""
     convolution = nn.Conv2d(32, 32, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
     images = (
         torch.rand(64, 32, 14, 14).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -157,9 +148,7 @@ def environment(device: str, precision: str, threads: int) -> str:
 
 
 def join(device: torch.device) -> tuple[int, int]:
-    """Meet the processes that torchrun started, over NCCL on GPUs, gloo on CPUs; return the rank
-    and their number.
-    """
+    """Meet the processes that torchrun started; returns the rank and their number."""
     if not dist.is_torchelastic_launched():
         return 0, 1
     is_left_over = (
@@ -187,9 +176,7 @@ def rank() -> int:
 
 
 def is_restart() -> bool:
-    """Whether torchrun has started this command before, and a process of it failed (--max-
-    restarts).
-    """
+    """Whether torchrun starts this command again since a process failed (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
@@ -213,9 +200,7 @@ def own_part(rows: torch.Tensor) -> torch.Tensor:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Average the gradients over the processes, always in one order, so that a resumed run rounds
-    alike.
-    """
+    """Average gradients over the processes, in one order, so that a resumed run rounds alike."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if count() > 1:
         dist.all_reduce(flat := torch.cat([gradient.flatten().float() for gradient in gradients]))

@@ -28,9 +28,7 @@ def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
 def summary(
     split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool
 ) -> dict[str, float]:
-    """Cross-entropy and accuracy of logits (N, 10), for the history; prints the report by class,
-    unless quiet.
-    """
+    """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints the report by class."""
     predictions = logits.argmax(dim=1)
     if not quiet:
         print(f"\n{'train split, as augmented' if split == 'train' else f'{split} split'}")
@@ -83,9 +81,7 @@ def save_pictures(
     labels: torch.Tensor,
     predictions: torch.Tensor,
 ) -> None:
-    """Draw a checkpoint's curves and its confusion matrix on the test split beside it, as
-    NAME_curves.png and so on.
-    """
+    """Draw a checkpoint's curves and its confusion matrix on the test split beside it."""
     pictures = {"curves": draw_curves(history)} if history else {}
     pictures["confusion_matrix"] = draw_confusion_matrix(labels, predictions)
     for name, figure in pictures.items():

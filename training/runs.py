@@ -110,8 +110,7 @@ def time_of_last(folder: Path) -> str:
 
 @contextmanager
 def reserve_folder(folder: Path) -> Iterator[None]:
-    """Make the folder of a run, and keep other runs out of it meanwhile; a UserError if another one
-    has it.
+    """Make the folder of a run, and keep other runs out of it meanwhile, by a UserError.
 
     The file that is locked says which last.pt there was at the start, for `has_saved`.
     """
@@ -142,8 +141,7 @@ def reserve_folder(folder: Path) -> Iterator[None]:
 
 
 def has_saved(folder: Path) -> bool:
-    """Whether the command that reserved the folder has written last.pt, in this process or before
-    torchrun's restart.
+    """Whether this command has written last.pt, also before torchrun started it again.
 
     The clock may have been set back meanwhile, so this asks for another time, not for a later one.
     """
@@ -152,9 +150,7 @@ def has_saved(folder: Path) -> bool:
 
 
 def put_aside(folder: Path) -> None:
-    """Rename what an earlier run left in the folder to previous-1-best.pt and so on; nothing is
-    overwritten.
-    """
+    """Rename what an earlier run left to previous-1-best.pt and so on; nothing is lost."""
     # last.pt is the first.
     earlier = [folder / name for name in FILES_OF_A_RUN if (folder / name).exists()]
     number = next(n for n in itertools.count(1) if not any(folder.glob(f"previous-{n}-*")))
@@ -183,9 +179,7 @@ def advice_to_resume(folder: Path, resumed: bool) -> str:
 
 
 def best_epoch(history: History) -> int:
-    """The first epoch of the highest validation accuracy, counted from 1; without a validation
-    split the last one.
-    """
+    """The first epoch of the highest validation accuracy, from 1; without such, the last one."""
     return max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))["epoch"]
 
 
@@ -207,9 +201,7 @@ def save_best(run: Run) -> None:
 
 
 def save_run(run: Run, row: dict[str, Any]) -> None:
-    """Add an epoch's row to the history, and save best.pt if the epoch is the best, history.csv,
-    and last.pt.
-    """
+    """Add an epoch's row to the history, and save best.pt, history.csv and last.pt."""
     run.history.append(
         {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
     )
@@ -248,9 +240,7 @@ def resume_run(run: Run) -> None:
 
 
 def finish_run(run: Run) -> None:
-    """Add the whole history and the statistics of `familiarity.measure` to best.pt, unless it has
-    them.
-    """
+    """Add the whole history and the statistics of `familiarity.measure` to best.pt."""
     path = run.folder / "best.pt"
     if path.exists() and "familiar" in load_checkpoint(path)[1]:
         return
@@ -277,9 +267,7 @@ def paths_of_teachers(config: SimpleNamespace) -> list[str]:
 def load_teachers(
     config: SimpleNamespace, labels: torch.Tensor, device: torch.device
 ) -> list[nn.Module]:
-    """Load the teachers. A UserError for one that is missing, unfinished, this run's own, or saw
-    validation images.
-    """
+    """Load the teachers; a UserError for one that this run must not learn from."""
     _, val_index = dataset.split_indices(labels, config.val_size, config.seed)
     own = [
         os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt"))

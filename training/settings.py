@@ -7,6 +7,7 @@ type.
 
 import argparse
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,51 +23,49 @@ def flag(name: str) -> str:
 
 
 def element_type(default: Any, allowed: Any) -> type:
-    """The type of a setting's value, or of each value in a row of them: that of its bounds, else of
-    its default.
-    """
+    """The type of a setting's value, or of each value in a row: of its bounds, else its default."""
     values = allowed or (default if isinstance(default, tuple | list) else [default])
     types = [type(value) for value in values if value != INF]
-    return float if float in types else types[0] if types else str
+    if float in types:
+        return float
+    return types[0] if types else str
+
+
+def allowed_values(kind: type, allowed: Any) -> tuple[str, Callable[[Any], bool]]:
+    """In words what a value of this type may be, and whether a given one may."""
+    if not allowed:
+        return f"a value of type {kind.__name__}", lambda value: True
+    if kind is str:
+        return f"one of {', '.join(allowed)}", lambda value: value in allowed
+    low, high = allowed
+    limits = f"of at least {low:,}" if high == INF else f"from {low:,} to {high:,}"
+    number = "a whole number" if kind is int else "a number"
+    # Neither NaN nor infinity is one.
+    return f"{number} {limits}", lambda value: low <= value <= high and value < INF
 
 
 def check(table: Table, name: str, value: Any) -> None:
-    """Refuse a value that its row of the table does not allow, by a UserError that says what it may
-    be.
-    """
+    """Refuse a value that its row does not allow; the UserError says what it may be."""
     default, allowed, _ = table[name]
-    kind, is_row = element_type(default, allowed), isinstance(default, tuple | list)
-    values = value if is_row and isinstance(value, tuple | list) else [value]
-    is_good = is_row == isinstance(value, tuple | list)
+    kind = element_type(default, allowed)
     kinds = (int, float) if kind is float else (kind,)
-    is_good = is_good and all(type(v) in kinds for v in values)
-    what = f"a value of type {kind.__name__}"
-    if kind is str and allowed:
-        what = f"one of {', '.join(allowed)}"
-        is_good = is_good and all(v in allowed for v in values)
-    elif allowed:
-        low, high = allowed
-        what = f"a {'whole ' if kind is int else ''}number "
-        what += f"from {low:,} to {high:,}" if high < INF else f"of at least {low:,}"
-        # NaN fails this, too.
-        is_good = is_good and all(low <= v <= high and v < INF for v in values)
-    if is_row:
-        what = (
-            "words in parentheses, with a comma after each"
-            if kind is str
-            else f"{len(default)} values, each {what}"
-        )
-        is_good = is_good and (kind is str or len(values) == len(default))
-    if not is_good:
+    what, is_allowed = allowed_values(kind, allowed)
+    is_row = isinstance(default, tuple | list)
+    is_good = is_row == isinstance(value, tuple | list)
+    if is_row and kind is str:
+        what = "words in parentheses, with a comma after each"
+    elif is_row:
+        what = f"{len(default)} values, each {what}"
+        is_good = is_good and len(value) == len(default)
+    values = value if is_row and is_good else [value]
+    if not is_good or not all(type(v) in kinds and is_allowed(v) for v in values):
         raise UserError(f"{flag(name)} {value!r}: give {what}")
 
 
 def choose_settings(
     table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]
 ) -> SimpleNamespace:
-    """Every setting of the table with its value, checked: the one given, else the recipe's, else
-    the default.
-    """
+    """Every setting, checked: the value given, else the recipe's, else the default."""
     settings = {name: default for name, (default, _, _) in table.items()}
     if (recipe := given.get("recipe", settings["recipe"])) not in recipes:
         raise UserError(f"--recipe {recipe}: give one of {', '.join(recipes)}")
@@ -105,9 +104,7 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
 def resumed_settings(
     table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The settings of a run to resume, with those replaced that were given and may change; others
-    are refused.
-    """
+    """The settings of a run to resume, with those given that may change; others are refused."""
     if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
         raise UserError(
             f"the run to resume and train.py differ in their settings, {other}: start a new run"
