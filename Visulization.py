@@ -22,7 +22,7 @@ import glob
 import itertools
 import os
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +59,29 @@ from gradcam import METHODS, GradCAM
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.familiarity import distance, embed
 from training.processes import set_threads
+from training.settings import flag
 
 METHOD = "layercam"
+DEFAULTS = dict(  # of the flags
+    checkpoint=SHIPPED_CHECKPOINT,
+    image=None,
+    index=None,
+    worst=None,
+    average=False,
+    num_images=3,
+    classes=list(range(10)),
+    only_errors=False,
+    seed=0,
+    method=METHOD,
+    target_layer=None,  # then `default_layers`
+    target_class=None,  # then the predicted one
+    versus=None,
+    compare_layers=False,
+    save_arrays=False,
+    html=False,
+    data_dir=Path("data"),
+    output_dir=None,  # then a folder of the model's own
+)
 # An index is one of the test split's. More pictures than this, 500 at most, would not fit on a sheet.
 LIMITS = dict(index=(0, 9_999), worst=(1, 200), num_images=(1, 50), seed=(0, 2**32 - 1))
 UNUSED = dict(  # the flags that another one makes useless
@@ -120,12 +141,15 @@ def choose_images(args: Namespace, model: HybridClassifier, images: torch.Tensor
     if args.worst or args.average:
         return index[: args.worst]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
-    by_class = [index[labels[index] == label][: args.num_images].sort().values for label in dict.fromkeys(args.classes)]
+    by_class = [index[labels[index] == label][: args.num_images].sort().values for label in args.classes]
     return torch.cat(by_class)[: 1 if args.compare_layers else None]
 
 
 def find_pictures(given: list[Path]) -> list[Path]:
-    """The pictures in folders, and those of wildcards that no shell has expanded; whatever else is given stays."""
+    """The pictures in folders, and those of wildcards that no shell has expanded; whatever else is given stays.
+
+    A file that is found twice, under whatever names, is taken once.
+    """
     found, endings = [], {end for end, kind in Image.registered_extensions().items() if kind in FORMATS}
     endings |= {".mpo", ".heic", ".heif"}  # a kind of JPEG; what must be exported first, to say so
     matches = [[path] if os.path.exists(path) else sorted(map(Path, glob.glob(str(path)))) or [path] for path in given]
@@ -140,7 +164,10 @@ def find_pictures(given: list[Path]) -> list[Path]:
         found += [Path(path, name) for name in names if Path(name).suffix.lower() in endings]
     if not found:
         raise UserError("--image: there are no pictures in this folder; name another one")
-    return list(dict.fromkeys(found))
+    once = {}
+    for path in found:
+        once.setdefault(os.path.realpath(path), path)
+    return list(once.values())
 
 
 def doubt(model: HybridClassifier, image: torch.Tensor, familiar: dict) -> str:
@@ -159,20 +186,25 @@ def explain_own_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
     """Explain the pictures `args.image`, and print their likeliest classes; report those that cannot be read."""
     explanations = []
     for path in tqdm(args.image, "pictures", leave=False, disable=len(args.image) < 10):
+        shown = printable(path)
         try:
             pixels, photograph, note = read_image(path)
         except UserError as error:
-            tqdm.write(f"{printable(path)}: {error}", file=sys.stderr)
+            tqdm.write(f"{shown}: {printable(error)}", file=sys.stderr)
             continue
         image = torch.from_numpy(pixels)[None]
         (e,) = explain(cam, image[None], torch.tensor([-1]), [-1], args.target_class, args.versus)
         likeliest = e.probabilities.argsort()[::-1][:3]
         answer = ", ".join(f"{CLASS_NAMES[c]} {e.probabilities[c]:.1%}" for c in likeliest)
-        notes = [note, doubt(cam.model, image, args.familiar) if args.familiar else ""]
-        notes = [f"note: {note}" for note in notes if note]
-        tqdm.write("\n  ".join([f"{printable(path)}: {answer}", *notes]))
-        small = ImageOps.contain(Image.fromarray(photograph), (IMAGE_SIZE * SCALE,) * 2)  # as large as it is drawn
-        e.name, e.photograph = printable(path.name), np.asarray(small)
+        tqdm.write(f"{shown}: {answer}")
+        notes = [note]
+        if args.familiar:
+            notes.append(doubt(cam.model, image, args.familiar))
+        for note in filter(None, notes):
+            tqdm.write(f"  note: {note}")
+        e.name = printable(path.name)
+        size = (IMAGE_SIZE * SCALE, IMAGE_SIZE * SCALE)  # as large as it is drawn
+        e.photograph = np.asarray(ImageOps.contain(Image.fromarray(photograph), size))
         e.stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a file's name has 255 bytes at most
         while e.stem in [other.stem for other in explanations]:  # of another folder
             e.stem += "_2"
@@ -239,43 +271,64 @@ def other_class(text: str) -> int:
 
 
 def parse_arguments() -> Namespace:
-    """The flags; one that another makes useless is refused."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    """The flags; one that another makes useless is refused, even if it repeats the default."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0], argument_default=SUPPRESS, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")  # without half a page of usage
-    add, what = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
+    add = parser.add_argument
+    what = parser.add_mutually_exclusive_group().add_argument
     path = dict(type=lambda text: Path(os.path.expanduser(text)), metavar="PATH")  # no shell expands --flag=~/x
-    number, yes = dict(type=int, metavar="N"), dict(action="store_true")
+    number = dict(type=int, metavar="N")
     one_class = dict(type=class_index, metavar="CLASS")
-    add("--checkpoint", **path, default=SHIPPED_CHECKPOINT, help="of train.py (default: the shipped one)")
-    what("--image", **path, nargs="+", help="explain these pictures, or folders of them, instead of test images")
-    what("--index", **number, nargs="+", help="explain these test images")
+    several = dict(nargs="+", action="extend")  # `--index 3 --index 5` is both
+    yes = dict(action="store_true")
+    add("--checkpoint", **path, help="of train.py (default: the shipped one)")
+    what("--image", **path, **several, help="explain these pictures, or folders of them, instead of test images")
+    what("--index", **number, **several, help="explain these test images")
     what("--worst", **number, help="one sheet of the N most confident errors")
     what("--average", **yes, help="one sheet of each class's mean heatmap over the test split")
-    add("--num-images", **number, default=3, help="images of each class (default: 3)")
-    add("--classes", **one_class, nargs="+", default=list(range(10)), help="by name or number (default: all)")
+    add("--num-images", **number, help="images of each class (default: 3)")
+    add("--classes", **one_class, **several, help="by name or number (default: all)")
     add("--only-errors", **yes, help="only test images that the model gets wrong")
-    add("--seed", **number, default=0, help="which test images (default: 0)")
-    add("--method", choices=METHODS, default=METHOD, help=f"how the map is computed (default: {METHOD})")
-    add("--target-layer", nargs="+", metavar="NAME", help="layers to average (default: last at 28x28, first at 14x14)")
+    add("--seed", **number, help="which test images (default: 0)")
+    add("--method", choices=METHODS, help=f"how the map is computed (default: {METHOD})")
+    add("--target-layer", **several, metavar="NAME", help="layers to average (default: last at 28x28, first at 14x14)")
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
     add("--versus", type=other_class, metavar="CLASS", help="compare with this class; next: with the likeliest other")
     add("--compare-layers", **yes, help="each image (--index, --image; else one) seen from every layer, a sheet each")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels, predictions, probabilities")
     add("--html", **yes, help="also write index.html, a gallery to filter by class and result")
-    add("--data-dir", **path, default=Path("data"), help="folder of Fashion-MNIST (default: data)")
+    add("--data-dir", **path, help="folder of Fashion-MNIST (default: data)")
     add("--output-dir", **path, help="for the pictures (default: HeapImg, or a folder in it per model)")
-    args = parser.parse_args()
+    given = vars(parser.parse_args())
+    for name in ("index", "classes", "target_layer"):
+        if name in given:
+            given[name] = list(dict.fromkeys(given[name]))  # each once, in the order given
     for name, (low, high) in LIMITS.items():
-        value = getattr(args, name)
-        if value is not None and not all(low <= n <= high for n in np.ravel(value)):
-            parser.error(f"--{name.replace('_', '-')} {value}: give a whole number from {low:,} to {high:,}")
-    if len(args.index or []) > 500:
+        if name in given and not all(low <= n <= high for n in np.ravel(given[name])):
+            parser.error(f"{flag(name)} {given[name]}: give a whole number from {low:,} to {high:,}")
+    if len(given.get("index", [])) > 500:
         parser.error("--index: give at most 500 images")
     for name, others in UNUSED.items():
-        unused = [other for other in others if getattr(args, other) != parser.get_default(other)]
-        if getattr(args, name) and unused:
-            parser.error(f"--{name} has no use for --{' and --'.join(unused)}: leave it out".replace("_", "-"))
-    return args
+        unused = [flag(other) for other in others if other in given]
+        if name in given and unused:
+            parser.error(f"{flag(name)} has no use for {' and '.join(unused)}: leave it out")
+    if "compare_layers" in given and len(given.get("classes", [])) > 1:
+        parser.error("--compare-layers shows an image of one class: give only one with --classes")
+    return Namespace(**DEFAULTS | given)
+
+
+def training_accuracy(checkpoint: dict) -> float:
+    """The accuracy that a checkpoint's weights reached while they were trained; 1 where it does not say."""
+    history = checkpoint.get("history", [])
+    rows = history[: checkpoint.get("epoch", len(history))]
+    if not rows:
+        return 1.0
+    last = rows[-1]  # the epoch of these weights; later ones may follow
+    if "val_accuracy" in last:
+        return last["val_accuracy"]
+    if checkpoint.get("train_config", {}).get("cutmix"):
+        return 1.0  # training accuracy is low by design
+    return last.get("train_accuracy", 1.0)
 
 
 def load_model(args: Namespace) -> GradCAM:
@@ -287,9 +340,7 @@ def load_model(args: Namespace) -> GradCAM:
     args.output_dir = args.output_dir or Path("HeapImg", folder)
     args.target_layer = args.target_layer or default_layers(model)
     args.familiar = checkpoint.get("familiar")
-    *_, last = (checkpoint.get("history") or [{}])[: checkpoint.get("epoch") or None]  # the epoch of these weights
-    mixed = checkpoint.get("train_config", {}).get("cutmix")  # then training accuracy is low by design
-    accuracy = last.get("val_accuracy", 1 if mixed else last.get("train_accuracy", 1))
+    accuracy = training_accuracy(checkpoint)
     if accuracy < 0.7:  # as after a fraction of an epoch
         print(f"note: {args.model_name} reached only {accuracy:.0%} in training: its maps light up the background, too")
     try:
@@ -335,7 +386,7 @@ def main() -> None:
             save_gallery(explanations, args.model_name, args.method, args.target_layer, args.output_dir / "index.html")
         if explanations:
             where = args.output_dir / "index.html" if args.html else args.output_dir
-            print(f"images explained: {len(explanations):,}; the pictures are in {where}")
+            print(f"images explained: {len(explanations):,}; the pictures are in {printable(where)}")
         if args.image and (failed := len(args.image) - len(explanations)):
             raise UserError(f"{failed} of {len(args.image)} pictures could not be explained")
 

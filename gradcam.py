@@ -93,7 +93,7 @@ def check_output(output: torch.Tensor, score: torch.Tensor, n: int) -> None:
             "tokens"
         )
     if n and output.ndim > 2 and output.shape[-1] == output.shape[-2] > 1:
-        rows = output.detach().flatten(0, -3)[0].float()  # one matrix tells
+        rows = output.detach()[(0,) * (output.ndim - 2)].float()  # one matrix tells
         if rows.min() >= 0 and (rows.sum(dim=1) - 1).abs().max() < 0.01:
             raise ValueError(
                 f"{found} is attention weights, as its rows add up to 1: choose another layer, or give `reshape`; for "

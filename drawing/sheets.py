@@ -8,7 +8,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, style
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
@@ -115,6 +115,7 @@ def power(heatmap: np.ndarray, gamma: float) -> np.ndarray:
     return np.sign(heatmap) * np.abs(heatmap) ** gamma
 
 
+@style.context("default")  # whatever the person's matplotlibrc says
 def save_sheet(
     rows: list[Row],
     title: str,

@@ -43,7 +43,7 @@ def test_the_distance_is_mahalanobis_from_the_nearest_class(measured):
         assert d.item() == pytest.approx(min(mahalanobis(token, mean, precision) for mean in means) ** 2, rel=1e-3)
 
 
-def test_three_in_two_hundred_of_those_held_out_are_strange_and_what_lies_far_off_is(measured):
+def test_three_in_two_hundred_are_strange_and_what_lies_far_off_is(measured):
     _, _, others, familiar = measured
     far = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     far[..., :3] = 255
