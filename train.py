@@ -296,8 +296,6 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         row["seconds"] = round(seconds_before + time.perf_counter() - started, 2)
         runs.save_run(run, row)
         print(report.epoch_line(run.history, run.steps), flush=True)
-    if processes.is_first():
-        runs.finish_run(run)
     return run.folder / "best.pt"
 
 

@@ -20,7 +20,7 @@ import dataset
 import train
 from common.files import UserError, errors_in_one_line
 from model import SHIPPED_CHECKPOINT, load_checkpoint, save_checkpoint
-from training import familiarity, processes, report, runs
+from training import processes, report, runs
 from training.settings import choose_settings
 
 # ---- The loss --------------------------------------------------------------------------------------------------------
@@ -440,28 +440,6 @@ def test_a_test_file_that_is_missing_is_found_before_the_training(run_config, sm
     with pytest.raises(UserError, match="no good copy of t10k-images-idx3-ubyte"):
         train.train(run_config(data_dir=str(tmp_path)))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_statistics_are_of_the_best_weights_and_of_images_that_were_held_out(run_config, watch, monkeypatch):
-    summary, accuracies = report.summary, iter([0.9, 0.1])
-
-    def told(split, *arguments):
-        told = dict(val_accuracy=next(accuracies)) if split == "val" else {}
-        return summary(split, *arguments) | told
-
-    monkeypatch.setattr(report, "summary", told)
-    calls = watch(familiarity, "measure")
-    config = run_config()
-    contents = load_checkpoint(train.train(config))[1]
-    images, labels, held_out, _ = splits_of(config)
-    ((arguments, measured),) = calls
-    assert contents["epoch"] == 1
-    assert_identical(dict(arguments["model"].state_dict()), contents["model"])
-    assert_identical(contents["familiar"], measured)
-    assert torch.equal(arguments["held_out"], held_out)
-    known = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
-    pairs = zip(arguments["images"], arguments["labels"], strict=True)
-    assert len(arguments["images"]) == 160 and all(known[image.numpy().tobytes()] == label for image, label in pairs)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch.nn as nn
 import dataset
 from common.files import UserError
 from model import HybridClassifier, load_checkpoint, save_checkpoint
-from training import familiarity, processes
+from training import processes
 from training.report import write_history
 
 fcntl = None
@@ -183,39 +183,33 @@ def best_epoch(history: History) -> int:
     return max(history, key=lambda row: row.get("val_accuracy", row["epoch"]))["epoch"]
 
 
-def contents_of(run: Run, epochs: int) -> dict[str, Any]:
-    """What a checkpoint of a run says besides the weights, as it was after so many epochs."""
+def contents_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint of a run says besides the weights."""
     config = run.config
     environment = processes.environment(config.device, config.precision, config.threads)
-    return dict(
-        train_config=vars(config),
-        history=run.history[:epochs],
-        epoch=epochs,
-        environment=environment,
-    )
+    return dict(train_config=vars(config), history=run.history, environment=environment)
 
 
 def save_best(run: Run) -> None:
-    """Save the averaged weights of the best epoch as best.pt."""
-    save_checkpoint(run.folder / "best.pt", run.best, **contents_of(run, best_epoch(run.history)))
+    """Save the averaged weights of the best epoch as best.pt, with the whole history."""
+    epoch = best_epoch(run.history)
+    save_checkpoint(run.folder / "best.pt", run.best, epoch=epoch, **contents_of(run))
 
 
 def save_run(run: Run, row: dict[str, Any]) -> None:
     """Add an epoch's row to the history, and save best.pt, history.csv and last.pt."""
-    run.history.append(
-        {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
-    )
-    epochs = len(run.history)
-    if epochs == 1:
+    row = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+    run.history.append(row)
+    epoch = len(run.history)
+    if epoch == 1:
         put_aside(run.folder)
-    # last.pt comes last, so a run that is killed before that repeats this epoch, bit for bit.
-    if best_epoch(run.history) == epochs:
+    if best_epoch(run.history) == epoch:
         run.best.load_state_dict(run.ema.state_dict())
-        save_best(run)
+    # last.pt comes last, so a run that is killed before that repeats this epoch, bit for bit.
+    save_best(run)
     write_history(run.history, run.folder / "history.csv")
-    save_checkpoint(
-        run.folder / "last.pt", run.ema, **contents_of(run, epochs), training=run.state_dict()
-    )
+    contents = contents_of(run) | dict(epoch=epoch, training=run.state_dict())
+    save_checkpoint(run.folder / "last.pt", run.ema, **contents)
 
 
 def load_run(folder: Path) -> dict:
@@ -237,22 +231,8 @@ def resume_run(run: Run) -> None:
     if processes.is_first():
         done = f"after epoch {checkpoint['epoch']} of {run.config.epochs}"
         print(f"going on with {run.folder / 'last.pt'} {done}")
-
-
-def finish_run(run: Run) -> None:
-    """Add the whole history and the statistics of `familiarity.measure` to best.pt."""
-    path = run.folder / "best.pt"
-    if path.exists() and "familiar" in load_checkpoint(path)[1]:
-        return
-    index = run.train_index[: 2 * familiarity.SAMPLE]
-    images, labels = run.originals[index].cpu(), run.labels[index].cpu()
-    known, others = images.chunk(2)
-    if "val" in run.held_out:
-        known, others = images, run.held_out["val"][0].cpu()
-    model = copy.deepcopy(run.best).cpu()
-    contents = contents_of(run, best_epoch(run.history)) | dict(history=run.history)
-    contents["familiar"] = familiarity.measure(model, known, labels[: len(known)], others)
-    save_checkpoint(path, model, **contents)
+        save_best(run)  # it may have been lost
+        write_history(run.history, run.folder / "history.csv")
 
 
 # ---- Teachers ------------------------------------------------------------------------------------
