@@ -1,4 +1,6 @@
-"""A script's first moment and its output: Ctrl-C while the libraries load, streams that fail, odd environments."""
+"""A script's first moment and its output: Ctrl-C while the libraries load, streams that fail, odd
+environments.
+"""
 
 import io
 import os
@@ -17,11 +19,15 @@ from common.files import UserError, errors_in_one_line, printable
 def python(code, **options):
     """Runs lines of Python in the repository; the libraries are not loaded, so this is quick."""
     command = [sys.executable, "-c", f"from common.console import prepare\n{code}"]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_ctrl_c_while_the_libraries_load_is_one_line():
-    process = python('prepare("train.py"); print("loading", flush=True); import time; time.sleep(60)')
+    process = python(
+        'prepare("train.py"); print("loading", flush=True); import time; time.sleep(60)'
+    )
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "train.py: interrupted\n"
@@ -81,7 +87,8 @@ def test_the_work_goes_on_when_its_output_is_lost(monkeypatch):
             print("a line", flush=True)
             done.append(step)
     assert done == [0, 1, 2]
-    expected = "train.py: note: some of the output could not be written: [Errno 28] No space left on device\n"
+    reason = "[Errno 28] No space left on device"
+    expected = f"train.py: note: some of the output could not be written: {reason}\n"
     assert errors.getvalue() == expected
     monkeypatch.setattr(sys, "stdout", out := io.StringIO())
     monkeypatch.setattr(sys, "stderr", Full())  # a terminal that is gone

@@ -18,14 +18,19 @@ from common.files import UserError
 from dataset import DataError
 
 NAMES = tuple(dataset.FILES)
-IMAGES, LABELS = torch.arange(3 * 784).remainder(251).byte().view(3, 1, 28, 28), torch.tensor([7, 0, 9])
+IMAGES, LABELS = (
+    torch.arange(3 * 784).remainder(251).byte().view(3, 1, 28, 28),
+    torch.tensor([7, 0, 9]),
+)
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """A data set of three images each way; no source has it but what a test makes."""
     folder = tmp_path / "good"
-    hashes = write_data(folder, "train", IMAGES, LABELS) | write_data(folder, "t10k", IMAGES.flip(0), LABELS.flip(0))
+    hashes = write_data(folder, "train", IMAGES, LABELS) | write_data(
+        folder, "t10k", IMAGES.flip(0), LABELS.flip(0)
+    )
     monkeypatch.setattr(dataset, "FILES", hashes)
     monkeypatch.setattr(dataset, "DEBIAN_FOLDER", tmp_path / "no-such-folder")
     monkeypatch.setattr(dataset.FashionMNIST, "mirrors", [])
@@ -48,7 +53,7 @@ def assert_is_tiny(folder):
         assert torch.equal(images, IMAGES[order]) and torch.equal(labels, LABELS[order])
 
 
-# ---- Getting the files -----------------------------------------------------------------------------------------------
+# ---- Getting the files ---------------------------------------------------------------------------
 
 
 def test_the_splits_are_the_published_ones(data_dir, test_split):
@@ -57,7 +62,11 @@ def test_the_splits_are_the_published_ones(data_dir, test_split):
     assert labels.dtype == torch.int64 and labels.bincount().tolist() == [6000] * 10
     assert test_split[0].shape == (10_000, 1, 28, 28)
     assert test_split[1].bincount().tolist() == [1000] * 10
-    assert [dataset.CLASS_NAMES[label] for label in test_split[1][:3]] == ["Ankle boot", "Pullover", "Trouser"]
+    assert [dataset.CLASS_NAMES[label] for label in test_split[1][:3]] == [
+        "Ankle boot",
+        "Pullover",
+        "Trouser",
+    ]
     pixels = images.double() / 255
     assert pixels.mean().item() == pytest.approx(dataset.MEAN, abs=5e-5)
     assert pixels.std().item() == pytest.approx(dataset.STD, abs=5e-5)
@@ -78,7 +87,9 @@ def test_files_are_read_where_they_lie_and_nothing_is_written(tiny, tmp_path, mo
     assert_is_tiny(tmp_path / "packed")
     monkeypatch.setattr(dataset, "DEBIAN_FOLDER", folder)  # the package, where it is installed
     assert_is_tiny(tmp_path / "empty")
-    assert sorted(path.name for path in folder.iterdir()) == sorted([NAMES[0], *(f"{name}.gz" for name in NAMES[1:])])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [NAMES[0], *(f"{name}.gz" for name in NAMES[1:])]
+    )
     assert not (tmp_path / "empty").exists()
 
 
@@ -98,15 +109,24 @@ def test_a_damaged_file_is_refused_and_another_source_used(tiny, capsys, name, d
     with pytest.raises(DataError, match=f"no good copy of {name} is in {tiny}") as error:
         dataset.load(tiny, train=name.startswith("train"))
     assert "\n" not in str(error.value)
-    for way in ("none could be fetched", "'apt-get'", "the four .gz files of https://", "apt-get install"):
+    for way in (
+        "none could be fetched",
+        "'apt-get'",
+        "the four .gz files of https://",
+        "apt-get install",
+    ):
         assert way in str(error.value)
     (tiny / f"{name}.gz").write_bytes(gzip.compress(good))  # as a person may put it there
     capsys.readouterr()
     assert_is_tiny(tiny)
-    assert capsys.readouterr().err.splitlines() == [f"dataset: {tiny / name} is damaged: move it away"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"dataset: {tiny / name} is damaged: move it away"
+    ]
 
 
-@pytest.mark.parametrize("cut", [lambda packed: packed[: len(packed) // 2], lambda packed: packed[:-9] + b"\0" * 9])
+@pytest.mark.parametrize(
+    "cut", [lambda packed: packed[: len(packed) // 2], lambda packed: packed[:-9] + b"\0" * 9]
+)
 def test_a_damaged_archive_is_refused(tiny, tmp_path, capsys, cut):
     folder = packed(tiny, tmp_path / "packed")
     archive = folder / f"{NAMES[2]}.gz"
@@ -137,7 +157,9 @@ def serve(monkeypatch):
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
         address = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setattr(dataset.FashionMNIST, "mirrors", [f"{address}{start}" for start in starts])
+        monkeypatch.setattr(
+            dataset.FashionMNIST, "mirrors", [f"{address}{start}" for start in starts]
+        )
 
     yield serve
     for server in servers:
@@ -164,7 +186,9 @@ def apt(tiny, tmp_path, monkeypatch):
 
 
 def test_a_mirror_that_sends_something_else_is_passed_over(tiny, serve, apt, tmp_path, monkeypatch):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("the second mirror was enough"))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: pytest.fail("the second mirror was enough")
+    )
     served = packed(tiny, tmp_path / "served")
     serve(served, "/bad/", "/")
     assert_is_tiny(tmp_path / "new" / "data")
@@ -184,16 +208,21 @@ def test_a_truncated_archive_is_replaced(tiny, serve, apt, tmp_path, capsys):
 def test_another_data_set_stops_and_is_left_as_it_is(tiny, serve, apt, tmp_path):
     serve(packed(tiny, tmp_path / "served"), "/")
     digits, letters = tmp_path / "digits", tmp_path / "letters"
-    write_data(digits, "train", IMAGES, LABELS.flip(0))  # the images are Fashion-MNIST's, the labels are not
+    # the images are Fashion-MNIST's, the labels are not
+    write_data(digits, "train", IMAGES, LABELS.flip(0))
     write_data(digits, "t10k", IMAGES, LABELS)
     packed(digits, letters)
     (letters / f"{NAMES[0]}.gz").write_bytes(gzip.compress(b"letters"))
     for folder in (digits, letters):
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
         for is_train in (True, False):
-            with pytest.raises(DataError, match="intact, but not of Fashion-MNIST; give another --data-dir") as error:
+            with pytest.raises(
+                DataError, match="intact, but not of Fashion-MNIST; give another --data-dir"
+            ) as error:
                 dataset.load(folder, is_train)
-        assert "t10k-images-idx3-ubyte" in str(error.value) and "(3x28x28 values)" in str(error.value)
+        assert "t10k-images-idx3-ubyte" in str(error.value) and "(3x28x28 values)" in str(
+            error.value
+        )
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     good_labels = gzip.compress((tiny / NAMES[1]).read_bytes())
     (digits / f"{NAMES[1]}.gz").write_bytes(good_labels)
@@ -212,15 +241,21 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tiny, monkeypatch, cap
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(dataset.Path, "read_bytes", refuse)
-    with pytest.raises(DataError, match=rf"cannot read {tiny}/{NAMES[0]}: Permission denied; make it readable"):
+    with pytest.raises(
+        DataError, match=rf"cannot read {tiny}/{NAMES[0]}: Permission denied; make it readable"
+    ):
         dataset.load(tiny, train=True)
     assert capsys.readouterr().err == ""
 
 
-def test_without_a_mirror_the_package_is_fetched_once_and_unpacked(tiny, serve, apt, tmp_path, capsys):
+def test_without_a_mirror_the_package_is_fetched_once_and_unpacked(
+    tiny, serve, apt, tmp_path, capsys
+):
     serve(tmp_path, "/bad/", "/missing/")
     dataset.load(tmp_path / "data", train=True)
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(f"{name}.gz" for name in NAMES)
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == sorted(
+        f"{name}.gz" for name in NAMES
+    )
     capsys.readouterr()
     assert_is_tiny(tmp_path / "data")
     assert capsys.readouterr().err == ""
@@ -234,7 +269,9 @@ def test_a_package_with_other_content_is_refused(tiny, apt, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_a_download_that_cannot_be_written_leaves_nothing_half_written(tiny, serve, tmp_path, monkeypatch):
+def test_a_download_that_cannot_be_written_leaves_nothing_half_written(
+    tiny, serve, tmp_path, monkeypatch
+):
     def fail(handle):
         raise OSError(28, "No space left on device")
 
@@ -248,11 +285,12 @@ def test_a_download_that_cannot_be_written_leaves_nothing_half_written(tiny, ser
         dataset.load(tmp_path / "a file" / "data", train=True)
 
 
-# ---- The split and the scale -----------------------------------------------------------------------------------------
+# ---- The split and the scale ---------------------------------------------------------------------
 
 
 def test_the_validation_split_is_stratified_and_disjoint():
-    labels = torch.arange(10).repeat_interleave(torch.arange(10, 110, 10))  # 10 images of class 0 to 100 of class 9
+    # 10 images of class 0 to 100 of class 9
+    labels = torch.arange(10).repeat_interleave(torch.arange(10, 110, 10))
     train, val = dataset.split_indices(labels, 55, seed=0)
     assert labels[val].bincount().tolist() == list(range(1, 11))  # a tenth of each
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(550))
@@ -278,13 +316,15 @@ def test_normalize_by_hand():
     assert images[0, 0, 0, 0] == 255  # left as it is
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(2, 1, 28, 28), torch.zeros(2, 28, 28, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(2, 1, 28, 28), torch.zeros(2, 28, 28, dtype=torch.uint8)]
+)
 def test_normalize_refuses_what_the_model_would_misread(wrong):
     with pytest.raises(ValueError, match="expected uint8 images of shape"):
         dataset.normalize(wrong)
 
 
-# ---- Augmentation ----------------------------------------------------------------------------------------------------
+# ---- Augmentation --------------------------------------------------------------------------------
 
 
 def augmented(images, **options):
@@ -298,7 +338,8 @@ def test_the_channels_of_a_colour_image_move_together(test_split):
     moved, alone = (augmented(images, flip=True, shift=3) for images in (colored, gray))
     assert moved.shape == (50, 3, 28, 28)
     assert torch.equal(moved[:, :1], alone) and torch.equal(moved[:, 1:2], alone // 2)
-    assert torch.equal(moved[:, 2, 3:-3, 3:-3], 255 - alone[:, 0, 3:-3, 3:-3])  # uncovered pixels are black
+    # uncovered pixels are black
+    assert torch.equal(moved[:, 2, 3:-3, 3:-3], 255 - alone[:, 0, 3:-3, 3:-3])
 
 
 def test_without_augmentation_images_stay_as_they_are(test_split):
@@ -330,11 +371,15 @@ def test_alternate_flip_shows_every_image_both_ways_in_two_epochs(test_split):
 def test_an_order_has_all_hard_images_and_some_easy_ones():
     losses = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     losses[-400:] += 1  # the hardest two fifths
-    orders = [dataset.epoch_order(losses, torch.Generator().manual_seed(seed), skipped=500) for seed in range(100)]
+    orders = [
+        dataset.epoch_order(losses, torch.Generator().manual_seed(seed), skipped=500)
+        for seed in range(100)
+    ]
     assert all(len(order) == len(set(order.tolist())) == 500 for order in orders)
     assert all(set(range(600, 1000)) < set(order.tolist()) for order in orders)
     times = torch.cat(orders).bincount(minlength=1000)[:600]
-    assert 0 < times.min() and times.max() < 40  # by chance one of six easy images, which is 17 of 100 times
+    # by chance one of six easy images, which is 17 of 100 times
+    assert 0 < times.min() and times.max() < 40
     hard = (torch.stack(orders) >= 600).float()
     for part in hard.split(100, dim=1):  # as many of them in every part of the epoch
         assert part.mean().item() == pytest.approx(0.8, abs=0.02)
@@ -357,7 +402,7 @@ def test_shift_moves_each_image_and_fills_with_background(test_split, shift):
 
 @pytest.fixture(scope="module")
 def boxes():
-    """Height, width, top and left of what is erased of 4,000 white images, and the noise of each."""
+    """Height, width, top and left of what is erased of 4,000 white images, and each one's noise."""
     images = torch.full((8000, 1, 28, 28), 255, dtype=torch.uint8)
     result = augmented(images, erase=0.5)[:, 0]
     found = []
@@ -378,19 +423,28 @@ def test_erase_takes_the_asked_share_of_the_images(boxes):
 def test_erase_replaces_one_rectangle_by_noise(boxes):
     noise = torch.cat([box[4].flatten() for box in boxes])
     histogram = noise.bincount(minlength=256) / len(noise)
-    assert len(histogram) == 256 and (histogram - 1 / 256).abs().max() < 0.1 / 256  # nothing in it is left as it was
+    # nothing in it is left as it was
+    assert len(histogram) == 256 and (histogram - 1 / 256).abs().max() < 0.1 / 256
     assert accuracy_score(noise[1:], noise[:-1]) < 0.01  # and no stretch of one value
 
 
 def test_erase_takes_2_to_33_percent_of_the_area_in_any_proportion_up_to_3_3(boxes):
-    # Sides are rounded, so the bounds are met to within half a pixel; an edge row may be 255 by chance.
+    # Sides are rounded, so the bounds are met to within half a pixel; an edge row may be 255 by
+    # chance.
     areas = torch.tensor([height * width / 784 for height, width, *_ in boxes])
     assert 0.012 < areas.min() < 0.025 and 0.31 < areas.max() < 0.35
     assert areas.mean().item() == pytest.approx(0.175, abs=0.005)  # uniform from 0.02 to 0.33
-    large = [math.log(height / width) for height, width, *_ in boxes if 12 * 12 < height * width < 15 * 15]
+    large = [
+        math.log(height / width)
+        for height, width, *_ in boxes
+        if 12 * 12 < height * width < 15 * 15
+    ]
     aspects = torch.tensor(large)
     assert aspects.abs().max() < math.log(3.3) + 0.15 and aspects.abs().max() > math.log(3.3) - 0.15
-    assert aspects.mean().abs() < 0.1 and (aspects.abs() < math.log(3.3) / 2).float().mean().sub(0.5).abs() < 0.06
+    assert (
+        aspects.mean().abs() < 0.1
+        and (aspects.abs() < math.log(3.3) / 2).float().mean().sub(0.5).abs() < 0.06
+    )
 
 
 def test_an_erased_rectangle_may_lie_anywhere_within_the_image(boxes):
@@ -403,7 +457,9 @@ def test_an_erased_rectangle_may_lie_anywhere_within_the_image(boxes):
 def test_a_larger_area_may_be_erased():
     sizes = [
         (image != 255).sum().item()
-        for image in augmented(torch.full((2000, 1, 28, 28), 255, dtype=torch.uint8), erase=1.0, erase_area=0.8)
+        for image in augmented(
+            torch.full((2000, 1, 28, 28), 255, dtype=torch.uint8), erase=1.0, erase_area=0.8
+        )
     ]
     assert 0.75 * 784 < max(sizes) < 0.85 * 784
 
@@ -416,9 +472,13 @@ def test_an_eighth_of_the_images_is_rotated_about_their_centre_by_up_to_the_angl
     assert still.double().mean() == pytest.approx(7 / 8, abs=0.02)
     y, x = torch.meshgrid(torch.arange(28.0) - 13.5, torch.arange(28.0) - 13.5, indexing="ij")
     cy, cx = ((turned * axis).sum(dim=(1, 2)) / turned.sum(dim=(1, 2)) for axis in (y, x))
-    assert torch.hypot(cx, cy)[~still].tolist() == pytest.approx([9.5] * int((~still).sum()), abs=0.2)
+    assert torch.hypot(cx, cy)[~still].tolist() == pytest.approx(
+        [9.5] * int((~still).sum()), abs=0.2
+    )
     angles = torch.rad2deg(torch.atan2(cy, cx))[~still]
-    assert angles.abs().max() == pytest.approx(30, abs=0.7) and angles.abs().mean() == pytest.approx(15, abs=1)
+    assert angles.abs().max() == pytest.approx(
+        30, abs=0.7
+    ) and angles.abs().mean() == pytest.approx(15, abs=1)
     assert angles.mean() == pytest.approx(0, abs=2.5)
 
 
@@ -429,7 +489,11 @@ def test_a_turned_image_is_what_opencv_makes_of_it(test_split):
     fits = []
     for tenths in range(-400, 401):
         matrix = cv2.getRotationMatrix2D((13.5, 13.5), tenths / 10, 1.0)
-        fits.append(np.abs(cv2.warpAffine(image[0, 0].numpy(), matrix, (28, 28)) - turned[0, 0].float().numpy()).mean())
+        fits.append(
+            np.abs(
+                cv2.warpAffine(image[0, 0].numpy(), matrix, (28, 28)) - turned[0, 0].float().numpy()
+            ).mean()
+        )
     assert min(fits) < 1.5 and 1 < abs(int(np.argmin(fits)) - 400) < 400
 
 
@@ -442,7 +506,8 @@ def test_an_eighth_of_the_images_gets_noise_of_up_to_the_deviation():
     assert deviations.max() == pytest.approx(0.1, abs=0.01)
     assert deviations[noisy].mean() == pytest.approx(0.05, abs=0.004)
     assert gray.double().mean() == pytest.approx(128, abs=0.2)
-    assert black.max() < 160 and black.double().mean() < 5  # below black there is nothing, nor does it wrap round
+    # below black there is nothing, nor does it wrap round
+    assert black.max() < 160 and black.double().mean() < 5
 
 
 def test_cutmix_puts_a_rectangle_of_the_image_before_and_mixes_the_targets_by_its_area():
@@ -454,7 +519,9 @@ def test_cutmix_puts_a_rectangle_of_the_image_before_and_mixes_the_targets_by_it
         inside = image != i
         share, before = inside.double().mean().item(), (i - 1) % n
         assert (image[inside] == before).all()
-        assert (targets[i, i].item(), targets[i, before].item()) == pytest.approx((1 - share, share), abs=1e-6)
+        assert (targets[i, i].item(), targets[i, before].item()) == pytest.approx(
+            (1 - share, share), abs=1e-6
+        )
         rows, columns = inside.any(dim=1).sum(), inside.any(dim=0).sum()
         assert rows * columns == inside.sum()  # a rectangle
         shares.append(share)

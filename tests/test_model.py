@@ -50,9 +50,12 @@ def test_a_residual_unit_of_pyramidnet_has_its_norm_first_and_no_relu_last(small
     branch = resnet.conv2(F.relu(resnet.conv1(x)))
     torch.testing.assert_close(resnet(x), F.relu(x + branch))
     pyramid.load_state_dict(resnet.state_dict(), strict=False)
-    torch.testing.assert_close(pyramid(x), x + branch, rtol=1e-4, atol=1e-4)  # its norm is still the identity
+    # its norm is still the identity
+    torch.testing.assert_close(pyramid(x), x + branch, rtol=1e-4, atol=1e-4)
     nn.init.constant_(pyramid.norm.bias, 2.0)
-    torch.testing.assert_close(pyramid(x), x + resnet.conv2(F.relu(resnet.conv1(x + 2))), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        pyramid(x), x + resnet.conv2(F.relu(resnet.conv1(x + 2))), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_settings_reach_the_residual_blocks():
@@ -61,17 +64,24 @@ def test_the_settings_reach_the_residual_blocks():
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(UserError, match="embed_dim 16 is not a multiple of num_heads 3: change one of them"):
+    with pytest.raises(
+        UserError, match="embed_dim 16 is not a multiple of num_heads 3: change one of them"
+    ):
         replace(SMALL_MODEL, num_heads=3)
 
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_block_computes_what_pytorchs_own_encoder_layer_does(small_model, monkeypatch, fused):
     monkeypatch.setattr(model_module, "FUSED_ATTENTION", fused)
-    block, x = small_model.blocks[0], torch.randn(3, 49, 16, generator=torch.Generator().manual_seed(0))
+    block, x = (
+        small_model.blocks[0],
+        torch.randn(3, 49, 16, generator=torch.Generator().manual_seed(0)),
+    )
     for p in block.parameters():
         nn.init.normal_(p, std=0.3)
-    options = dict(dim_feedforward=32, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True)
+    options = dict(
+        dim_feedforward=32, dropout=0.0, activation=F.gelu, batch_first=True, norm_first=True
+    )
     reference = nn.TransformerEncoderLayer(16, 2, **options)
     own, theirs = block.attention, reference.self_attn
     pairs = [(theirs.in_proj_weight, own.qkv.weight), (theirs.in_proj_bias, own.qkv.bias)]
@@ -89,7 +99,8 @@ def test_a_block_computes_what_pytorchs_own_encoder_layer_does(small_model, monk
 
 
 def test_pooling_weighs_tokens_by_the_softmax_of_their_scores():
-    tokens = torch.tensor([[[0.0, 8.0], [math.log(3.0), 4.0]]])  # scores 0 and log 3: weights 1/4 and 3/4
+    # scores 0 and log 3: weights 1/4 and 3/4
+    tokens = torch.tensor([[[0.0, 8.0], [math.log(3.0), 4.0]]])
     pool = Pool(2, "attention")
     pool.score.weight.data, pool.score.bias.data = torch.tensor([[1.0, 0.0]]), torch.tensor([5.0])
     assert pool(tokens)[0].tolist() == pytest.approx([0.75 * math.log(3.0), 5.0])
@@ -98,11 +109,17 @@ def test_pooling_weighs_tokens_by_the_softmax_of_their_scores():
 
 def test_tokens_lie_row_by_row_and_know_their_position(small_model):
     small_model.blocks = nn.ModuleList()
-    small_model.norm, small_model.pool, small_model.head = nn.Identity(), nn.Identity(), nn.Identity()
+    small_model.norm, small_model.pool, small_model.head = (
+        nn.Identity(),
+        nn.Identity(),
+        nn.Identity(),
+    )
     x = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     maps, tokens = small_model.stem(x), small_model(x)
     assert maps.shape == (2, 16, 7, 7) and tokens.shape == (2, 49, 16)
-    torch.testing.assert_close(tokens[:, 3 * 7 + 5], maps[:, :, 3, 5] + small_model.pos_embed[0, 3 * 7 + 5])
+    torch.testing.assert_close(
+        tokens[:, 3 * 7 + 5], maps[:, :, 3, 5] + small_model.pos_embed[0, 3 * 7 + 5]
+    )
 
 
 def test_the_ends_of_the_stages_have_their_grids(small_model):
@@ -134,13 +151,14 @@ def test_initial_weights_have_the_sizes_that_the_papers_give():
     torch.manual_seed(0)
     model = HybridClassifier(replace(SMALL_MODEL, embed_dim=64))
     filters = model.stem.down2[0][0].weight
-    assert filters.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.03)  # He et al., counted at the output
+    # He et al., counted at the output
+    assert filters.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.03)
     assert model.blocks[0].mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.head.bias.count_nonzero() == 0
 
 
-# ---- Checkpoints -----------------------------------------------------------------------------------------------------
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 class Extended(HybridClassifier):
@@ -159,7 +177,11 @@ def test_a_checkpoint_comes_back_as_it_was(test_split, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", saved, epoch=3, history=history, note="a word")
     model, checkpoint = load_checkpoint(tmp_path / "a.pt")
     assert not model.training and model.config == SMALL_MODEL
-    assert (checkpoint["epoch"], checkpoint["history"], checkpoint["note"]) == (3, history, "a word")
+    assert (checkpoint["epoch"], checkpoint["history"], checkpoint["note"]) == (
+        3,
+        history,
+        "a word",
+    )
     assert_identical(dict(model.state_dict()), dict(saved.state_dict()))
     x = dataset.normalize(test_split[0][:4])
     assert torch.equal(model(x), saved.eval()(x))
@@ -193,7 +215,8 @@ def test_a_flipped_bit_of_a_weight_is_noticed(small_model, tmp_path):
     content[content.index(weights) + 100] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        CheckpointError, match=r"a.pt is damaged or not a checkpoint .*has changed since it was written"
+        CheckpointError,
+        match=r"a.pt is damaged or not a checkpoint .*has changed since it was written",
     ):
         load_checkpoint(path)
 
@@ -223,12 +246,16 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_executed(small_m
     ]
     for make in foreign:
         make()
-        with pytest.raises(CheckpointError, match=r"bad.pt is (damaged or not a|no) checkpoint") as error:
+        with pytest.raises(
+            CheckpointError, match=r"bad.pt is (damaged or not a|no) checkpoint"
+        ) as error:
             load_checkpoint(bad)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "made").exists()
     for path in (tmp_path / "none.pt", tmp_path):
-        with pytest.raises(CheckpointError, match=r"cannot read .*; name a checkpoint that train.py wrote"):
+        with pytest.raises(
+            CheckpointError, match=r"cannot read .*; name a checkpoint that train.py wrote"
+        ):
             load_checkpoint(path)
 
 
@@ -241,7 +268,10 @@ def test_what_a_checkpoint_says_of_its_training_has_to_be_of_the_right_type(smal
         (dict(history="long"), "history is no list"),
         (dict(epoch="3"), "epoch is no int"),
         (dict(history=[row, 5]), "history has a row that is not of numbers"),
-        (dict(history=[row | dict(val_accuracy="high")]), "history has a row that is not of numbers"),
+        (
+            dict(history=[row | dict(val_accuracy="high")]),
+            "history has a row that is not of numbers",
+        ),
     ):
         save_checkpoint(tmp_path / "bad.pt", small_model, **contents)
         with pytest.raises(CheckpointError, match=words) as error:
@@ -252,7 +282,10 @@ def test_what_a_checkpoint_says_of_its_training_has_to_be_of_the_right_type(smal
 def test_a_checkpoint_of_another_model_is_told_why(small_model, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", small_model)
     monkeypatch.setattr(model_module, "HybridClassifier", Extended)
-    with pytest.raises(CheckpointError, match=r'does not fit the model that model.py builds now .*"gain".*train again'):
+    with pytest.raises(
+        CheckpointError,
+        match=r'does not fit the model that model.py builds now .*"gain".*train again',
+    ):
         load_checkpoint(tmp_path / "a.pt")
     content = torch.load(tmp_path / "a.pt")
     content["model_config"]["width"] = 3

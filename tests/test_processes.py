@@ -1,4 +1,6 @@
-"""What the machine gives, and several processes by torchrun: together they do what one alone would do."""
+"""What the machine gives, and several processes by torchrun: together they do what one alone would
+do.
+"""
 
 import itertools
 import json
@@ -21,12 +23,14 @@ from model import load_checkpoint
 from training import processes
 from training.processes import choose_device, choose_precision, gather, set_threads
 
-# ---- Threads, device and precision -----------------------------------------------------------------------------------
+# ---- Threads, device and precision ---------------------------------------------------------------
 
 
 @pytest.fixture
 def cores(monkeypatch):
-    """A machine with many cores, and a clock that only the measured work moves: by 0.01 s over the speed."""
+    """A machine with many cores, and a clock that only the measured work moves: by 0.01 s over the
+    speed.
+    """
 
     def make(number, speed):
         now = itertools.accumulate(0.01 / speed(torch.get_num_threads()) for _ in itertools.count())
@@ -79,9 +83,12 @@ for _ in range(30):  # it settles within ten
     torch.ones(20_000_000)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     faults = list(map(int, done.stdout.split()))
-    assert faults[0] > 30 and sum(faults[-5:]) < 10  # 80 MB are 20,000 pages of 4 KiB, or 40 large ones
+    # 80 MB are 20,000 pages of 4 KiB, or 40 large ones
+    assert faults[0] > 30 and sum(faults[-5:]) < 10
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3])
@@ -97,7 +104,9 @@ def test_a_users_own_number_of_threads_is_left_alone(monkeypatch):
     assert set_threads() == torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+@pytest.mark.parametrize(
+    "cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
 def test_auto_takes_an_accelerator_where_there_is_one(monkeypatch, cuda, mps, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
@@ -112,7 +121,9 @@ def test_processes_without_a_device_each_are_refused(monkeypatch, kind):
     monkeypatch.setattr(processes.dist, "is_torchelastic_launched", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match=f"not every process has a {kind} device: start fewer, or give --device cpu"):
+    with pytest.raises(
+        UserError, match=f"not every process has a {kind} device: start fewer, or give --device cpu"
+    ):
         processes.join(torch.device(kind))
 
 
@@ -125,14 +136,18 @@ def test_processes_without_a_device_each_are_refused(monkeypatch, kind):
         ({"amx_bf16": True}, 2.0, "bfloat16"),
     ],
 )
-def test_automatic_precision_is_the_faster_one_of_a_cpu(monkeypatch, instructions, speed_up, expected):
+def test_automatic_precision_is_the_faster_one_of_a_cpu(
+    monkeypatch, instructions, speed_up, expected
+):
     def measure(prepare, choices, seconds):
         for choice in choices:
             prepare(choice)()
         return dict(float32=50.0, bfloat16=50.0 * speed_up)
 
     def convolve(layer, images):
-        computed_in.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        computed_in.append(
+            torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        )
         return forward(layer, images)
 
     forward, computed_in = nn.Conv2d.forward, []
@@ -142,17 +157,24 @@ def test_automatic_precision_is_the_faster_one_of_a_cpu(monkeypatch, instruction
     cpu = torch.device("cpu")
     assert choose_precision("auto", cpu) == expected
     assert computed_in == ([torch.float32, torch.bfloat16] if speed_up else [])
-    assert choose_precision("float32", cpu) == "float32" and choose_precision("bfloat16", cpu) == "bfloat16"
+    assert (
+        choose_precision("float32", cpu) == "float32"
+        and choose_precision("bfloat16", cpu) == "bfloat16"
+    )
 
 
-@pytest.mark.parametrize("capability, expected", [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
-def test_automatic_precision_takes_bfloat16_on_gpus_that_compute_in_it(monkeypatch, capability, expected):
+@pytest.mark.parametrize(
+    "capability, expected", [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")]
+)
+def test_automatic_precision_takes_bfloat16_on_gpus_that_compute_in_it(
+    monkeypatch, capability, expected
+):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert choose_precision("auto", torch.device("cuda")) == expected
     assert choose_precision("auto", torch.device("mps")) == "float32"
 
 
-# ---- Several processes -----------------------------------------------------------------------------------------------
+# ---- Several processes ---------------------------------------------------------------------------
 
 
 def test_rows_of_all_processes_are_put_together_in_the_order_of_the_batch(monkeypatch):
@@ -183,12 +205,18 @@ def test_gradients_are_averaged_over_the_processes(monkeypatch):
 
 @pytest.fixture
 def together(small_data, tmp_path):
-    """Runs train.py in several processes on the small data set, with some lines of Python before it starts."""
+    """Runs train.py in several processes on the small data set, with some lines of Python before it
+    starts.
+    """
 
     def run(*flags, first="", number=2):
         script = tmp_path / "train_small.py"
         lines = [f"import json, sys; sys.path.insert(0, {str(ROOT)!r})", "import dataset, train"]
-        lines += [f"dataset.FILES = json.loads({json.dumps(dataset.FILES)!r})", first, "train.main()"]
+        lines += [
+            f"dataset.FILES = json.loads({json.dumps(dataset.FILES)!r})",
+            first,
+            "train.main()",
+        ]
         script.write_text("\n".join(lines))
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         command = [sys.executable, *launcher, script, *flags]
@@ -205,10 +233,16 @@ def flags(small_data):
 
 
 @pytest.mark.slow
-def test_two_processes_train_like_one_and_one_of_them_reports(together, run_config, flags, tmp_path, monkeypatch):
-    # Batch norm sees half a batch in each process. Without its statistics, the two do exactly what one does.
-    plain = "train.nn.BatchNorm2d.forward = lambda n, x: x * n.weight[:, None, None] + n.bias[:, None, None]"
-    monkeypatch.setattr(nn.BatchNorm2d, "forward", lambda n, x: x * n.weight[:, None, None] + n.bias[:, None, None])
+def test_two_processes_train_like_one_and_one_of_them_reports(
+    together, run_config, flags, tmp_path, monkeypatch
+):
+    # Batch norm sees half a batch in each process. Without its statistics, the two do exactly what
+    # one does.
+    scaled = "x * n.weight[:, None, None] + n.bias[:, None, None]"
+    plain = f"train.nn.BatchNorm2d.forward = lambda n, x: {scaled}"
+    monkeypatch.setattr(
+        nn.BatchNorm2d, "forward", lambda n, x: x * n.weight[:, None, None] + n.bias[:, None, None]
+    )
     result = together(*flags, "--drop-path", 0, "--output-dir", "two", first=plain)
     assert result.returncode == 0, result.stderr
     assert "160 training images, processes: 2" in result.stdout
@@ -246,11 +280,21 @@ def test_three_stopped_processes_end_bit_for_bit_like_uninterrupted_ones(togethe
     flags = [*flags, "--batch-size", 15, "--skip-easy", 0.3, "--whiten"]
     whole = together(*flags, "--output-dir", "whole", number=3)
     assert whole.returncode == 0, whole.stderr
-    # The first process asks torchrun to stop all within the second epoch: as a queue does, and as Ctrl-C does.
+    # The first process asks torchrun to stop all within the second epoch: as a queue does, and as
+    # Ctrl-C does.
     for start, step, number in ((flags, 13, signal.SIGTERM), (["--resume"], 3, signal.SIGINT)):
-        parts = together(*start, "--output-dir", "parts", first=STOP.format(step=step, number=int(number)), number=3)
+        parts = together(
+            *start,
+            "--output-dir",
+            "parts",
+            first=STOP.format(step=step, number=int(number)),
+            number=3,
+        )
         assert parts.returncode != 0
-        assert "go on from the last whole epoch with: torchrun --nproc-per-node=3 train.py --resume" in parts.stdout
+        assert (
+            "go on from the last whole epoch with: torchrun --nproc-per-node=3 train.py --resume"
+            in parts.stdout
+        )
         assert len(load_checkpoint(tmp_path / "parts" / "last.pt")[1]["history"]) == 1
     resumed = together("--resume", "--output-dir", "parts", number=3)
     assert resumed.returncode == 0, resumed.stderr
@@ -259,14 +303,22 @@ def test_three_stopped_processes_end_bit_for_bit_like_uninterrupted_ones(togethe
 
 
 @pytest.mark.slow
-def test_processes_that_cannot_share_the_work_are_refused_in_one_line(together, run_config, flags, tmp_path):
+def test_processes_that_cannot_share_the_work_are_refused_in_one_line(
+    together, run_config, flags, tmp_path
+):
     result = together(*flags, "--batch-size", 15)
     assert result.returncode != 0
-    assert "train.py: error: --batch-size 15: give at most 160, divisible by the 2 processes" in result.stderr
+    assert (
+        "train.py: error: --batch-size 15: give at most 160, divisible by the 2 processes"
+        in result.stderr
+    )
     train.train(run_config(epochs=1))
     result = together("--resume", "--output-dir", tmp_path / "run")
     assert result.returncode != 0
-    assert "train.py: error: the run to resume had 1 processes, not 2: start as many again" in result.stderr
+    assert (
+        "train.py: error: the run to resume had 1 processes, not 2: start as many again"
+        in result.stderr
+    )
 
 
 def test_a_run_of_two_processes_is_not_resumed_by_one(run_config, monkeypatch):
@@ -276,5 +328,7 @@ def test_a_run_of_two_processes_is_not_resumed_by_one(run_config, monkeypatch):
         patch.setattr(processes, "gather", lambda rows: rows)
         patch.setattr(processes, "average_gradients", lambda model: None)
         train.train(run_config(epochs=1))
-    with pytest.raises(UserError, match="the run to resume had 2 processes, not 1: start as many again"):
+    with pytest.raises(
+        UserError, match="the run to resume had 2 processes, not 1: start as many again"
+    ):
         train.train(run_config(epochs=1), resume=True)

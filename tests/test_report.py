@@ -19,16 +19,20 @@ HISTORY = [
 def test_the_report_by_class_has_precision_recall_and_f1():
     lines = report.class_report(LABELS, PREDICTIONS).splitlines()
     rows = {line.rsplit(maxsplit=4)[0].strip(): line.split()[-4:] for line in lines if line.strip()}
-    assert rows["T-shirt/top"] == ["1.0000", "0.6667", "0.8000", "3"]  # both answers right, for 2 of 3 images
+    # both answers right, for 2 of 3 images
+    assert rows["T-shirt/top"] == ["1.0000", "0.6667", "0.8000", "3"]
     assert rows["Trouser"] == ["0.5000", "1.0000", "0.6667", "1"]
     assert rows["Ankle boot"] == ["0.0000", "0.0000", "0.0000", "0"]  # neither there nor answered
     assert rows["weighted avg"] == ["0.8750", "0.7500", "0.7667", "4"]
 
 
-@pytest.mark.parametrize("split, title", [("train", "train split, as augmented"), ("val", "val split")])
+@pytest.mark.parametrize(
+    "split, title", [("train", "train split, as augmented"), ("val", "val split")]
+)
 def test_a_summary_has_cross_entropy_and_accuracy(capsys, split, title):
     logits = torch.zeros(4, 10)
-    logits[torch.arange(4), PREDICTIONS] = math.log(11.0)  # the answer's probability is 11 / 20, any other's 1 / 20
+    # the answer's probability is 11 / 20, any other's 1 / 20
+    logits[torch.arange(4), PREDICTIONS] = math.log(11.0)
     loss = (3 * math.log(20 / 11) + math.log(20)) / 4
     row = report.summary(split, logits, LABELS, quiet=True)
     assert row == {f"{split}_loss": pytest.approx(loss, rel=1e-5), f"{split}_accuracy": 0.75}
@@ -39,14 +43,19 @@ def test_a_summary_has_cross_entropy_and_accuracy(capsys, split, title):
 
 
 def test_the_line_of_an_epoch_gives_pace_and_time_left():
-    line = report.epoch_line(HISTORY, steps=[10, 4, 4, 4, 4])  # the epoch took 20 seconds, 3 like it are left
+    # the epoch took 20 seconds, 3 like it are left
+    line = report.epoch_line(HISTORY, steps=[10, 4, 4, 4, 4])
     assert line == (
-        "epoch 2/5  train loss 1.0000 accuracy 0.7500  val (averaged weights) loss 1.5000 accuracy 0.6250  "
+        "epoch 2/5  train loss 1.0000 accuracy 0.7500  "
+        "val (averaged weights) loss 1.5000 accuracy 0.6250  "
         "last lr 0.1  16 images/s  elapsed 0:00:30  remaining 0:01:00"
     )
-    first = report.epoch_line(HISTORY[:1], steps=[10, 4, 4, 4, 4])  # 10 steps took 10 seconds; 16 are left
+    # 10 steps took 10 seconds; 16 are left
+    first = report.epoch_line(HISTORY[:1], steps=[10, 4, 4, 4, 4])
     assert "val" not in first and first.endswith("remaining 0:00:16")
-    assert "1000 images/s" in report.epoch_line([HISTORY[0] | dict(images=10, seconds=0.0)], steps=[10])
+    assert "1000 images/s" in report.epoch_line(
+        [HISTORY[0] | dict(images=10, seconds=0.0)], steps=[10]
+    )
 
 
 def test_the_history_is_a_table_whose_columns_come_and_go(tmp_path):
@@ -62,15 +71,23 @@ def test_the_history_is_a_table_whose_columns_come_and_go(tmp_path):
 
 def test_the_curves_are_those_of_the_history():
     loss, accuracy, lr = report.draw_curves(HISTORY).axes
-    drawn = [{line.get_label(): line.get_xydata().tolist() for line in axes.lines} for axes in (loss, accuracy)]
+    drawn = [
+        {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        for axes in (loss, accuracy)
+    ]
     assert drawn[0] == {"training (as augmented)": [[1, 2.0], [2, 1.0]], "validation": [[2, 1.5]]}
-    assert drawn[1] == {"training (as augmented)": [[1, 50.0], [2, 75.0]], "validation": [[2, 62.5]]}
+    assert drawn[1] == {
+        "training (as augmented)": [[1, 50.0], [2, 75.0]],
+        "validation": [[2, 62.5]],
+    }
     assert lr.lines[0].get_xydata().tolist() == [[1, 0.2], [2, 0.1]]
 
 
 def test_the_confusion_matrix_has_the_true_classes_as_rows():
     right = torch.arange(10)
-    figure = report.draw_confusion_matrix(torch.cat([LABELS, right]), torch.cat([PREDICTIONS, right]))
+    figure = report.draw_confusion_matrix(
+        torch.cat([LABELS, right]), torch.cat([PREDICTIONS, right])
+    )
     (axes,) = figure.axes
     expected = np.eye(10)
     expected[0, 0], expected[0, 1], expected[1, 1] = 3, 1, 2

@@ -26,9 +26,13 @@ def parse(*flags):
 def test_every_type_of_row_has_a_flag():
     flags = "--no-switch --count 5 --rate 1 --name y --kind b --sizes 4 8 --files a b".split()
     given = parse(*flags)
-    expected = dict(switch=False, count=5, rate=1.0, name="y", kind="b", sizes=[4, 8], files=["a", "b"])
+    expected = dict(
+        switch=False, count=5, rate=1.0, name="y", kind="b", sizes=[4, 8], files=["a", "b"]
+    )
     assert given == expected
-    assert {name: type(value) for name, value in given.items()} == {name: type(v) for name, v in expected.items()}
+    assert {name: type(value) for name, value in given.items()} == {
+        name: type(v) for name, v in expected.items()
+    }
     assert parse("--switch", "--files") == dict(switch=True, files=[])
     assert parse() == {}
 
@@ -51,7 +55,10 @@ def test_a_flag_that_cannot_be_read_is_one_line(capsys, flags, words):
 
 def test_help_explains_every_row_and_its_default():
     text = " ".join(make_parser(TABLE, "a script").format_help().split())
-    for words in ("--rate X a number (default: 0.5)", "--sizes N N two whole numbers (default: (16, 32))"):
+    for words in (
+        "--rate X a number (default: 0.5)",
+        "--sizes N N two whole numbers (default: (16, 32))",
+    ):
         assert words in text
     assert "--switch, --no-switch on or off" in text and "100% of it" in text
 
@@ -101,7 +108,12 @@ def test_what_is_at_the_edge_of_its_range_is_allowed():
 
 def test_flags_count_over_the_recipe_and_the_recipe_over_the_defaults():
     settings = choose_settings(TABLE, RECIPES, dict(recipe="quick", rate=0.75))
-    assert (settings.recipe, settings.count, settings.rate, settings.sizes) == ("quick", 1, 0.75, (16, 32))
+    assert (settings.recipe, settings.count, settings.rate, settings.sizes) == (
+        "quick",
+        1,
+        0.75,
+        (16, 32),
+    )
     edited = TABLE | dict(recipe=("quick", None, "a row of RECIPES"))
     assert choose_settings(edited, RECIPES, {}).count == 1
 
@@ -117,20 +129,27 @@ def test_a_name_that_there_is_not_is_refused():
 
 def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change():
     saved = vars(choose_settings(TABLE, RECIPES, dict(count=7, sizes=(4, 8))))
-    given = dict(sizes=(4, 8), name="y", switch=False)  # the first is as it was, the others may change
+    # the first is as it was, the others may change
+    given = dict(sizes=(4, 8), name="y", switch=False)
     resumed = resumed_settings(TABLE, saved, given, may_change=("name", "switch"))
     assert resumed == saved | dict(name="y", switch=False)
     table = TABLE | dict(kind=("auto", ("auto", "a", "b"), "auto chooses one of the others"))
-    assert resumed_settings(table, saved, dict(kind="auto"), may_change=()) == saved  # what it chose was saved
+    # what it chose was saved
+    assert resumed_settings(table, saved, dict(kind="auto"), may_change=()) == saved
     with pytest.raises(UserError, match="--name auto differs from the run to resume, which has x"):
         resumed_settings(TABLE, saved, dict(name="auto"), may_change=())
-    with pytest.raises(UserError, match=r"^--count 8 differs from the run to resume, which has 7: leave it out"):
+    with pytest.raises(
+        UserError, match=r"^--count 8 differs from the run to resume, which has 7: leave it out"
+    ):
         resumed_settings(TABLE, saved, dict(count=8), may_change=("name",))
 
 
 def test_a_run_of_a_table_with_other_rows_is_not_resumed():
     saved = vars(choose_settings(TABLE, RECIPES, {}))
-    larger, smaller = TABLE | dict(more_of_it=(1, None, "")), {k: v for k, v in TABLE.items() if k != "rate"}
+    larger, smaller = (
+        TABLE | dict(more_of_it=(1, None, "")),
+        {k: v for k, v in TABLE.items() if k != "rate"},
+    )
     for table, name in ((larger, "--more-of-it"), (smaller, "--rate")):
         with pytest.raises(UserError, match=f"differ in their settings, {name}: start a new run"):
             resumed_settings(table, saved, {}, may_change=())

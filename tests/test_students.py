@@ -1,4 +1,6 @@
-"""What a student does with the code: edit it, run it from a notebook or a thread, ask for it on any device."""
+"""What a student does with the code: edit it, run it from a notebook or a thread, ask for it on any
+device.
+"""
 
 import csv
 import json
@@ -24,14 +26,19 @@ ROWS = """    # my own
     sizes=((1, 2), (1, 99), "a row of numbers"),
     names=((), None, "some words"),
 """
-ROW_FLAGS = "--use-scale --repeats 2 --loss-scale 0.5 --note mine --kind fancy --sizes 3 4 --names a b".split()
+ROW_FLAGS = "--use-scale --repeats 2 --loss-scale 0.5 --note mine".split()
+ROW_FLAGS += "--kind fancy --sizes 3 4 --names a b".split()
 EDITS = [  # file, how a line of it begins, what the line becomes
     (
         "train.py",
         "    return loss, logits\n",
         "    loss = loss * config.loss_scale if config.use_scale else loss\n{line}",
     ),
-    ("train.py", "    # A number that you add", '{line}    row["grad_norm"] = run.model.head.weight.norm()\n'),
+    (
+        "train.py",
+        "    # A number that you add",
+        '{line}    row["grad_norm"] = run.model.head.weight.norm()\n',
+    ),
     (
         "model.py",
         "        self.reset_parameters()",
@@ -69,7 +76,7 @@ def edit(folder):
 DRIVER = """
 import json, sys
 import dataset, train
-assert "cv2" not in sys.modules and "matplotlib.pyplot" not in sys.modules  # slow to import, or not there
+assert "cv2" not in sys.modules and "matplotlib.pyplot" not in sys.modules
 files, *commands = json.load(sys.stdin)
 dataset.FILES = files
 take_step, calls = train.take_step, []
@@ -96,7 +103,9 @@ def test_a_student_adds_settings_a_number_and_weights_of_other_types(small_data,
     start = [*flags_of(SMALL_RUN), *data, *ROW_FLAGS]
     commands = [start, ["--resume"], ["--evaluate", "checkpoints/best.pt", "--threads", "1", *data]]
     commands += [["--repeats", "10"], ["--resume", "--kind", "plain"]]
-    options = dict(input=json.dumps([dataset.FILES, *commands]), capture_output=True, text=True, timeout=300)
+    options = dict(
+        input=json.dumps([dataset.FILES, *commands]), capture_output=True, text=True, timeout=300
+    )
     result = subprocess.run([sys.executable, "driver.py"], cwd=tmp_path, **options)
     statuses = [line for line in result.stdout.splitlines() if line.startswith("exit status ")]
     assert [status.split()[2] for status in statuses[:3]] == ["130", "0", "0"], result.stderr
@@ -109,7 +118,9 @@ def test_a_student_adds_settings_a_number_and_weights_of_other_types(small_data,
     assert len(norms) == 2 and all(0 < norm < 10 for norm in norms) and norms[0] != norms[1]
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     assert [row["grad_norm"] for row in checkpoint["history"]] == norms
-    expected = dict(use_scale=True, repeats=2, loss_scale=0.5, note="mine", kind="fancy", sizes=(3, 4))
+    expected = dict(
+        use_scale=True, repeats=2, loss_scale=0.5, note="mine", kind="fancy", sizes=(3, 4)
+    )
     assert checkpoint["train_config"].items() >= (expected | dict(names=("a", "b"))).items()
     for weights in (checkpoint["model"], checkpoint["training"]["model"]):
         assert weights["seen"].dtype == torch.bool and weights["seen"].item()
@@ -125,7 +136,9 @@ def in_a_notebook(data_dir, **given):
 def test_a_run_of_a_notebook_and_one_of_a_thread(small_data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = [in_a_notebook(small_data)]  # neither this folder nor the other exists yet
-    thread = threading.Thread(target=lambda: paths.append(in_a_notebook(small_data, output_dir="some/where")))
+    thread = threading.Thread(
+        target=lambda: paths.append(in_a_notebook(small_data, output_dir="some/where"))
+    )
     thread.start()
     thread.join()
     assert [str(path) for path in paths] == ["checkpoints/best.pt", "some/where/best.pt"]

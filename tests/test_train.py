@@ -23,7 +23,7 @@ from model import SHIPPED_CHECKPOINT, load_checkpoint, save_checkpoint
 from training import processes, report, runs
 from training.settings import choose_settings
 
-# ---- The loss --------------------------------------------------------------------------------------------------------
+# ---- The loss ------------------------------------------------------------------------------------
 
 
 class Fixed(nn.Module):
@@ -52,7 +52,9 @@ def loss_settings(**changes):
 
 
 def cross_entropy(smoothing):
-    """Of the first model, by the formula: the right class has 1 - smoothing of the target, and every class a tenth."""
+    """Of the first model, by the formula: the right class has 1 - smoothing of the target, and
+    every class a tenth.
+    """
     target = (1 - smoothing) * np.eye(10)[LABELS.numpy()] + smoothing / 10
     return -(target * log_softmax(ROWS[0])).sum(axis=1).mean()
 
@@ -65,7 +67,9 @@ def divergence(teachers, temperature):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.4])
 def test_cross_entropy_against_smoothed_labels(smoothing):
-    loss, logits = train.training_loss(MODEL, [], X, LABELS, loss_settings(label_smoothing=smoothing))
+    loss, logits = train.training_loss(
+        MODEL, [], X, LABELS, loss_settings(label_smoothing=smoothing)
+    )
     assert loss.item() == pytest.approx(cross_entropy(smoothing), rel=1e-5)
     assert torch.equal(logits, MODEL.logits)
 
@@ -77,7 +81,9 @@ def test_labels_keep_their_part_beside_the_mean_of_the_teachers(count, weight, t
     settings = loss_settings(label_smoothing=0.1, teacher_weight=weight, temperature=temperature)
     loss, _ = train.training_loss(MODEL, TEACHERS[:count], X, LABELS, settings)
     distance = divergence(ROWS[1 : 1 + count], temperature) * temperature**2
-    assert loss.item() == pytest.approx((1 - weight) * cross_entropy(0.1) + weight * distance, rel=1e-5)
+    assert loss.item() == pytest.approx(
+        (1 - weight) * cross_entropy(0.1) + weight * distance, rel=1e-5
+    )
     loss.backward()
     assert all(teacher.logits.grad is None for teacher in TEACHERS)
     MODEL.zero_grad()
@@ -88,7 +94,9 @@ class Matrix(nn.Module):
 
     def __init__(self, seed):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(784, 10, generator=torch.Generator().manual_seed(seed)))
+        self.weight = nn.Parameter(
+            torch.randn(784, 10, generator=torch.Generator().manual_seed(seed))
+        )
 
     def forward(self, x):
         return x.flatten(1) @ self.weight
@@ -96,9 +104,15 @@ class Matrix(nn.Module):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_model_and_teachers_compute_in_the_precision_asked_for(precision):
-    x, dtype = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(2)), getattr(torch, precision)
+    x, dtype = (
+        torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(2)),
+        getattr(torch, precision),
+    )
     model, teacher = Matrix(0), Matrix(1)
-    expected = [(x.flatten(1).to(dtype) @ m.weight.detach().to(dtype)).double().numpy() for m in (model, teacher)]
+    expected = [
+        (x.flatten(1).to(dtype) @ m.weight.detach().to(dtype)).double().numpy()
+        for m in (model, teacher)
+    ]
     settings = loss_settings(precision=precision, teacher_weight=1.0, temperature=8.0)
     loss, logits = train.training_loss(model, [teacher], x, LABELS, settings)
     assert logits.dtype == loss.dtype == model.weight.dtype == torch.float32
@@ -115,7 +129,7 @@ def test_predict_answers_in_evaluation_mode_and_leaves_the_mode(small_model, tes
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- The loop --------------------------------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -150,24 +164,32 @@ def history_of(folder):
 
 
 @pytest.mark.parametrize("train_size", [0, 200])
-def test_an_epoch_has_each_training_image_once_with_its_label_in_an_order_of_its_own(run_config, watch, train_size):
+def test_an_epoch_has_each_training_image_once_with_its_label_in_an_order_of_its_own(
+    run_config, watch, train_size
+):
     config = run_config(flip=False, shift=0, erase=0.0, train_size=train_size, batch_size=50)
     calls = watch(train, "training_loss")
     train.train(config)
     images, labels, val_images, _ = splits_of(config)
-    number = {image.tobytes(): i for i, image in enumerate(dataset.normalize(torch.cat([images, val_images])).numpy())}
+    number = {
+        image.tobytes(): i
+        for i, image in enumerate(dataset.normalize(torch.cat([images, val_images])).numpy())
+    }
     steps = (train_size or 400) // 50
     epochs = []
     for epoch in range(2):
         batches = [arguments for arguments, _ in calls[epoch * steps : (epoch + 1) * steps]]
         order = [number[image.tobytes()] for batch in batches for image in batch["x"].numpy()]
-        assert len(set(order)) == len(order) == steps * 50 and max(order) < 400  # none of the validation images
+        # none of the validation images
+        assert len(set(order)) == len(order) == steps * 50 and max(order) < 400
         assert torch.equal(torch.cat([batch["targets"] for batch in batches]), labels[order])
         epochs.append(order)
     assert len(calls) == 2 * steps and epochs[0] != epochs[1]
     if train_size:
         assert set(epochs[0]) == set(epochs[1])  # the same part of the images in every epoch
-        assert labels[epochs[0]].bincount().tolist() == pytest.approx((labels.bincount() / 2).tolist(), abs=1)
+        assert labels[epochs[0]].bincount().tolist() == pytest.approx(
+            (labels.bincount() / 2).tolist(), abs=1
+        )
 
 
 def test_images_left_over_wait_for_the_order_of_the_next_epoch(run_config, watch):
@@ -185,12 +207,23 @@ def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch, tmp
     order = [number[image.tobytes()] for arguments, _ in calls for image in arguments["x"].numpy()]
     # Of 160 images 96 are easy, and half of these are left out.
     first, second, third = set(order[:160]), order[160:272], order[272:]
-    assert len(first) == 160 and len(set(second)) == len(second) == len(set(third)) == len(third) == 112
+    assert (
+        len(first) == 160
+        and len(set(second)) == len(second) == len(set(third)) == len(third) == 112
+    )
     logits = torch.cat([result[1].detach() for _, result in calls]).double().numpy()
-    losses = dict(zip(order[:160], -log_softmax(logits[:160])[np.arange(160), labels[order[:160]]], strict=True))
+    losses = dict(
+        zip(
+            order[:160],
+            -log_softmax(logits[:160])[np.arange(160), labels[order[:160]]],
+            strict=True,
+        )
+    )
     hardest = sorted(losses, key=losses.get)[96:]
     assert set(hardest) <= set(second) < first
-    losses |= dict(zip(second, -log_softmax(logits[160:272])[np.arange(112), labels[second]], strict=True))
+    losses |= dict(
+        zip(second, -log_softmax(logits[160:272])[np.arange(112), labels[second]], strict=True)
+    )
     assert set(sorted(losses, key=losses.get)[96:]) <= set(third) and set(third) != set(second)
     cosine = [config.lr * 0.5 * (1 + math.cos(math.pi * step / 24)) for step in range(24)]
     assert [arguments["lr"] for arguments, _ in steps] == pytest.approx(cosine)
@@ -208,14 +241,19 @@ def test_images_that_the_first_epoch_did_not_reach_count_as_hard(run_config, wat
 
 def test_the_warm_up_takes_at_most_a_quarter_of_the_steps(run_config, watch):
     calls = watch(train, "take_step")
-    train.train(run_config(lr=0.5, warmup_epochs=1.0, skip_easy=1.0))  # 10 and 4 steps, of which 3.5 are a quarter
-    assert [arguments["lr"] for arguments, _ in calls][:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    # 10 and 4 steps, of which 3.5 are a quarter
+    train.train(run_config(lr=0.5, warmup_epochs=1.0, skip_easy=1.0))
+    assert [arguments["lr"] for arguments, _ in calls][:5] == pytest.approx(
+        [0.125, 0.25, 0.375, 0.5, 0.5]
+    )
 
 
 def test_the_warm_up_is_counted_in_epochs_of_the_first_ones_length(run_config, watch):
     calls = watch(train, "take_step")
     train.train(run_config(lr=0.5, warmup_epochs=0.4, skip_easy=1.0, epochs=3))  # 10, 4 and 4 steps
-    assert [arguments["lr"] for arguments, _ in calls][:5] == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5])
+    assert [arguments["lr"] for arguments, _ in calls][:5] == pytest.approx(
+        [0.125, 0.25, 0.375, 0.5, 0.5]
+    )
 
 
 def test_images_are_augmented_as_the_settings_say(run_config, watch):
@@ -234,33 +272,45 @@ def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_con
     number = {image.tobytes(): (i, False) for i, image in enumerate(images)}
     number |= {image[:, :, ::-1].tobytes(): (i, True) for i, image in enumerate(images)}
     seen = [number[image.tobytes()] for arguments, _ in calls for image in arguments["x"].numpy()]
-    assert len(seen) == 800 and len(set(seen)) == 800  # in two epochs, each of 400 images as it is, and mirrored
+    # in two epochs, each of 400 images as it is, and mirrored
+    assert len(seen) == 800 and len(set(seen)) == 800
     assert 150 < sum(mirrored for _, mirrored in seen[:400]) < 250
 
 
 def test_without_flips_no_image_is_mirrored_in_any_epoch(run_config, watch):
     calls = watch(train, "training_loss")
-    train.train(run_config(flip=False, alternate_flip=True, shift=0, erase=0.0, train_size=0, batch_size=50))
+    train.train(
+        run_config(flip=False, alternate_flip=True, shift=0, erase=0.0, train_size=0, batch_size=50)
+    )
     images = {image.tobytes() for image in dataset.normalize(splits_of(run_config())[0]).numpy()}
-    assert len(calls) == 16 and all(x.tobytes() in images for arguments, _ in calls for x in arguments["x"].numpy())
+    assert len(calls) == 16 and all(
+        x.tobytes() in images for arguments, _ in calls for x in arguments["x"].numpy()
+    )
 
 
-def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run_config, watch, tmp_path):
+def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(
+    run_config, watch, tmp_path
+):
     calls = watch(train, "whiten_first_layer")
     train.train(run_config(output_dir=str(tmp_path / "other")))
     assert not calls
     train.train(run_config(whiten=True, train_size=0))
     assert torch.equal(calls[0][0]["x"], dataset.normalize(splits_of(run_config())[0]))
     conv, norm = load_checkpoint(tmp_path / "run" / "last.pt")[0].stem.first[0]
-    assert conv.weight.view(4, 9).norm(dim=1).tolist() == pytest.approx([1.0] * 4)  # He's have other norms
+    # He's have other norms
+    assert conv.weight.view(4, 9).norm(dim=1).tolist() == pytest.approx([1.0] * 4)
     assert torch.equal(conv.weight[::2], -conv.weight[1::2])
     assert norm.weight.tolist() == [1.0] * 4 and norm.bias.tolist() == [0.0] * 4
     assert norm.running_mean.abs().min() > 0  # its statistics follow the images
 
 
-def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(run_config, watch, tmp_path):
+def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(
+    run_config, watch, tmp_path
+):
     calls = watch(train, "training_loss")
-    plain, mixed = (run_config(epochs=1, cutmix=p, output_dir=str(tmp_path / str(p))) for p in (0.0, 1.0))
+    plain, mixed = (
+        run_config(epochs=1, cutmix=p, output_dir=str(tmp_path / str(p))) for p in (0.0, 1.0)
+    )
     train.train(plain)
     labels = torch.cat([arguments["targets"] for arguments, _ in calls])
     calls.clear()
@@ -271,7 +321,9 @@ def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(ru
     assert 0.4 < shares.mean() < 0.65 and (shares < 0.99).float().mean() > 0.8
     logits = torch.cat([result[1] for _, result in calls])
     (row,) = history_of(tmp_path / "1.0")
-    assert row["train_accuracy"] == pytest.approx((logits.argmax(dim=1) == labels).double().mean().item())
+    assert row["train_accuracy"] == pytest.approx(
+        (logits.argmax(dim=1) == labels).double().mean().item()
+    )
 
 
 def test_the_model_is_in_training_mode_and_its_teacher_is_not(run_config, monkeypatch, tmp_path):
@@ -292,9 +344,13 @@ def test_every_step_has_the_learning_rate_of_the_schedule(run_config, watch):
     train.train(run_config(lr=0.5, warmup_epochs=1.0))
     # A whole epoch of warm-up would be half the run: it gets a quarter of the 20 steps.
     cosine = [0.25 * (1 + math.cos(math.pi * step / 15)) for step in range(15)]
-    assert [arguments["lr"] for arguments, _ in calls] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, *cosine])
+    assert [arguments["lr"] for arguments, _ in calls] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.4, 0.5, *cosine]
+    )
     # The averages of the first steps are short: step t keeps (1 + t) / (10 + t).
-    assert [arguments["decay"] for arguments, _ in calls] == pytest.approx([(1 + t) / (10 + t) for t in range(20)])
+    assert [arguments["decay"] for arguments, _ in calls] == pytest.approx(
+        [(1 + t) / (10 + t) for t in range(20)]
+    )
     assert {arguments["grad_clip"] for arguments, _ in calls} == {1.0}
 
 
@@ -311,7 +367,9 @@ def test_bfloat16_trains_too(run_config):
     assert math.isfinite(checkpoint["history"][-1]["train_loss"])
 
 
-def test_losses_of_the_history_are_plain_cross_entropy_of_all_three_splits(run_config, watch, tmp_path):
+def test_losses_of_the_history_are_plain_cross_entropy_of_all_three_splits(
+    run_config, watch, tmp_path
+):
     teacher = train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
     calls = watch(train, "training_loss")
     config = run_config(teacher=(str(teacher),), label_smoothing=0.3, epochs=1, report_test=True)
@@ -319,11 +377,16 @@ def test_losses_of_the_history_are_plain_cross_entropy_of_all_three_splits(run_c
     (row,) = history_of(tmp_path / "run")
     *_, val_images, val_labels = splits_of(config)
     test_images, test_labels = dataset.load(config.data_dir, train=False)
-    answers = torch.cat([result[1] for _, result in calls]), torch.cat([arguments["targets"] for arguments, _ in calls])
+    answers = (
+        torch.cat([result[1] for _, result in calls]),
+        torch.cat([arguments["targets"] for arguments, _ in calls]),
+    )
     expected = dict(train=answers, val=(train.predict(model, val_images), val_labels))
     expected["test"] = train.predict(model, test_images), test_labels
     for split, (logits, labels) in expected.items():
-        loss = -log_softmax(logits.detach().double().numpy())[np.arange(len(labels)), labels.numpy()].mean()
+        loss = -log_softmax(logits.detach().double().numpy())[
+            np.arange(len(labels)), labels.numpy()
+        ].mean()
         assert row[f"{split}_loss"] == pytest.approx(loss, rel=1e-4)
         accuracy = multiclass_accuracy(logits, labels, num_classes=10, average="micro")
         assert row[f"{split}_accuracy"] == pytest.approx(accuracy.item())
@@ -346,7 +409,8 @@ def test_without_averaging_the_kept_weights_are_the_models_own(run_config, watch
 
 def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch, tmp_path):
     summary, weights = report.summary, []
-    accuracies = dict(val=iter([0.5, 0.7, 0.7, 0.6]), test=iter([0.1, 0.2, 0.3, 0.9]))  # the test split chooses nothing
+    # the test split chooses nothing
+    accuracies = dict(val=iter([0.5, 0.7, 0.7, 0.6]), test=iter([0.1, 0.2, 0.3, 0.9]))
 
     def told(split, *arguments):
         told = {f"{split}_accuracy": next(accuracies[split])} if split in accuracies else {}
@@ -363,12 +427,14 @@ def test_the_best_epoch_is_kept_and_of_equals_the_first(run_config, monkeypatch,
         best = load_checkpoint(train.train(run_config(epochs=4, report_test=True)))[1]
     assert best["epoch"] == 2
     assert_identical(best["model"], weights[1])
-    assert [row["val_accuracy"] for row in best["history"]] == [0.5, 0.7, 0.7, 0.6]  # the whole run's
+    # the whole run's
+    assert [row["val_accuracy"] for row in best["history"]] == [0.5, 0.7, 0.7, 0.6]
     last = load_checkpoint(tmp_path / "run" / "last.pt")[1]
     assert last["epoch"] == 4
     assert_identical(last["model"], weights[3])
     finished, student = str(tmp_path / "run" / "best.pt"), str(tmp_path / "student")
-    train.train(run_config(teacher=(finished,), epochs=1, output_dir=student))  # whatever its best epoch was
+    # whatever its best epoch was
+    train.train(run_config(teacher=(finished,), epochs=1, output_dir=student))
 
 
 def test_without_a_validation_split_the_latest_weights_are_kept_and_nothing_is_not_a_number(
@@ -379,7 +445,9 @@ def test_without_a_validation_split_the_latest_weights_are_kept_and_nothing_is_n
     assert best["epoch"] == 2
     assert_identical(best["model"], last["model"])
     text = capsys.readouterr().out + (tmp_path / "run" / "history.csv").read_text()
-    assert "nan" not in text.lower() and "val_loss" not in text and "train split, as augmented" in text
+    assert (
+        "nan" not in text.lower() and "val_loss" not in text and "train split, as augmented" in text
+    )
 
 
 def test_the_screen_and_the_table_show_the_same_seconds_of_all_parts_of_a_run(
@@ -393,10 +461,15 @@ def test_the_screen_and_the_table_show_the_same_seconds_of_all_parts_of_a_run(
     train.train(run_config(), resume=True)
     out = capsys.readouterr().out
     assert [row["seconds"] for row in history_of(tmp_path / "run")] == [100, 200]
-    assert "2 images/s  elapsed 0:01:40  remaining 0:01:40" in out and "elapsed 0:03:20  remaining 0:00:00" in out
+    assert (
+        "2 images/s  elapsed 0:01:40  remaining 0:01:40" in out
+        and "elapsed 0:03:20  remaining 0:00:00" in out
+    )
 
 
-def test_model_and_teachers_are_compiled_if_that_is_asked_for(run_config, watch, monkeypatch, tmp_path):
+def test_model_and_teachers_are_compiled_if_that_is_asked_for(
+    run_config, watch, monkeypatch, tmp_path
+):
     teacher = str(train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher"))))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled, losses = watch(torch, "compile"), watch(train, "training_loss")
@@ -406,7 +479,9 @@ def test_model_and_teachers_are_compiled_if_that_is_asked_for(run_config, watch,
     assert [arguments["dynamic"] for arguments, _ in compiled] == [False, False]
     used = [arguments for arguments, _ in losses]
     assert [used[0]["model"], *used[0]["teachers"]] == [network for _, network in compiled]
-    assert not any(hasattr(network, "_orig_mod") for network in (used[-1]["model"], *used[-1]["teachers"]))
+    assert not any(
+        hasattr(network, "_orig_mod") for network in (used[-1]["model"], *used[-1]["teachers"])
+    )
     assert_identical(state_of(tmp_path / "True")["model"], state_of(tmp_path / "False")["model"])
 
 
@@ -419,7 +494,10 @@ def test_steps_are_recorded_only_by_the_recipes_for_a_gpu(recipe):
 def test_a_new_field_of_the_model_without_a_setting_is_named(run_config, monkeypatch):
     config = run_config()
     del config.mlp_ratio
-    with pytest.raises(UserError, match="ModelConfig has the field mlp_ratio: give it a row of this name in SETTINGS"):
+    with pytest.raises(
+        UserError,
+        match="ModelConfig has the field mlp_ratio: give it a row of this name in SETTINGS",
+    ):
         train.train(config)
 
 
@@ -432,7 +510,9 @@ def test_a_weight_that_an_edited_optimizer_leaves_out_is_named(run_config, monke
         train.train(run_config())
 
 
-def test_a_test_file_that_is_missing_is_found_before_the_training(run_config, small_data, monkeypatch, tmp_path):
+def test_a_test_file_that_is_missing_is_found_before_the_training(
+    run_config, small_data, monkeypatch, tmp_path
+):
     for path in small_data.glob("train-*"):
         shutil.copy(path, tmp_path)
     monkeypatch.setattr(dataset, "DEBIAN_FOLDER", tmp_path / "none")
@@ -461,14 +541,16 @@ def test_what_cannot_be_is_refused_before_anything_is_written(run_config, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
-# ---- Seeds and interruptions -----------------------------------------------------------------------------------------
+# ---- Seeds and interruptions ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_same_seed_and_threads_give_the_same_weights(run_config, tmp_path, threads):
     for name in ("one", "two"):
         torch.rand(3)  # whatever happens in between
-        train.train(run_config(output_dir=str(tmp_path / name), threads=threads, train_size=48, epochs=1))
+        train.train(
+            run_config(output_dir=str(tmp_path / name), threads=threads, train_size=48, epochs=1)
+        )
     torch.set_num_threads(1)
     assert_identical(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
     assert f"{threads} CPU threads" in state_of(tmp_path / "one")["environment"]
@@ -478,11 +560,14 @@ def test_another_seed_has_another_split_and_another_start(run_config, watch):
     parts, models = watch(train, "load_data"), watch(train, "make_optimizers")
     for seed in (0, 1):
         train.train(run_config(seed=seed, lr=0.0, epochs=1))
-    assert len(set(parts[0][1][2].tolist()) & set(parts[1][1][2].tolist())) < 100  # of the 160 of each
+    # of the 160 of each
+    assert len(set(parts[0][1][2].tolist()) & set(parts[1][1][2].tolist())) < 100
     assert not torch.equal(models[0][0]["model"].head.weight, models[1][0]["model"].head.weight)
 
 
-def test_every_source_of_randomness_follows_from_seed_epoch_and_process(run_config, monkeypatch, tmp_path):
+def test_every_source_of_randomness_follows_from_seed_epoch_and_process(
+    run_config, monkeypatch, tmp_path
+):
     training_loss, drawn = train.training_loss, []
 
     def drawing(model, teachers, x, targets, config):
@@ -492,18 +577,26 @@ def test_every_source_of_randomness_follows_from_seed_epoch_and_process(run_conf
     monkeypatch.setattr(train, "training_loss", drawing)
     for seed, rank in ((0, 0), (0, 0), (1, 0), (0, 1)):
         monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        train.train(run_config(seed=seed, train_size=16, output_dir=str(tmp_path / f"{seed}{rank}")))  # a step an epoch
+        # a step an epoch
+        train.train(
+            run_config(seed=seed, train_size=16, output_dir=str(tmp_path / f"{seed}{rank}"))
+        )
     once, again, other_seed, other_process = (drawn[i : i + 2] for i in range(0, 8, 2))
     assert once == again
     for source in range(3):
         assert len({row[source] for row in (*once, *other_seed, *other_process)}) == 6
-    assert [row[3] for row in once] == [row[3] for row in other_process]  # all augment the same whole batch
+    # all augment the same whole batch
+    assert [row[3] for row in once] == [row[3] for row in other_process]
 
 
 def test_which_images_are_mirrored_first_depends_on_the_seed(run_config, watch, tmp_path):
     calls = watch(dataset, "alternate_flip")
     for seed in (0, 1):
-        train.train(run_config(alternate_flip=True, seed=seed, epochs=1, output_dir=str(tmp_path / str(seed))))
+        train.train(
+            run_config(
+                alternate_flip=True, seed=seed, epochs=1, output_dir=str(tmp_path / str(seed))
+            )
+        )
     first, second = (result for _, result in calls)
     assert 0.3 < (first != second).flatten(1).any(dim=1).float().mean() < 0.7
 
@@ -535,9 +628,13 @@ def stop(monkeypatch):
         dict(cutmix=0.5, optimizer="adamw", val_size=0, report_test=True),
     ],
 )
-def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(run_config, stop, tmp_path, changes):
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    run_config, stop, tmp_path, changes
+):
     options = changes | dict(epochs=3)
-    whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))
+    whole, parts = (
+        run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts")
+    )
     train.train(whole)
     for step in (13, 3):  # in the second epoch; then, in the run that goes on, in the second again
         stop(step)
@@ -549,13 +646,19 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(run_confi
     train.train(parts, resume=True)
     for name in ("last.pt", "best.pt"):
         assert_identical(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "parts")]
+    files = [
+        sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "parts")
+    ]
     assert files[0] == files[1] == ["best.pt", "history.csv", "last.pt"]
 
 
 @pytest.mark.parametrize("killed", ["best.pt", "last.pt", "history.csv"])
-def test_a_run_killed_between_two_files_of_an_epoch_repeats_it_bit_for_bit(run_config, monkeypatch, tmp_path, killed):
-    whole, parts = (run_config(output_dir=str(tmp_path / name), val_size=0) for name in ("whole", "parts"))
+def test_a_run_killed_between_two_files_of_an_epoch_repeats_it_bit_for_bit(
+    run_config, monkeypatch, tmp_path, killed
+):
+    whole, parts = (
+        run_config(output_dir=str(tmp_path / name), val_size=0) for name in ("whole", "parts")
+    )
     train.train(whole)
     with monkeypatch.context() as patch:
         for name in ("save_checkpoint", "write_history"):
@@ -634,7 +737,9 @@ def test_what_is_no_longer_finite_is_never_saved(run_config, monkeypatch, stop, 
         poison_the_loss(monkeypatch, at=13)
     else:
         stop(20, break_a_weight)
-    with pytest.raises(UserError, match=r"became infinite or NaN in epoch 2, not saved: lower --lr from 0\.008"):
+    with pytest.raises(
+        UserError, match=r"became infinite or NaN in epoch 2, not saved: lower --lr from 0\.008"
+    ):
         train.train(run_config(val_size=0))
     for name in ("best.pt", "last.pt"):
         checkpoint = load_checkpoint(tmp_path / "run" / name)[1]
@@ -642,7 +747,9 @@ def test_what_is_no_longer_finite_is_never_saved(run_config, monkeypatch, stop, 
         assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
 
 
-def test_a_run_that_fails_in_its_first_epoch_leaves_an_earlier_one_alone(run_config, monkeypatch, tmp_path):
+def test_a_run_that_fails_in_its_first_epoch_leaves_an_earlier_one_alone(
+    run_config, monkeypatch, tmp_path
+):
     train.train(run_config(epochs=1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     poison_the_loss(monkeypatch, at=5)
@@ -661,14 +768,18 @@ def test_earlier_runs_are_put_aside_and_nothing_is_overwritten(run_config, tmp_p
         assert (run / f"{prefix}best.pt").read_bytes() == kept[i]
         assert (run / f"{prefix}best_curves.png").read_text() == f"curves of {i}"
         assert (run / f"{prefix}last.pt").exists() and (run / f"{prefix}history.csv").exists()
-    assert (run / "notes.txt").read_text() == "a person's own" and len(list(run.iterdir())) == 3 * 4 + 1
+    assert (run / "notes.txt").read_text() == "a person's own" and len(
+        list(run.iterdir())
+    ) == 3 * 4 + 1
 
 
 def test_a_folder_takes_one_run_at_a_time(tmp_path):
     folder = tmp_path / "new" / "run"
     with runs.reserve_folder(folder):
         (folder / ".best.pt.123.part").touch()
-        with pytest.raises(UserError, match=r"another run is writing to .*: give this one another --output-dir"):
+        with pytest.raises(
+            UserError, match=r"another run is writing to .*: give this one another --output-dir"
+        ):
             with runs.reserve_folder(folder):
                 pass
         assert (folder / ".best.pt.123.part").exists()
@@ -680,13 +791,15 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path):
             pass
 
 
-# ---- Teachers --------------------------------------------------------------------------------------------------------
+# ---- Teachers ------------------------------------------------------------------------------------
 
 
 def test_a_model_that_learns_from_a_teacher_resumes_bit_for_bit(run_config, stop, tmp_path):
     teacher = train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
     options = dict(teacher=(str(teacher),), teacher_weight=1.0, temperature=2.0)
-    whole, parts = (run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts"))
+    whole, parts = (
+        run_config(output_dir=str(tmp_path / name), **options) for name in ("whole", "parts")
+    )
     train.train(whole)
     stop(15)
     with pytest.raises(KeyboardInterrupt):
@@ -701,7 +814,10 @@ def test_a_model_learns_from_labels_and_another_from_it_alone(run_config, tmp_pa
     teacher = train.train(run_config(output_dir=str(tmp_path / "teacher"), **options))
     config = run_config(teacher=(str(teacher),), teacher_weight=1.0, **options)
     images, labels = splits_of(config)[2:]
-    answers = [train.predict(load_checkpoint(path)[0], images).argmax(dim=1) for path in (teacher, train.train(config))]
+    answers = [
+        train.predict(load_checkpoint(path)[0], images).argmax(dim=1)
+        for path in (teacher, train.train(config))
+    ]
     assert all((answer == labels).float().mean() > 0.3 for answer in answers)  # guessing gives 0.1
     assert (answers[0] == answers[1]).float().mean() > 0.6
 
@@ -716,7 +832,9 @@ def test_another_teacher_in_its_place_is_refused_on_resume(run_config, stop, tmp
     stop(1000)
     first = teacher.read_bytes()
     train.train(run_config(epochs=1, lr=0.1, output_dir=str(folder)))
-    with pytest.raises(UserError, match="the teacher is not the one that the run began with: put that one back"):
+    with pytest.raises(
+        UserError, match="the teacher is not the one that the run began with: put that one back"
+    ):
         train.train(config, resume=True)
     teacher.write_bytes(first)
     train.train(config, resume=True)
@@ -725,7 +843,10 @@ def test_another_teacher_in_its_place_is_refused_on_resume(run_config, stop, tmp
 def test_a_teacher_that_says_nonsense_of_its_training_is_refused(run_config, small_model, tmp_path):
     for saw in (dict(epochs="many"), dict(val_size=0.5), dict(seed=None)):
         save_checkpoint(tmp_path / "teacher.pt", small_model, train_config=saw)
-        with pytest.raises(UserError, match=r"teacher\.pt does not say what it was trained on: name another teacher"):
+        with pytest.raises(
+            UserError,
+            match=r"teacher\.pt does not say what it was trained on: name another teacher",
+        ):
             train.train(run_config(teacher=(str(tmp_path / "teacher.pt"),)))
 
 
@@ -737,7 +858,9 @@ def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path):
         (saw_some, dict(val_size=150), "give --val-size 0, or --val-size 100 --seed 0 as it had"),
         (saw_all, {}, "give --val-size 0$"),
     ):
-        with pytest.raises(UserError, match=f"trained on images that this run validates on: {advice}"):
+        with pytest.raises(
+            UserError, match=f"trained on images that this run validates on: {advice}"
+        ):
             train.train(run_config(teacher=(str(path),), **changes))
     for path, changes in ((saw_some, {}), (saw_all, dict(val_size=0))):
         train.train(run_config(teacher=(str(path),), epochs=1, **changes))
@@ -745,7 +868,9 @@ def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path):
 
 def test_a_default_teacher_needs_no_parentheses(data_dir, monkeypatch):
     labels = dataset.load(data_dir, train=True)[1]
-    monkeypatch.setitem(train.SETTINGS, "teacher", (str(SHIPPED_CHECKPOINT), None, "a student's edit"))
+    monkeypatch.setitem(
+        train.SETTINGS, "teacher", (str(SHIPPED_CHECKPOINT), None, "a student's edit")
+    )
     config = choose_settings(train.SETTINGS, train.RECIPES, dict(val_size=0))
     assert len(runs.load_teachers(config, labels, torch.device("cpu"))) == 1
 
@@ -755,7 +880,9 @@ def test_a_teacher_whose_run_was_stopped_is_refused(run_config, stop, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train.train(run_config(output_dir=str(tmp_path / "teacher")))
     learn = run_config(teacher=(str(tmp_path / "teacher" / "best.pt"),), epochs=1)
-    with pytest.raises(UserError, match=r"best\.pt is from a run that stopped after 1 of 2 epochs: finish it with"):
+    with pytest.raises(
+        UserError, match=r"best\.pt is from a run that stopped after 1 of 2 epochs: finish it with"
+    ):
         train.train(learn)
     train.train(run_config(output_dir=str(tmp_path / "teacher")), resume=True)
     train.train(learn)
@@ -772,33 +899,56 @@ def test_a_teacher_that_lies_where_the_run_saves_is_refused(run_config, monkeypa
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, tmp_path):
-    options = dict(device="cuda", cutmix=0.5, rotate=15.0, noise=0.1, drop_path=0.1, precision="float32", lr=1e-3)
+    options = dict(
+        device="cuda",
+        cutmix=0.5,
+        rotate=15.0,
+        noise=0.1,
+        drop_path=0.1,
+        precision="float32",
+        lr=1e-3,
+    )
     options["whiten"] = True
     train.train(run_config(**options))
     train.train(run_config(**options, cuda_graph=False, output_dir=str(tmp_path / "plain")))
-    for replayed, plain in zip(history_of(tmp_path / "run"), history_of(tmp_path / "plain"), strict=True):
+    for replayed, plain in zip(
+        history_of(tmp_path / "run"), history_of(tmp_path / "plain"), strict=True
+    ):
         assert replayed["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-3)
 
 
 def test_the_record_learns_from_the_teacher_of_the_other_recipe(data_dir, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    shape = dict(stem_dims=(8, 8), embed_dim=8, num_heads=2, stem_blocks=(0, 0, 0))  # small ones for the test
-    small = SMALL_RUN | shape | dict(data_dir=str(data_dir), train_size=20, val_size=0, batch_size=10, epochs=1)
+    # small ones for the test
+    shape = dict(stem_dims=(8, 8), embed_dim=8, num_heads=2, stem_blocks=(0, 0, 0))
+    small = (
+        SMALL_RUN
+        | shape
+        | dict(data_dir=str(data_dir), train_size=20, val_size=0, batch_size=10, epochs=1)
+    )
     with pytest.raises(
-        UserError, match=r"best\.pt is missing: first run .* --recipe teacher --output-dir checkpoints/teacher$"
+        UserError,
+        match=r"best\.pt is missing: first run .* --recipe teacher --output-dir checkpoints/teach",
     ):
         train.train(choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record")))
-    with pytest.raises(UserError, match=r"cannot read other\.pt"):  # the recipe would not make this one
+    # the recipe would not make this one
+    with pytest.raises(UserError, match=r"cannot read other\.pt"):
         train.train(
-            choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record", teacher=("other.pt",)))
+            choose_settings(
+                train.SETTINGS, train.RECIPES, small | dict(recipe="record", teacher=("other.pt",))
+            )
         )
     given = small | dict(recipe="teacher", output_dir="checkpoints/teacher")
     train.train(choose_settings(train.SETTINGS, train.RECIPES, given))
-    trained = train.train(choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record")))
-    assert load_checkpoint(trained)[1]["train_config"]["teacher"] == ("checkpoints/teacher/best.pt",)
+    trained = train.train(
+        choose_settings(train.SETTINGS, train.RECIPES, small | dict(recipe="record"))
+    )
+    assert load_checkpoint(trained)[1]["train_config"]["teacher"] == (
+        "checkpoints/teacher/best.pt",
+    )
 
 
-# ---- The command line ------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -820,7 +970,9 @@ def test_a_stopped_run_says_how_to_go_on(main, flags, stop, capsys, tmp_path, nu
     assert "test accuracy" in capsys.readouterr().out
 
 
-def test_a_run_stopped_in_its_first_epoch_has_saved_nothing_and_says_so(main, flags, stop, capsys, tmp_path):
+def test_a_run_stopped_in_its_first_epoch_has_saved_nothing_and_says_so(
+    main, flags, stop, capsys, tmp_path
+):
     stop(3)
     assert main(*flags) == 130
     output = capsys.readouterr()
@@ -829,15 +981,22 @@ def test_a_run_stopped_in_its_first_epoch_has_saved_nothing_and_says_so(main, fl
     assert not list((tmp_path / "checkpoints").glob("[!.]*"))
 
 
-def test_a_run_stopped_in_its_first_epoch_does_not_advise_to_resume_an_earlier_one(main, flags, stop, capsys):
+def test_a_run_stopped_in_its_first_epoch_does_not_advise_to_resume_an_earlier_one(
+    main, flags, stop, capsys
+):
     assert main(*flags) == 0
     stop(3)
     assert main(*flags, "--seed", 5) == 130
     last_line = capsys.readouterr().out.splitlines()[-1]
-    assert "no epoch was finished, so nothing was saved; checkpoints/last.pt is of an earlier run" in last_line
+    assert (
+        "no epoch was finished, so nothing was saved; checkpoints/last.pt is of an earlier run"
+        in last_line
+    )
 
 
-def test_a_clock_that_was_set_back_does_not_hide_what_was_saved(main, flags, stop, monkeypatch, capsys, tmp_path):
+def test_a_clock_that_was_set_back_does_not_hide_what_was_saved(
+    main, flags, stop, monkeypatch, capsys, tmp_path
+):
     assert main(*flags, "--epochs", 1) == 0  # an earlier run
     save_run = runs.save_run
 
@@ -852,7 +1011,9 @@ def test_a_clock_that_was_set_back_does_not_hide_what_was_saved(main, flags, sto
 
 
 @pytest.mark.parametrize("again", [[], ["--resume"]])
-def test_the_same_command_goes_on_after_a_failure(main, flags, stop, monkeypatch, capsys, tmp_path, again):
+def test_the_same_command_goes_on_after_a_failure(
+    main, flags, stop, monkeypatch, capsys, tmp_path, again
+):
     # torchrun starts a failed command again; a queue that does so may always give --resume.
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(*flags, "--output-dir", whole) == 0
@@ -860,7 +1021,9 @@ def test_the_same_command_goes_on_after_a_failure(main, flags, stop, monkeypatch
     command = [*flags, "--output-dir", parts, *again]
     with pytest.raises(RuntimeError):
         main(*command)
-    assert (f"there is no run to resume in {parts}: starting one" in capsys.readouterr().out) == bool(again)
+    assert (
+        f"there is no run to resume in {parts}: starting one" in capsys.readouterr().out
+    ) == bool(again)
     stop(1000)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if again else "1")
     assert main(*command) == 0
@@ -907,14 +1070,23 @@ def test_other_peoples_files_stay_where_they_are(main, flags, tmp_path):
 
 
 def test_every_stream_of_randomness_is_its_own():
-    numbers = [(seed, epoch, *rank) for seed in range(3) for epoch in range(3) for rank in ((), (1,), (2,))]
+    numbers = [
+        (seed, epoch, *rank) for seed in range(3) for epoch in range(3) for rank in ((), (1,), (2,))
+    ]
     assert len({train.seed_for(*row) for row in numbers}) == len(numbers)
 
 
-def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(main, flags, capsys, tmp_path):
+def test_a_run_trains_tests_and_draws_and_a_finished_one_is_tested_again(
+    main, flags, capsys, tmp_path
+):
     assert main(*flags, "--no-quiet", "--epochs", 1, "--report-test") == 0
     out = capsys.readouterr().out
-    for words in ("160 training images, processes: 1", "train split, as augmented", "val split", "test split"):
+    for words in (
+        "160 training images, processes: 1",
+        "train split, as augmented",
+        "val split",
+        "test split",
+    ):
         assert words in out
     assert out.count("chooses nothing") == 1 and out.count("test accuracy") == 1
     made = {"best.pt", "last.pt", "history.csv", "best_curves.png", "best_confusion_matrix.png"}
@@ -934,15 +1106,26 @@ def test_weights_alone_are_no_run_to_resume(main, flags, tmp_path):
 
 def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_path):
     assert main(*flags, "--epochs", 1) == 0
-    for change in (["--lr", 0.5], ["--threads", 3], ["--stem-dims", 4, 16], ["--no-flip"], ["--teacher", "a.pt"]):
+    for change in (
+        ["--lr", 0.5],
+        ["--threads", 3],
+        ["--stem-dims", 4, 16],
+        ["--no-flip"],
+        ["--teacher", "a.pt"],
+    ):
         assert f"{change[0].replace('--no-', '--')} " in main("--resume", *change)
     (tmp_path / "moved").symlink_to(flags[-1])
-    assert main("--resume", "--data-dir", "moved", "--threads", 0, "--lr", 0.008, "--stem-dims", 4, 8) == 0
+    assert (
+        main("--resume", "--data-dir", "moved", "--threads", 0, "--lr", 0.008, "--stem-dims", 4, 8)
+        == 0
+    )
     monkeypatch.setitem(train.SETTINGS, "mix", (0.2, (0.0, 1.0), "a new row"))
     assert "differ in their settings, --mix: start a new run" in main("--resume")
 
 
-def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_else(main, flags, capsys, tmp_path):
+def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_else(
+    main, flags, capsys, tmp_path
+):
     assert main(*flags, "--epochs", 1) == 0
     best, here = tmp_path / "checkpoints" / "best.pt", tmp_path / "here"
     here.mkdir()
@@ -951,7 +1134,19 @@ def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_els
     (here / "best_curves.png").write_text("another model's")
     before = {path.name: path.read_bytes() for path in here.iterdir()}
     capsys.readouterr()
-    assert main("--evaluate", here / "a model.pt", "--data-dir", flags[-1], "--threads", 1, "--device", "cpu") == 0
+    assert (
+        main(
+            "--evaluate",
+            here / "a model.pt",
+            "--data-dir",
+            flags[-1],
+            "--threads",
+            1,
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     made = {path.name for path in here.iterdir()} - before.keys()
     assert made == {"a model_curves.png", "a model_confusion_matrix.png"}
     assert {name: (here / name).read_bytes() for name in before} == before
@@ -959,7 +1154,9 @@ def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_els
     predictions = train.predict(load_checkpoint(best)[0], images).argmax(dim=1)
     accuracy = multiclass_accuracy(predictions, labels, num_classes=10, average="micro").item()
     out = capsys.readouterr().out
-    assert f"test accuracy {accuracy:.4f}, loss " in out and "100 images, one forward pass each" in out
+    assert (
+        f"test accuracy {accuracy:.4f}, loss " in out and "100 images, one forward pass each" in out
+    )
     assert report.class_report(labels, predictions) in out
 
 
@@ -973,7 +1170,10 @@ def test_an_evaluation_works_in_a_read_only_folder(main, flags, monkeypatch, cap
     capsys.readouterr()
     assert main("--evaluate", "checkpoints/best.pt", "--data-dir", flags[-1], "--threads", 1) == 0
     out = capsys.readouterr().out
-    assert "test accuracy" in out and "note: no pictures: cannot write checkpoints/best_curves.png" in out
+    assert (
+        "test accuracy" in out
+        and "note: no pictures: cannot write checkpoints/best_curves.png" in out
+    )
 
 
 def test_an_evaluation_refuses_flags_that_it_does_not_use(main):
@@ -993,13 +1193,29 @@ def test_paths_may_begin_with_the_home_folder(main, flags, small_data, monkeypat
 
 
 def test_settings_that_change_nothing_say_so(main, flags, capsys):
-    assert main(*flags, "--epochs", 1, "--erase", 0, "--erase-area", 0.5, "--temperature", 2, "--ema-decay", 0.99) == 0
+    assert (
+        main(
+            *flags,
+            "--epochs",
+            1,
+            "--erase",
+            0,
+            "--erase-area",
+            0.5,
+            "--temperature",
+            2,
+            "--ema-decay",
+            0.99,
+        )
+        == 0
+    )
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert notes == [
         "note: --erase-area changes nothing without --erase",
         "note: --temperature changes nothing without --teacher",
         # The tenth step keeps at most (1 + 9) / (10 + 9) of the average.
-        "note: in a run of 10 steps an --ema-decay above 0.5263 changes nothing: the average starts short",
+        "note: in a run of 10 steps an --ema-decay above 0.5263 changes nothing: "
+        "the average starts short",
     ]
     assert main(*flags, "--epochs", 1, "--ema-decay", 0.5, "--erase-area", 0.5) == 0
     assert "note: " not in capsys.readouterr().out
@@ -1011,7 +1227,10 @@ def test_settings_that_change_nothing_say_so(main, flags, capsys):
         (["--epochs", "0"], "--epochs 0: give a whole number of at least 1"),
         (["--lr", "inf"], "--lr inf: give a number of at least 0.0"),
         (["--recipe", "slow"], "--recipe slow: give one of default, fast, teacher, record"),
-        (["--num-heads", "5", "--embed-dim", "96"], "embed_dim 96 is not a multiple of num_heads 5"),
+        (
+            ["--num-heads", "5", "--embed-dim", "96"],
+            "embed_dim 96 is not a multiple of num_heads 5",
+        ),
         (["--evaluate", "nothing.pt"], "cannot read nothing.pt"),
     ],
 )
@@ -1033,7 +1252,10 @@ def test_a_bug_keeps_its_traceback(main, flags, monkeypatch):
     for bug in (ValueError("a bug"), RuntimeError("a bug"), OSError("a bug")):
         with pytest.raises(type(bug), match="a bug"), errors_in_one_line("a script"):
             raise bug
-    with pytest.raises(SystemExit, match=r"^a script: error: one line$"), errors_in_one_line("a script"):
+    with (
+        pytest.raises(SystemExit, match=r"^a script: error: one line$"),
+        errors_in_one_line("a script"),
+    ):
         raise UserError("one\n line")
 
 
@@ -1046,12 +1268,20 @@ def test_every_setting_is_a_flag_that_help_explains(main, capsys):
 
 
 @pytest.mark.slow
-def test_the_shipped_checkpoint_has_the_accuracy_of_the_readme_and_the_tables(main, data_dir, tmp_path, capsys):
+def test_the_shipped_checkpoint_has_the_accuracy_of_the_readme_and_the_tables(
+    main, data_dir, tmp_path, capsys
+):
     (tmp_path / "model.pt").write_bytes(SHIPPED_CHECKPOINT.read_bytes())
     assert main("--evaluate", "model.pt", "--data-dir", data_dir, "--threads", 1) == 0
     with open(ROOT / "benchmarks" / "seeds.csv", newline="") as file:
-        (row,) = [row for row in csv.DictReader(file) if "record" in row["command"] and row["seed"] == "0"]
+        (row,) = [
+            row for row in csv.DictReader(file) if "record" in row["command"] and row["seed"] == "0"
+        ]
     printed = re.search(r"test accuracy (\S+), loss (\S+),", capsys.readouterr().out).groups()
     expected = float(row["test_accuracy"]), float(row["test_loss"])
-    assert tuple(map(float, printed)) == pytest.approx(expected, abs=3e-4)  # another CPU rounds otherwise
-    assert f"seed 0 ({float(row['test_accuracy']):.2%})".replace("%", " %") in (ROOT / "README.md").read_text()
+    # another CPU rounds otherwise
+    assert tuple(map(float, printed)) == pytest.approx(expected, abs=3e-4)
+    assert (
+        f"seed 0 ({float(row['test_accuracy']):.2%})".replace("%", " %")
+        in (ROOT / "README.md").read_text()
+    )
