@@ -1,6 +1,4 @@
-"""What a run says and leaves beside its checkpoints: reports, the history, curves, the confusion
-matrix.
-"""
+"""What a run prints and draws: reports, the history, curves, the confusion matrix."""
 
 import csv
 import io

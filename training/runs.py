@@ -1,6 +1,4 @@
-"""A run on the disk: its folder, its teachers, `last.pt` to go on from, `best.pt` to keep, and
-`history.csv`.
-"""
+"""A run and what it leaves on the disk: `last.pt` to go on from, `best.pt` to keep, the history."""
 
 import copy
 import itertools
@@ -231,7 +229,8 @@ def resume_run(run: Run) -> None:
     if processes.is_first():
         done = f"after epoch {checkpoint['epoch']} of {run.config.epochs}"
         print(f"going on with {run.folder / 'last.pt'} {done}")
-        save_best(run)  # it may have been lost
+        if not (run.folder / "best.pt").exists():
+            save_best(run)
         write_history(run.history, run.folder / "history.csv")
 
 
@@ -249,10 +248,8 @@ def load_teachers(
 ) -> list[nn.Module]:
     """Load the teachers; a UserError for one that this run must not learn from."""
     _, val_index = dataset.split_indices(labels, config.val_size, config.seed)
-    own = [
-        os.path.realpath(os.path.expanduser(f"{config.output_dir}/{name}.pt"))
-        for name in ("best", "last")
-    ]
+    folder = os.path.realpath(os.path.expanduser(config.output_dir))
+    own = [os.path.join(folder, name) for name in ("best.pt", "last.pt")]
     teachers = []
     for path in paths_of_teachers(config):
         if os.path.realpath(path) in own:
