@@ -1,11 +1,12 @@
 """Experiments on the validation split, and the table of all that were made.
 
-    python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --epochs 8 --pool mean
+    python benchmarks/ablations.py --group "8 epochs" --what "pooling" -- --epochs 8 --pool mean
     python benchmarks/ablations.py --table
 
-The first command trains with the flags of `train.py` after `--`, without looking at the test split, and adds a row to
-ablations.csv. With an `--output-dir` among the flags, the same command goes on with an interrupted experiment. Rows of
-one group share their images and their epochs or time, and are to be compared. A row can be repeated at its commit.
+The first command trains with the flags of `train.py` after `--`, without looking at the test split,
+and adds a row to ablations.csv. With an `--output-dir` among the flags, the same command goes on
+with an interrupted experiment. Rows of one group share their images and their epochs or time, and
+are to be compared. A row can be repeated at its commit.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import results
 import torch
 
 import train
-from common.files import errors_in_one_line
+from common.files import UserError, errors_in_one_line
 from model import load_checkpoint
 from training import runs
 from training.settings import choose_settings, make_parser, resumed_settings
@@ -35,14 +36,16 @@ def experiment(flags: list[str]) -> results.Row:
     given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
     commit = results.commit()
     with tempfile.TemporaryDirectory() as folder:
-        config = choose_settings(train.SETTINGS, train.RECIPES, dict(output_dir=folder, quiet=True) | given)
+        given = dict(output_dir=folder, quiet=True) | given
+        config = choose_settings(train.SETTINGS, train.RECIPES, given)
         if not config.val_size:
-            raise SystemExit("ablations.py: error: experiments are compared on a validation split: give --val-size")
+            raise UserError("experiments are compared on validation images: give --val-size")
         last = Path(config.output_dir).expanduser() / "last.pt"
         resume = last.exists()
         if resume:  # go on, if it is the same experiment
             saved = runs.load_run(last.parent)["train_config"]
-            wanted = resumed_settings(train.SETTINGS, saved, vars(config), train.MAY_CHANGE_ON_RESUME)
+            may_change = train.MAY_CHANGE_ON_RESUME
+            wanted = resumed_settings(train.SETTINGS, saved, vars(config), may_change)
             config = choose_settings(train.SETTINGS, train.RECIPES, wanted)
         train.train(config, resume)
         checkpoint = load_checkpoint(last)[1]

@@ -1,11 +1,12 @@
-"""How far to trust the probabilities, and what changed images do to the accuracy: the test split, plain and changed.
+"""How far to trust the probabilities, and what changed images do to the accuracy: the test split,
+plain and changed.
 
-    python benchmarks/robustness.py                                           the shipped model
-    python benchmarks/robustness.py checkpoints/shipped/model.pt my/best.pt   a row for each checkpoint
+    python benchmarks/robustness.py                           the shipped model
+    python benchmarks/robustness.py my/best.pt your/best.pt   a row for each
 
-The expected calibration error (Guo et al. 2017, arXiv 1706.04599) is the mean distance between confidence and accuracy,
-in 15 equal bins of confidence; 0 is best. Every change is drawn anew for every image from one seed, the same for all
-models. Nothing here is used to choose anything.
+The expected calibration error (Guo et al. 2017, arXiv 1706.04599) is the mean distance between
+confidence and accuracy, in 15 equal bins of confidence; 0 is best. Every change is drawn anew for
+every image from one seed, the same for all models. Nothing here is used to choose anything.
 """
 
 from collections.abc import Callable
@@ -43,7 +44,9 @@ def rotate(images: torch.Tensor, generator: torch.Generator, degrees: float = 15
     clockwise = torch.rand(len(images), generator=generator) < 0.5
     rotated = images.clone()
     for mask, angle in ((clockwise, -degrees), (~clockwise, degrees)):
-        rotated[mask] = transforms.rotate(images[mask], angle, interpolation=InterpolationMode.BILINEAR)
+        rotated[mask] = transforms.rotate(
+            images[mask], angle, interpolation=InterpolationMode.BILINEAR
+        )
     return rotated
 
 
@@ -76,7 +79,9 @@ def measure(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> res
     """The figures of a model: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
     logits = train.predict(model, images)
     probabilities = logits.softmax(dim=1)
-    error = multiclass_calibration_error(probabilities, labels, num_classes=10, n_bins=15, norm="l1")
+    error = multiclass_calibration_error(
+        probabilities, labels, num_classes=10, n_bins=15, norm="l1"
+    )
     figures = dict(
         test_accuracy=(logits.argmax(dim=1) == labels).double().mean(),
         test_loss=F.cross_entropy(logits, labels),

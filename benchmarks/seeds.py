@@ -1,6 +1,6 @@
 """The test accuracy of every trained seed, with mean and standard deviation.
 
-    python benchmarks/seeds.py checkpoints/best.pt    test a finished run, and add its row to seeds.csv
+    python benchmarks/seeds.py checkpoints/best.pt    test a finished run and add its row
     python benchmarks/seeds.py --table                print that file
 
 A run that has its row is not tested again.
@@ -52,7 +52,7 @@ def command_of(config: dict) -> str:
 
 
 def figures_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> results.Row:
-    """What a trained model reaches on the test split: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
+    """A trained model's figures on uint8 images (N, 1, 28, 28) and labels, int64 (N,)."""
     logits = train.predict(model, images)
     both = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
     right, right_with_flip = (scores.argmax(dim=1) == labels for scores in (logits, both))
@@ -97,7 +97,7 @@ def spread(rows: list[dict[str, str]], name: str) -> str:
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
-    parser.add_argument("checkpoint", nargs="?", type=Path, default="checkpoints/best.pt", help="of a finished run")
+    parser.add_argument("checkpoint", nargs="?", type=Path, default="checkpoints/best.pt")
     args = parser.parse_args()
     if not args.table:
         set_threads()
@@ -108,8 +108,8 @@ def main() -> None:
     for command, group in itertools.groupby(rows, key=lambda row: row["command"]):
         seeds = list(group)
         if len(seeds) > 1:
-            accuracy, with_flip = spread(seeds, "test_accuracy"), spread(seeds, "flip_accuracy")
-            print(f"\n- `{command}`, {len(seeds)} seeds: {accuracy}; with flip test-time augmentation {with_flip}")
+            print(f"\n- `{command}`, {len(seeds)} seeds: {spread(seeds, 'test_accuracy')}", end="")
+            print(f"; with flip test-time augmentation {spread(seeds, 'flip_accuracy')}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""How long a recipe takes from the start of the process to tested weights, how accurate these are, and at what speed.
+"""How long a recipe takes from the start of the process to tested weights, how accurate these are,
+and at what speed.
 
-    python benchmarks/time_to_accuracy.py                        --recipe fast, five seeds, a row for each
-    python benchmarks/time_to_accuracy.py --original FOLDER      beside the project that this one re-creates
+    python benchmarks/time_to_accuracy.py                      --recipe fast, five seeds
+    python benchmarks/time_to_accuracy.py --original FOLDER    beside the re-created project
 
-Everything counts, from Python's start to its end: the check of the data, training, saving, the test split, pictures.
-The peak is the mean rate of large matrix products, in the precision of the training, right before and right after each
-run. A step counts as three forward passes, though a first layer that is not trained needs less.
+Everything counts, from Python's start to its end: the check of the data, training, saving, the test
+split, pictures. The peak is the mean rate of large matrix products, in the precision of the
+training, right before and right after each run. A step counts as three forward passes, though a
+first layer that is not trained needs less.
 
-FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with its batch size of 2,
-take 500 steps before and after each run; all its 97 epochs of 60,000 images are counted at that speed, since its 93.1 %
-(93.2 % in its present README) are those of its best epoch on the test split, the 97th. Its evaluations do not count.
+FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with
+its batch size of 2, take 500 steps before and after each run; all its 97 epochs of 60,000 images
+are counted at that speed, since its 93.1 % (93.2 % in its present README) are those of its best
+epoch on the test split, the 97th. Its evaluations do not count.
 """
 
 import itertools
@@ -21,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import peers
@@ -56,7 +60,8 @@ from DataLoader import FashionMNIST
 from Model import MODEL
 model = MODEL(128, 4, 4, 32, 256, False)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-for i, (images, targets) in enumerate(DataLoader(FashionMNIST("train", "False", "cpu"), batch_size=2, shuffle=True)):
+batches = DataLoader(FashionMNIST("train", "False", "cpu"), batch_size=2, shuffle=True)
+for i, (images, targets) in enumerate(batches):
     if i == 50:
         started = time.perf_counter()
     if i == 550:
@@ -76,10 +81,14 @@ def original_rate(folder: Path) -> float:
     """Images per second at which the original project trains on this machine."""
     command = [sys.executable, "-c", ORIGINAL_LOOP]
     try:
-        ended = subprocess.run(command, cwd=folder / "MyModel", capture_output=True, text=True, check=True)
+        ended = subprocess.run(
+            command, cwd=folder / "MyModel", capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError) as error:
         reason = (getattr(error, "stderr", "") or str(error)).splitlines()[-1]
-        raise SystemExit(f"time_to_accuracy.py: error: the original in {folder} does not run: {reason}") from None
+        raise SystemExit(
+            f"time_to_accuracy.py: error: the original in {folder} does not run: {reason}"
+        ) from None
     return float(ended.stdout)
 
 
@@ -104,6 +113,7 @@ def measure(flags: list[str]) -> results.Row:
     history = checkpoint["history"]
     images_per_second = sum(row["images"] for row in history) / history[-1]["seconds"]
     gflops = images_per_second * 6 * peers.multiply_adds(model) / 1e9
+    peak = statistics.mean(peaks)
     return dict(
         command=shlex.join(["python", "train.py", *flags]),
         test_accuracy=float(re.search(r"^test accuracy ([\d.]+)", text, re.MULTILINE)[1]),
@@ -111,7 +121,8 @@ def measure(flags: list[str]) -> results.Row:
         training_seconds=round(history[-1]["seconds"], 1),
         images_per_second=round(images_per_second),
         gflops=round(gflops),
-        fraction_of_peak=round(gflops / statistics.mean(peaks), 3),
+        peak_gflops=round(peak),
+        fraction_of_peak=round(gflops / peak, 3),
         peak_megabytes=round(usage.ru_maxrss / 1024),  # Linux counts in KiB
         parameters=model.num_parameters(),
         machine=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
@@ -122,10 +133,11 @@ def measure_beside(original: Path, flags: list[str]) -> results.Row:
     """The same, with the original measured before and after it."""
     before = original_rate(original)
     row = measure(flags)
-    rate = (before + original_rate(original)) / 2
-    seconds = ORIGINAL_EPOCHS * 60_000 / rate
+    after = original_rate(original)
+    seconds = ORIGINAL_EPOCHS * 60_000 / statistics.mean((before, after))
     return row | dict(
-        original_images_per_second=round(rate, 1),
+        original_before=round(before, 1),  # images per second
+        original_after=round(after, 1),
         original_hours=round(seconds / 3600, 1),
         times_faster=round(seconds / row["seconds"]),
     )
@@ -134,8 +146,12 @@ def measure_beside(original: Path, flags: list[str]) -> results.Row:
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--original", type=Path, metavar="FOLDER", help="a clone of the original project")
-    parser.add_argument("flags", nargs="*", default=["--recipe", "fast"], help="flags of train.py, after --")
+    parser.add_argument(
+        "--original", type=Path, metavar="FOLDER", help="a clone of the original project"
+    )
+    parser.add_argument(
+        "flags", nargs="*", default=["--recipe", "fast"], help="flags of train.py, after --"
+    )
     args = parser.parse_args()
     if not args.table:
         set_threads()
@@ -145,11 +161,16 @@ def main() -> None:
             results.add(args.output, row, "command", "machine")
     rows = results.read(args.output)
     results.print_table(rows, COLUMNS)
+    command_and_machine = itemgetter("command", "machine")
     named = [row | dict(command=re.sub(r" --seed \d+", "", row["command"])) for row in rows]
-    for command, group in itertools.groupby(named, key=lambda row: row["command"]):
+    named.sort(key=command_and_machine)
+    for (command, machine), group in itertools.groupby(named, key=command_and_machine):
         runs = list(group)
         seconds = statistics.mean(float(row["seconds"]) for row in runs)
-        print(f"\n- `{command}`, {len(runs)} seeds: {spread(runs, 'test_accuracy')} in {seconds:.0f} seconds")
+        accuracy = spread(runs, "test_accuracy")
+        print(
+            f"\n- `{command}`, {len(runs)} seeds: {accuracy} in {seconds:.0f} seconds ({machine})"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,243 @@
+"""How fast: training steps, against other models, beside other programs, and heatmaps.
+
+    python benchmarks/speed.py steps       a step of --recipe fast in several settings
+    python benchmarks/speed.py models      against ResNet-18 and CCT, in training and in inference
+    python benchmarks/speed.py busy        while other processes keep the cores busy
+    python benchmarks/speed.py heatmaps    against captum and grad-cam
+
+What is compared takes turns in one run, and the medians count: compare the ratios within a section.
+A training step is whole: augmentation, forward and backward pass, optimiser, average. It counts as
+three forward passes of operations. The peak is the rate of large matrix products in the same
+precision.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from types import SimpleNamespace
+
+import peers
+import results
+import torch
+import torch.nn as nn
+
+import dataset
+import train
+from gradcam import GradCAM
+from model import SHIPPED_CHECKPOINT, ModelConfig, load_checkpoint
+from training import processes
+
+COLUMNS = dict(
+    setting=("", ""),
+    per_second=("per second", ".0f"),
+    ratio=("ratio", ".2f"),
+    gflops=("GFLOP/s", ".0f"),
+    fraction_of_peak=("fraction of peak", ".0%"),
+)
+THREADS = f"OMP_NUM_THREADS={os.cpu_count()}"
+BUSY = {  # what goes before the command: `env` with variables, `nice` for a low priority
+    "as this project does it": "env",
+    "the same at low priority": "nice -n 10",
+    "PyTorch's threads": f"env {THREADS}",
+    "PyTorch's threads, OMP_WAIT_POLICY=PASSIVE": f"env {THREADS} OMP_WAIT_POLICY=PASSIVE",
+    "one thread": "env OMP_NUM_THREADS=1",
+    "one thread at low priority": "nice -n 10 env OMP_NUM_THREADS=1",
+}
+
+
+def matrix_rate(precision: str) -> float:
+    """Of products of 2048x2048 matrices, in 1e9 operations a second; a multiply-add is two."""
+    a = torch.randn(2048, 2048).to(getattr(torch, precision))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - started)
+    return 2 * 2048**3 / min(seconds) / 1e9
+
+
+def training_step(config: SimpleNamespace, model: nn.Module | None = None) -> Callable[[], None]:
+    """A whole step of `train.py` with these settings."""
+    run = train.start_run(config, model=model)
+    run.model.train()
+
+    def step() -> None:
+        index = torch.randint(len(run.train_index), (config.batch_size,))
+        run.step(index, 1e-3, config.ema_decay)
+
+    return step
+
+
+def steps(args: argparse.Namespace) -> Iterator[results.Row]:
+    """The fast recipe, with one setting changed at a time."""
+    shape = ["whiten", *(field.name for field in fields(ModelConfig))]
+    changes: dict[str, dict] = {
+        "--recipe fast": {},
+        "float32": dict(precision="float32"),
+        "batch size 512": dict(batch_size=512),
+        "AdamW": dict(optimizer="adamw"),
+        "no Transformer block": dict(depth=0),
+        "the default recipe's model": {name: train.SETTINGS[name][0] for name in shape},
+    }
+    device = dict(data_dir=args.data_dir, device="cpu")
+    configs = {
+        name: results.settings("fast", **device, **change) for name, change in changes.items()
+    }
+    calls = {name: training_step(config) for name, config in configs.items()}
+    seconds = results.median_seconds(calls, args.rounds)
+    rates = {name: configs[name].batch_size / value for name, value in seconds.items()}
+    for name, config in configs.items():
+        precision = processes.choose_precision(config.precision, torch.device("cpu"))
+        gflops = rates[name] * 6 * peers.multiply_adds(train.make_model(config)) / 1e9
+        yield dict(
+            setting=name,
+            per_second=round(rates[name]),
+            ratio=round(rates[name] / rates["--recipe fast"], 2),
+            gflops=round(gflops),
+            fraction_of_peak=round(gflops / matrix_rate(precision), 2),
+        )
+
+
+def models(args: argparse.Namespace) -> Iterator[results.Row]:
+    """This model in the shape of the fast recipe, and two others of the default's size."""
+    config = results.settings("fast", data_dir=args.data_dir, device="cpu")
+    others = SimpleNamespace(**vars(config) | dict(whiten=False))
+    nets = {"this model": train.make_model(config)}
+    nets |= {name: peers.PEERS[name]() for name in ("ResNet-18", "CCT-4/3x2")}
+    images = torch.randint(
+        0, 256, (128, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8
+    )
+    calls = {}
+    for name, net in nets.items():
+        calls[f"{name}, training"] = training_step(config if name == "this model" else others, net)
+        calls[f"{name}, inference"] = lambda net=net: train.predict(net, images)
+    seconds = results.median_seconds(calls, args.rounds)
+    for name, value in seconds.items():
+        own = seconds[f"this model, {name.split(', ')[1]}"]
+        yield dict(setting=name, per_second=round(128 / value), ratio=round(own / value, 2))
+
+
+def short_epoch(prefix: str, images: int, data_dir: str) -> float:
+    """Images per second that an epoch reports, with `prefix` before its command."""
+    flags = f"--recipe fast --epochs 1 --train-size {images} --quiet".split()
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*prefix.split(), sys.executable, str(results.ROOT / "train.py"), *flags]
+        command += ["--data-dir", data_dir, "--output-dir", folder]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                if speed := re.search(r"(\d+) images/s", line):
+                    process.kill()  # the rest is of no interest here
+                    return float(speed[1])
+    raise SystemExit("speed.py: error: train.py reported no speed")
+
+
+def busy(args: argparse.Namespace) -> Iterator[results.Row]:
+    """The fast recipe beside other processes; the ratio is to PyTorch's own threads alone."""
+    speeds: dict[tuple[str, int], list[float]] = {
+        (name, others): [] for others in range(3) for name in BUSY
+    }
+    for _ in range(args.rounds):
+        for name, others in speeds:
+            # PyTorch's own threads, or a low priority, may take minutes instead of seconds.
+            is_slow = others == 2 and ("PyTorch" in name or "low priority" in name)
+            images = args.images // 4 if is_slow else args.images
+            loops = [
+                subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)
+            ]
+            try:
+                speeds[name, others].append(short_epoch(BUSY[name], images, args.data_dir))
+            finally:
+                for loop in loops:
+                    loop.kill()
+                    loop.wait()
+    alone = statistics.median(speeds["PyTorch's threads", 0])
+    for (name, others), values in speeds.items():
+        speed = statistics.median(values)
+        setting = f"{name}, beside {others} busy processes"
+        yield dict(setting=setting, per_second=round(speed), ratio=round(speed / alone, 2))
+
+
+def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
+    """Grad-CAM at the end of the shipped model's stem; the maps have to agree to be timed."""
+    try:
+        from captum.attr import LayerAttribution, LayerGradCam
+        from pytorch_grad_cam import GradCAM as PackageGradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError as error:
+        advice = "pip install captum, and pip install --no-deps grad-cam ttach"
+        raise SystemExit(f"speed.py: error: {error}; {advice}") from None
+    model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
+    layer = model.get_submodule(model.stage_ends()[-1])
+    images, labels = dataset.load(args.data_dir, train=False)
+    ours, captums = GradCAM(model, layer), LayerGradCam(model, layer)
+
+    def by_project(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ours(x, y, normalize=False)
+
+    def by_captum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        maps = captums.attribute(x, y, relu_attributions=True)
+        return LayerAttribution.interpolate(maps, x.shape[-2:], "bilinear").detach().squeeze(1)
+
+    def by_grad_cam(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        with PackageGradCAM(model, [layer]) as cam:
+            return torch.from_numpy(cam(x, [ClassifierOutputTarget(int(label)) for label in y]))
+
+    def stretch(maps: torch.Tensor) -> torch.Tensor:
+        """Each map (N, H, W) from 0 to 1, as grad-cam makes them."""
+        maps = maps - maps.amin(dim=(1, 2), keepdim=True)
+        return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
+
+    implementations = {"this project": by_project, "captum": by_captum, "grad-cam": by_grad_cam}
+    for size in (1, 64, 256):
+        x, y = dataset.normalize(images[:size]), labels[:size]
+        expected = stretch(by_project(x, y))
+        for make in implementations.values():
+            torch.testing.assert_close(stretch(make(x, y)), expected, rtol=0, atol=1e-5)
+        calls = {
+            name: lambda make=make, x=x, y=y: make(x, y) for name, make in implementations.items()
+        }
+        seconds = results.median_seconds(calls, args.rounds)
+        for name, value in seconds.items():
+            ratio = round(seconds["this project"] / value, 2)
+            yield dict(
+                setting=f"{name}, batch size {size}", per_second=round(size / value), ratio=ratio
+            )
+
+
+SECTIONS = dict(steps=steps, models=models, busy=busy, heatmaps=heatmaps)
+
+
+def main() -> None:
+    parser = results.make_parser(__file__, __doc__)
+    parser.add_argument(
+        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--images", type=int, default=6400, help="of an epoch beside busy processes"
+    )
+    args = parser.parse_args()
+    sections = args.sections or list(SECTIONS)
+    if unknown := set(sections) - SECTIONS.keys():
+        parser.error(f"there is no section {', '.join(unknown)}")
+    if not args.table:
+        processes.set_threads()
+        for section in sections:
+            for row in SECTIONS[section](args):
+                row = dict.fromkeys(COLUMNS, "") | row
+                results.add(args.output, dict(section=section) | row, "section", "setting")
+    rows = results.read(args.output)
+    for section in sections:
+        print(f"\n{section}\n")
+        results.print_table([row for row in rows if row["section"] == section], COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
