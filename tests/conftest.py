@@ -1,4 +1,4 @@
-"""What the tests share: the real data set and a small one, a small run, the scripts as a person runs them."""
+"""What the tests share: the real data set and a small one, a small run, the scripts."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ from model import HybridClassifier, ModelConfig, load_checkpoint
 from training.settings import choose_settings, flag
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))  # some tests use its cases; at the end: it has a gradcam.py of its own
+sys.path.append(str(ROOT / "benchmarks"))  # some tests use its functions
 SMALL_MODEL = ModelConfig(
     stem_dims=(4, 8),
     stem_blocks=(0, 1, 1),
@@ -31,10 +31,16 @@ SMALL_MODEL = ModelConfig(
     residual_unit="resnet",
 )
 # A run of half a second: ten steps an epoch. Two threads would only wait for each other.
-SMALL_RUN = vars(SMALL_MODEL) | dict(train_size=160, val_size=100, epochs=2, batch_size=16, drop_path=0.2)
+SMALL_RUN = vars(SMALL_MODEL) | dict(
+    train_size=160, val_size=100, epochs=2, batch_size=16, drop_path=0.2
+)
 SMALL_RUN |= dict(device="cpu", precision="float32", threads=1, quiet=True, cutmix=0.0)
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-cases", action="store_true", help="of the slow tests that draw some")
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +56,16 @@ def test_split(data_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return dataset.load(data_dir, train=False)
 
 
-def write_data(folder: Path, split: str, images: torch.Tensor, labels: torch.Tensor) -> dict[str, str]:
-    """Write the two files of a split ("train" or "t10k") in the data set's format; returns their names and SHA-256."""
+def write_data(
+    folder: Path, split: str, images: torch.Tensor, labels: torch.Tensor
+) -> dict[str, str]:
+    """Write the files of a split ("train" or "t10k"); returns their names and SHA-256."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {
-        f"{split}-images-idx3-ubyte": struct.pack(">4i", 0x803, len(images), 28, 28) + images.numpy().tobytes(),
-        f"{split}-labels-idx1-ubyte": struct.pack(">2i", 0x801, len(labels)) + labels.byte().numpy().tobytes(),
+        f"{split}-images-idx3-ubyte": struct.pack(">4i", 0x803, len(images), 28, 28)
+        + images.numpy().tobytes(),
+        f"{split}-labels-idx1-ubyte": struct.pack(">2i", 0x801, len(labels))
+        + labels.byte().numpy().tobytes(),
     }
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -63,7 +73,9 @@ def write_data(folder: Path, split: str, images: torch.Tensor, labels: torch.Ten
 
 
 @pytest.fixture(scope="session")
-def small_files(data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def small_files(
+    data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, str]]:
     folder, hashes = tmp_path_factory.mktemp("small_data"), {}
     for split, size in (("train", 500), ("t10k", 100)):
         images, labels = dataset.load(data_dir, train=split == "train")
@@ -133,7 +145,9 @@ def run_script(data_dir: Path, tmp_path: Path):
     def run(script: str, *flags: object) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, flags)]
         environment = dict(OMP_NUM_THREADS="1") | os.environ
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     return run
 
