@@ -288,15 +288,11 @@ def load_checkpoint(
                 f"{path} is damaged ({name} is no {kind.__name__}): name another one"
             )
     for row in checkpoint.get("history", ()):
-        known = (
-            [row[column] for column in row if str(column).endswith(COLUMNS)]
-            if isinstance(row, dict)
-            else [None]
-        )
-        if not all(isinstance(value, int | float) for value in known):
-            raise CheckpointError(
-                f"{path} is damaged (history has a row that is not of numbers): name another one"
-            )
+        numbers = [None]  # an epoch at least
+        if isinstance(row, dict) and "epoch" in row:
+            numbers = [row[column] for column in row if str(column).endswith(COLUMNS)]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise CheckpointError(f"{path} is damaged (history has a wrong row): name another one")
     try:
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])

@@ -267,10 +267,11 @@ def test_what_a_checkpoint_says_of_its_training_has_to_be_of_the_right_type(smal
         (dict(train_config=[1]), "train_config is no dict"),
         (dict(history="long"), "history is no list"),
         (dict(epoch="3"), "epoch is no int"),
-        (dict(history=[row, 5]), "history has a row that is not of numbers"),
+        (dict(history=[{}]), "history has a wrong row"),
+        (dict(history=[row, 5]), "history has a wrong row"),
         (
             dict(history=[row | dict(val_accuracy="high")]),
-            "history has a row that is not of numbers",
+            "history has a wrong row",
         ),
     ):
         save_checkpoint(tmp_path / "bad.pt", small_model, **contents)

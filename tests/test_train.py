@@ -1104,6 +1104,15 @@ def test_weights_alone_are_no_run_to_resume(main, flags, tmp_path):
     assert "last.pt holds weights, but no run to resume: start without --resume" in main("--resume")
 
 
+def test_a_run_that_contradicts_itself_is_not_resumed(main, flags, tmp_path):
+    assert main(*flags, "--epochs", 1) == 0
+    last = tmp_path / "checkpoints" / "last.pt"
+    good = torch.load(last, weights_only=True)
+    for changes in (dict(training=5), dict(train_config=good["train_config"] | dict(depth=1))):
+        torch.save(good | changes, last)
+        assert "last.pt does not fit its own settings: start without" in main("--resume")
+
+
 def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_path):
     assert main(*flags, "--epochs", 1) == 0
     for change in (

@@ -223,8 +223,14 @@ def load_run(folder: Path) -> dict:
 def resume_run(run: Run) -> None:
     """Bring a new run to where the one in its folder stopped."""
     checkpoint = load_run(run.folder)
-    run.load_state_dict(checkpoint["training"])
-    run.ema.load_state_dict(checkpoint["model"])
+    try:
+        run.load_state_dict(checkpoint["training"])
+        run.ema.load_state_dict(checkpoint["model"])
+    except UserError:
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{run.folder / 'last.pt'} does not fit its own settings"
+        raise UserError(f"{what}: start without --resume") from error
     run.history = checkpoint["history"]
     if processes.is_first():
         done = f"after epoch {checkpoint['epoch']} of {run.config.epochs}"

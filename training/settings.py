@@ -67,7 +67,8 @@ def choose_settings(
 ) -> SimpleNamespace:
     """Every setting, checked: the value given, else the recipe's, else the default."""
     settings = {name: default for name, (default, _, _) in table.items()}
-    if (recipe := given.get("recipe", settings["recipe"])) not in recipes:
+    recipe = given.get("recipe", settings["recipe"])
+    if recipe not in list(recipes):  # a list takes what cannot be hashed, too
         raise UserError(f"--recipe {recipe}: give one of {', '.join(recipes)}")
     settings |= recipes[recipe] | given
     if unknown := settings.keys() - table.keys():
