@@ -1,6 +1,5 @@
 """An image, the model's answer, and where the evidence for it lies."""
 
-import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from dataset import CLASS_NAMES, IMAGE_SIZE
 from gradcam import GradCAM
 from model import CheckpointError, HybridClassifier
 
-SLUGS = [name.replace("/", "-").replace(" ", "-") for name in CLASS_NAMES]  # for file names
+FILE_NAMES = [name.replace("/", "-").replace(" ", "-") for name in CLASS_NAMES]
 
 
 @dataclass
@@ -19,16 +18,17 @@ class Explanation:
     """An image, the model's answer, and where the evidence for a class lies."""
 
     name: str  # "test image 1917", or the file name of a person's own picture
-    stem: str  # what its file's name begins with
+    file_stem: str  # what the names of its files begin with
     index: int  # in the test split; -1 for a person's own picture
     image: np.ndarray  # uint8 (28, 28)
     label: int  # the true class; -1 where it is not known
     probabilities: np.ndarray  # of the classes, float (10,)
     target: int  # the class that was to be explained
-    heatmaps: dict[int, np.ndarray]  # of `target`, and of `label` where it is another: (28, 28), adding up to 1
-    hidden: dict[int, tuple[float, float]]  # their probability without the map's hottest tenth, without a random one
+    heatmaps: dict[int, np.ndarray]  # (28, 28), adding up to 1; see `explain` for which classes
+    # Their probability without the map's hottest tenth, and without a random tenth
+    masked_probability: dict[int, tuple[float, float]]
     versus: int = -1  # the class that `target` is contrasted with, by a signed map; -1 for none
-    photograph: np.ndarray | None = None  # uint8 RGB (H, W, 3): what a person's own image was made of
+    photograph: np.ndarray | None = None  # uint8 RGB (H, W, 3): what the image was made of
 
     @property
     def predicted(self) -> int:
@@ -36,63 +36,86 @@ class Explanation:
         return int(self.probabilities.argmax())
 
     def answer(self) -> str:
-        """What the image is and what the model takes it for: "true Coat 3%, predicted Shirt 96%"."""
-        p, words = self.probabilities, f"predicted {CLASS_NAMES[self.predicted]} {self.probabilities.max():.0%}"
+        """What it is and what the model takes it for: "true Coat 3%, predicted Shirt 96%"."""
+        words = f"predicted {CLASS_NAMES[self.predicted]} {self.probabilities.max():.0%}"
         if self.label < 0:
             return words
-        percent = "" if self.label == self.predicted else f" {p[self.label]:.0%}"
-        return f"true {CLASS_NAMES[self.label]}{percent}, {words}"
+        true = f"true {CLASS_NAMES[self.label]}"
+        if self.label != self.predicted:
+            true += f" {self.probabilities[self.label]:.0%}"
+        return f"{true}, {words}"
 
     def role(self, label: int) -> str:
-        """A class's name, and what it is to this image: "for Coat (true)"; or the contrast: "for Shirt, not Coat"."""
+        """What a class is to the image: "for Coat (true)"; in a contrast "for Shirt, not Coat"."""
+        words = f"for {CLASS_NAMES[label]}"
         if self.versus >= 0:
-            return f"for {CLASS_NAMES[label]}, not {CLASS_NAMES[self.versus]}"
-        roles = ["predicted"] * (label == self.predicted) + ["true"] * (label == self.label)
-        return f"for {CLASS_NAMES[label]}" + (f" ({' and '.join(roles)})" if roles else "")
+            return f"{words}, not {CLASS_NAMES[self.versus]}"
+        if label == self.predicted == self.label:
+            return f"{words} (predicted and true)"
+        if label == self.predicted:
+            return f"{words} (predicted)"
+        return f"{words} (true)" if label == self.label else words
 
-    def trust(self, label: int) -> str:
-        """What hiding the map's hottest places does to the probability, against hiding others."""
+    def masked_words(self, label: int) -> str:
+        """What masking the map's hottest places does to the probability, against masking others."""
         if not self.heatmaps[label].any():
             return ""
-        without = "{:.2f}, without the hottest tenth {:.2f}, without a random tenth {:.2f}"
-        return without.format(self.probabilities[label], *self.hidden[label])
+        words = "{:.2f}, without the hottest tenth {:.2f}, without a random tenth {:.2f}"
+        return words.format(self.probabilities[label], *self.masked_probability[label])
+
+    def file_name(self) -> str:
+        """The name of its picture; what was asked for besides the answer is part of it."""
+        name = f"{self.file_stem}_as_"
+        if self.versus >= 0:
+            return f"{name}{FILE_NAMES[self.target]}_not_{FILE_NAMES[self.versus]}.png"
+        name += FILE_NAMES[self.predicted]
+        if self.target != self.predicted:
+            name += f"_for_{FILE_NAMES[self.target]}"
+        return f"{name}.png"
 
 
 @torch.no_grad()
 def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
-    """Class probabilities, float32 (N, 10), of uint8 images (N, 1, 28, 28); a CheckpointError if they are none."""
-    probabilities = torch.cat([model(dataset.normalize(chunk)).softmax(dim=1) for chunk in images.split(500)])
+    """Class probabilities, float32 (N, 10), of uint8 images (N, 1, 28, 28); all are finite."""
+    logits = [model(dataset.normalize(chunk)) for chunk in images.split(500)]
+    probabilities = torch.cat(logits).softmax(dim=1)
     if not probabilities.isfinite().all():
-        raise CheckpointError("the model's answer is not finite: train again, or use another checkpoint")
+        advice = "train again, or use another checkpoint"
+        raise CheckpointError(f"the model's answer is not finite: {advice}")
     return probabilities
 
 
 def heatmaps(
     cam: GradCAM, images: torch.Tensor, targets: torch.Tensor, versus: torch.Tensor | None = None
 ) -> np.ndarray:
-    """Heatmaps, float32 (N, 28, 28), that add up to 1, of uint8 images (N, 1, 28, 28) for one class each, (N,).
+    """Heatmaps, float32 (N, 28, 28), that add up to 1, for one class each, int64 (N,).
 
-    With classes `versus`, (N,), to contrast them with, the maps are signed.
+    Takes uint8 images (N, 1, 28, 28). With classes `versus`, int64 (N,), the maps are signed.
     """
-    contrasts = itertools.repeat(None) if versus is None else versus.split(500)
-    chunks = zip(images.split(500), targets.split(500), contrasts, strict=False)
-    return torch.cat([cam(dataset.normalize(x), target, other, normalize=False) for x, target, other in chunks]).numpy()
+    maps = []
+    for index in torch.arange(len(images)).split(500):
+        others = None if versus is None else versus[index]
+        x = dataset.normalize(images[index])
+        maps.append(cam(x, targets[index], others, normalize=False))
+    return torch.cat(maps).numpy()
 
 
-def without_a_tenth(
+def masked_probabilities(
     model: HybridClassifier, images: torch.Tensor, targets: torch.Tensor, maps: np.ndarray
 ) -> list[tuple[float, float]]:
-    """The classes' probabilities once the hottest tenth of the pixels is black, and once a random tenth is.
+    """The classes' probabilities once the hottest tenth of the pixels is black, and a random tenth.
 
-    Takes what `heatmaps` takes and makes. The random tenth is the same for all images. If the second probability is not
-    well above the first, the map says little.
+    Takes what `heatmaps` takes and makes. The random tenth is the same for all images. If the
+    second probability is not well above the first, the map says little.
     """
-    hottest = torch.from_numpy(maps).flatten(1)
-    anywhere = torch.rand(IMAGE_SIZE**2, generator=torch.Generator().manual_seed(0)).expand_as(hottest)
-    hidden = torch.stack([hottest, anywhere], dim=1).topk(IMAGE_SIZE**2 // 10).indices  # (N, 2, 78)
-    variants = images.view(-1, 1, IMAGE_SIZE**2).repeat(1, 2, 1).scatter(2, hidden, 0)
-    probabilities = classify(model, variants.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)).view(len(images), 2, -1)
-    return list(map(tuple, probabilities.gather(2, targets.view(-1, 1, 1).expand(-1, 2, 1))[..., 0].tolist()))
+    pixels = IMAGE_SIZE**2
+    random = torch.rand(pixels, generator=torch.Generator().manual_seed(0)).expand(len(maps), -1)
+    columns = []
+    for heat in (torch.from_numpy(maps).flatten(1), random):
+        masked = heat.topk(pixels // 10).indices
+        variants = images.flatten(1).scatter(1, masked, 0).view_as(images)
+        columns.append(classify(model, variants).gather(1, targets[:, None])[:, 0].tolist())
+    return list(zip(*columns, strict=True))
 
 
 def explain(
@@ -102,35 +125,52 @@ def explain(
     indices: list[int],
     targets: torch.Tensor | int | None = None,
     versus: int | None = None,
-    with_trust: bool = True,
+    with_masks: bool = True,
 ) -> list[Explanation]:
-    """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, int64 (N,) or one for all, or else the predicted.
+    """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, else for the predicted ones.
 
-    With a class `versus`, the map is of the contrast with it; with -1, or where that is the class itself, with each
-    image's likeliest other class. Otherwise, an image whose label, int64 (N,), is known (not -1) and differs from
-    the target is explained for both. `indices` are the images' numbers in the test split, -1 for a person's own. Only
-    `with_trust` are the numbers of `without_a_tenth` computed.
+    With a class `versus`, the map is of the contrast with it; with -1, or where that is the class
+    itself, with each image's likeliest other class. Otherwise, an image whose label is known and
+    differs from the target is explained for both.
+
+    Args:
+        labels: the true classes, int64 (N,); -1 where they are not known.
+        indices: the images' numbers in the test split, -1 for a person's own.
+        targets: int64 (N,), or one class for all.
+        with_masks: compute `masked_probabilities`, too.
     """
     probabilities = classify(cam.model, images)
-    targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets).expand(len(images))
-    parts, contrasts = [(torch.arange(len(images)), targets)], None
-    wrong = ((labels >= 0) & (labels != targets)).nonzero().flatten()
-    if versus is None and len(wrong):
-        parts.append((wrong, labels[wrong]))
-    elif versus is not None:
+    targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets)
+    targets = targets.expand(len(images))
+    others = None
+    if versus is not None:
         others = probabilities.scatter(1, targets[:, None], -1.0).argmax(dim=1)
-        contrasts = others if versus < 0 else torch.where(targets == versus, others, versus)
-    columns = indices, images[:, 0].numpy(), labels.tolist(), probabilities.numpy(), targets.tolist()
-    against = [-1] * len(images) if contrasts is None else contrasts.tolist()
-    explanations = [
-        Explanation(f"test image {i}", f"{i:05d}_{SLUGS[label]}", i, image, label, p, target, {}, {}, other)
-        for i, image, label, p, target, other in zip(*columns, against, strict=True)
-    ]
-    for index, classes in parts:
-        maps = heatmaps(cam, images[index], classes, contrasts)
-        hidden = [(0.0, 0.0)] * len(index)
-        if with_trust:
-            hidden = without_a_tenth(cam.model, images[index], classes, maps)
-        for i, label, heatmap, pair in zip(index.tolist(), classes.tolist(), maps, hidden, strict=True):
-            explanations[i].heatmaps[label], explanations[i].hidden[label] = heatmap, pair
+        if versus >= 0:
+            others = torch.where(targets == versus, others, versus)
+    maps = heatmaps(cam, images, targets, others)
+    pairs = [(0.0, 0.0)] * len(images)
+    if with_masks:
+        pairs = masked_probabilities(cam.model, images, targets, maps)
+    explanations = []
+    for i, (target, label) in enumerate(zip(targets.tolist(), labels.tolist(), strict=True)):
+        e = Explanation(
+            name=f"test image {indices[i]}",
+            file_stem=f"{indices[i]:05d}_{FILE_NAMES[label]}",
+            index=indices[i],
+            image=images[i, 0].numpy(),
+            label=label,
+            probabilities=probabilities[i].numpy(),
+            target=target,
+            heatmaps={target: maps[i]},
+            masked_probability={target: pairs[i]},
+            versus=-1 if others is None else int(others[i]),
+        )
+        explanations.append(e)
+    wrong = ((labels >= 0) & (labels != targets)).nonzero().flatten().tolist()
+    if versus is None and wrong:
+        true = labels[wrong]
+        also = explain(cam, images[wrong], true, wrong, true, with_masks=with_masks)
+        for i, e in zip(wrong, also, strict=True):
+            explanations[i].heatmaps |= e.heatmaps
+            explanations[i].masked_probability |= e.masked_probability
     return explanations

@@ -9,22 +9,25 @@ from pathlib import Path
 import cv2
 import numpy as np
 from matplotlib import colormaps, style
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 
 from common.files import whole_file
 from dataset import CLASS_NAMES
 from drawing.explanation import Explanation
 
-COLOR_MAP = "inferno"  # equal steps of evidence look equally large
-SIGNED_COLOR_MAP = "berlin"  # the same, from blue for one class through black to red for the other
-SCALE_LABEL = "share of the evidence (1 = largest)"
-SIGNED_SCALE_LABEL = "for the class (1), for the other (-1)"
+# By whether the heatmap is signed. Equal steps of evidence look equally large; "berlin" goes from
+# blue for one class through black to red for the other.
+COLOR_MAPS = {False: "inferno", True: "berlin"}
+SCALES = {
+    False: "share of the evidence (1 = largest)",
+    True: "evidence for the class (1), for the other (-1)",
+}
 OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
 SCALE = 12  # an image pixel becomes this many picture pixels, both ways
-FONT_SIZE = 13  # points: still legible when a sheet of three columns is shrunk to a column of text
+FONT_SIZE = 13  # points: legible even when a sheet of three columns is shrunk to a column of text
 Row = tuple[str, list["Cell"]]  # of a sheet: what stands at its left, and its cells
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a file name may be in any script
 
@@ -35,38 +38,46 @@ def on_one_scale(heatmaps: dict) -> dict:
     return {key: heatmap / peak for key, heatmap in heatmaps.items()}
 
 
+def power(heatmap: np.ndarray, gamma: float) -> np.ndarray:
+    """The absolute values to the power of gamma, with their signs: it lifts what is small."""
+    return np.sign(heatmap) * np.abs(heatmap) ** gamma
+
+
 def colorize(heatmap: np.ndarray, is_signed: bool) -> np.ndarray:
-    """The colours of a heatmap (H, W), 0 to 1, signed ones from -1: uint8 RGBA (H, W, 4), more opaque the hotter."""
-    color_map, place = (SIGNED_COLOR_MAP, (heatmap + 1) / 2) if is_signed else (COLOR_MAP, heatmap)
-    colors = colormaps[color_map](place, bytes=True)
-    colors[..., 3] = np.rint(255 * OPACITY * (np.abs(heatmap) if is_signed else heatmap**0.5))
+    """The colours of a heatmap (H, W), uint8 RGBA (H, W, 4), more opaque the hotter."""
+    place = (heatmap + 1) / 2 if is_signed else heatmap
+    opacity = np.abs(heatmap) if is_signed else heatmap**0.5
+    colors = colormaps[COLOR_MAPS[is_signed]](place, bytes=True)
+    colors[..., 3] = np.rint(255 * OPACITY * opacity)
     return colors
 
 
-def paint(image: np.ndarray, heatmap: np.ndarray, is_signed: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), and lay one over the other.
+def paint(image: np.ndarray, heatmap: np.ndarray, is_signed: bool = False) -> list[np.ndarray]:
+    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), and lay it over the image.
 
     The heatmap is from 0 to 1, a signed one from -1.
 
     Returns:
-        Three uint8 RGB arrays (28 * SCALE, 28 * SCALE, 3): the image, with its pixels sharp; the heatmap in colours;
-        and the overlay, which is the more opaque the hotter it is. A heatmap of zeros is labelled "no evidence".
+        Three uint8 RGB arrays (28 * SCALE, 28 * SCALE, 3): the image, with its pixels sharp; the
+        heatmap in colours; and the overlay. A heatmap of zeros is labelled "no evidence".
     """
     size = tuple(side * SCALE for side in image.shape[::-1])
-    gray = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB)
+    gray = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST)
+    gray = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
     heat = cv2.resize(heatmap.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
     colors = colorize(heat, is_signed)
     colored, opacity = colors[..., :3].copy(), colors[..., 3:] / 255
     overlay = (gray * (1 - opacity) + colored * opacity).astype(np.uint8)
     if not heatmap.any():
-        font, font_scale, thin = cv2.FONT_HERSHEY_SIMPLEX, 0.17 * SCALE, SCALE // 3
-        for text, y in (("no", 0.45), ("evidence", 0.65)):
-            (width, _), _ = cv2.getTextSize(text, font, font_scale, thin)
-            where = ((size[0] - width) // 2, int(y * size[1]))
-            for panel in (colored, overlay):
-                cv2.putText(panel, text, where, font, font_scale, (0, 0, 0), SCALE)  # an outline around the letters
-                cv2.putText(panel, text, where, font, font_scale, (255, 255, 255), thin)
-    return gray, colored, overlay
+        where, font = (SCALE, size[1] // 2), cv2.FONT_HERSHEY_SIMPLEX
+        for panel in (colored, overlay):
+            for brightness, width in (
+                (0, SCALE),
+                (255, SCALE // 3),
+            ):  # an outline, then the letters
+                color = (brightness,) * 3
+                cv2.putText(panel, "no evidence", where, font, SCALE / 7.5, color, width)
+    return [gray, colored, overlay]
 
 
 @dataclass
@@ -79,15 +90,18 @@ class Cell:
     color: str = "black"
 
 
-def make_cell(explanation: Explanation, caption: str) -> Cell:
-    """An image on a sheet: input, heatmap, overlay; or input and the overlays of two classes where they differ."""
-    heatmaps, is_signed = on_one_scale(explanation.heatmaps), explanation.versus >= 0
-    panels, *others = [paint(explanation.image, heatmap, is_signed) for heatmap in heatmaps.values()]
-    labels = ["", explanation.role(explanation.target)] if is_signed else []
-    if others:
-        panels = [panels[0], panels[2], others[0][2]]
-        labels = ["", *(f"for {CLASS_NAMES[label]}" for label in heatmaps)]
-    return Cell(panels, caption, labels, "black" if explanation.label in (-1, explanation.predicted) else "crimson")
+def make_cell(e: Explanation, caption: str) -> Cell:
+    """An image on a sheet: input, heatmap, overlay; or input and the overlays of two classes."""
+    is_signed = e.versus >= 0
+    painted = [paint(e.image, heatmap, is_signed) for heatmap in on_one_scale(e.heatmaps).values()]
+    panels, labels = painted[0], []
+    if is_signed:
+        labels = ["", e.role(e.target)]
+    elif len(painted) > 1:
+        panels = [panels[0], *(overlay for _, _, overlay in painted)]
+        labels = ["", *(f"for {CLASS_NAMES[label]}" for label in e.heatmaps)]
+    is_wrong = e.label not in (-1, e.predicted)
+    return Cell(panels, caption, labels, "crimson" if is_wrong else "black")
 
 
 def in_rows(cells: list[Cell], columns: int) -> list[Row]:
@@ -96,23 +110,32 @@ def in_rows(cells: list[Cell], columns: int) -> list[Row]:
 
 
 def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
-    """Write the picture of one image: the input, and a row of heatmap and overlay for each explained class."""
-    rows, is_signed = [], e.versus >= 0
+    """Write the picture of one image: the input, and heatmap and overlay for each class."""
+    rows, is_signed, scale = [], e.versus >= 0, SCALES[False]
+    if is_signed:
+        scale = f"for {CLASS_NAMES[e.versus]} (-1), for {CLASS_NAMES[e.target]} (1)"
     for label, heatmap in on_one_scale(e.heatmaps).items():
-        gray, colored, overlay = paint(e.image, heatmap, is_signed)
-        panels = [np.full_like(gray, 255) if rows else gray, colored, overlay]  # the input once is enough
-        names = ["" if rows else "input", "heatmap", "overlay"]
+        panels, labels = paint(e.image, heatmap, is_signed), ["input", "heatmap", "overlay"]
+        if rows:  # the input once is enough
+            panels[0], labels[0] = np.full_like(panels[0], 255), ""
         if e.photograph is not None:
-            panels.insert(0, np.asarray(ImageOps.pad(Image.fromarray(e.photograph), gray.shape[:2], color="white")))
-            names.insert(0, "photograph")
-        rows.append(("", [Cell(panels, ": ".join(filter(None, (e.role(label), e.trust(label)))), names)]))
-    scale = f"for {CLASS_NAMES[e.versus]} (-1), for {CLASS_NAMES[e.target]} (1)" if is_signed else SCALE_LABEL
-    save_sheet(rows, f"{e.name}: {e.answer()}", scale, model_name, path, is_signed, width=3.3 * len(panels))
+            panels, labels = [e.photograph, *panels], ["photograph", *labels]
+        caption = ": ".join(filter(None, (e.role(label), e.masked_words(label))))
+        rows.append(("", [Cell(panels, caption, labels)]))
+    title, width = f"{e.name}: {e.answer()}", 3.3 * len(panels)
+    save_sheet(rows, title, scale, model_name, path, is_signed, width=width)
 
 
-def power(heatmap: np.ndarray, gamma: float) -> np.ndarray:
-    """The absolute values to the power of gamma, with their signs: it lifts what is small."""
-    return np.sign(heatmap) * np.abs(heatmap) ** gamma
+def draw_cell(axes: Axes, cell: Cell) -> None:
+    """Draw the panels of a cell, its caption and its labels."""
+    gap = np.full((cell.panels[0].shape[0], SCALE, 3), 255, np.uint8)
+    joined = np.hstack([part for panel in cell.panels for part in (gap, panel)][1:])
+    axes.imshow(joined, interpolation="nearest")
+    axes.set_title(cell.caption, fontsize=FONT_SIZE, color=cell.color, parse_math=False)
+    step = joined.shape[1] / len(cell.panels)
+    centres = [step * (i + 0.5) for i in range(len(cell.labels))]
+    axes.set_xticks(centres, cell.labels, fontsize=FONT_SIZE)
+    axes.tick_params(length=0)
 
 
 @style.context("default")  # whatever the person's matplotlibrc says
@@ -126,30 +149,27 @@ def save_sheet(
     gamma: float = 1,
     width: float = 4.3,
 ) -> None:
-    """Write a PNG file of rows, `width` inches a column; the colours of the heatmaps are of `power(share, gamma)`."""
+    """Write rows as a PNG file, `width` inches a column; the colours show `power(share, gamma)`."""
     columns = max(len(row) for _, row in rows)
     panels = max(len(cell.panels) for _, row in rows for cell in row)
-    lines = [1 + max(cell.caption.count("\n") + any(cell.labels) for cell in row) for _, row in rows]
+    lines = [
+        1 + max(cell.caption.count("\n") + any(cell.labels) for cell in row) for _, row in rows
+    ]
     heights = [width / panels + 0.27 * n for n in lines]
     size = (width * columns + 1.4, sum(heights) + 0.7 + 0.3 * title.count("\n"))
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights)
+    for axes in all_axes.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
     for (name, row), row_axes in zip(rows, all_axes, strict=True):
-        for axes in row_axes:
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
         row_axes[0].set_ylabel(name, fontsize=FONT_SIZE + 1)
-        for axes, cell in zip(row_axes, row, strict=False):
-            gap = np.full((cell.panels[0].shape[0], SCALE, 3), 255, np.uint8)
-            joined = np.hstack([part for panel in cell.panels for part in (gap, panel)][1:])
-            axes.imshow(joined, interpolation="nearest")
-            axes.set_title(cell.caption, fontsize=FONT_SIZE, color=cell.color, parse_math=False)
-            if any(cell.labels):
-                step = joined.shape[1] / len(cell.panels)
-                axes.set_xticks([step * (i + 0.5) for i in range(len(cell.labels))], cell.labels, fontsize=FONT_SIZE)
-                axes.tick_params(length=0)
-    norm = FuncNorm((partial(power, gamma=gamma), partial(power, gamma=1 / gamma)), vmin=-is_signed, vmax=1)
-    colors = ScalarMappable(norm, SIGNED_COLOR_MAP if is_signed else COLOR_MAP)
+        for cell, axes in zip(row, row_axes, strict=False):
+            draw_cell(axes, cell)
+    norm = FuncNorm(
+        (partial(power, gamma=gamma), partial(power, gamma=1 / gamma)), vmin=-is_signed, vmax=1
+    )
+    colors = ScalarMappable(norm, COLOR_MAPS[is_signed])
     bar = figure.colorbar(colors, ax=all_axes, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label(scale, fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)

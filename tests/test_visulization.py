@@ -1,4 +1,6 @@
-"""What is explained, what is drawn of it, and what the command line does; photographs have tests of their own."""
+"""What is explained, what is drawn of it, and what the command line does; photographs have tests of
+their own.
+"""
 
 import itertools
 import os
@@ -39,14 +41,18 @@ def shipped():
 
 @pytest.fixture
 def few_images(test_split):
-    """What `run` takes for the test split: its first 499 images, and as number 499 its image 1104, an error."""
+    """What `run` takes for the test split: its first 499 images, and as number 499 its image 1104,
+    an error.
+    """
     index = [*range(499), 1104]
     return tuple(part[index] for part in test_split)
 
 
 @pytest.fixture
 def run(monkeypatch, few_images, tmp_path):
-    """Runs Visulization.py in this process, in an empty folder; returns the exit status or the line of an error."""
+    """Runs Visulization.py in this process, in an empty folder; returns the exit status or the line
+    of an error.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(dataset, "load", lambda data_dir, train: few_images)
     monkeypatch.setattr(Visulization, "set_threads", lambda: None)
@@ -63,13 +69,17 @@ def run(monkeypatch, few_images, tmp_path):
 
 
 def look_at_cell(axes):
-    """The panels of a cell, which are 336 pixels wide and 12 apart, the label below each, and the title."""
+    """The panels of a cell, which are 336 pixels wide and 12 apart, the label below each, and the
+    title.
+    """
     row = axes.images[0].get_array()
     panels = [row[:, x : x + 336] for x in range(0, row.shape[1], 348)]
     labels = [""] * len(panels)
     for x, text in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
         labels[int(x // 348)] = text.get_text()
-    return SimpleNamespace(panels=panels, labels=labels, caption=axes.get_title(), color=axes.title.get_color())
+    return SimpleNamespace(
+        panels=panels, labels=labels, caption=axes.get_title(), color=axes.title.get_color()
+    )
 
 
 def look_at(figure):
@@ -89,7 +99,7 @@ def look_at(figure):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What is on each sheet, by its path; the files stay empty, as each would take half a second."""
+    """What is on each sheet, by its path; the files stay empty, which saves half a second each."""
     found = {}
 
     def keep(figure, file, **_):
@@ -110,7 +120,8 @@ def test_an_error_is_explained_for_both_classes(shipped, test_split):
     images, labels = (part[[1104, 0, 3]] for part in test_split)
     cam = GradCAM(shipped, ["stem.stage0_2", "stem.stage1_2"], "layercam")
     coat, boot, trouser = explain(cam, images, labels, [1104, 0, 3], None)
-    assert (coat.target, coat.label, list(coat.heatmaps)) == (6, 4, [6, 4])  # the predicted class first
+    # the predicted class first
+    assert (coat.target, coat.label, list(coat.heatmaps)) == (6, 4, [6, 4])
     assert list(boot.heatmaps) == [9] and list(trouser.heatmaps) == [1]
     # For another class than the predicted and the true one.
     coat, boot, _ = explain(cam, images, labels, [1104, 0, 3], 2)
@@ -123,32 +134,45 @@ def test_a_contrast_is_one_signed_map_of_two_classes(shipped, test_split):
     cam = GradCAM(shipped, ["stem.stage0_2", "stem.stage1_2"], "layercam")
     p = train.predict(shipped, images).softmax(dim=1)
     shirt, boot, trouser = explain(cam, images, labels, [1104, 0, 3], None, versus=4)
-    assert (shirt.target, shirt.versus, list(shirt.heatmaps)) == (6, 4, [6]) and boot.versus == trouser.versus == 4
-    expected = cam(dataset.normalize(images), p.argmax(dim=1), torch.tensor([4, 4, 4]), normalize=False).numpy()
+    assert (shirt.target, shirt.versus, list(shirt.heatmaps)) == (
+        6,
+        4,
+        [6],
+    ) and boot.versus == trouser.versus == 4
+    expected = cam(
+        dataset.normalize(images), p.argmax(dim=1), torch.tensor([4, 4, 4]), normalize=False
+    ).numpy()
     for e, heatmap in zip((shirt, boot, trouser), expected, strict=True):
         assert e.heatmaps[e.target] == pytest.approx(heatmap, rel=1e-4, abs=1e-7)
-    # Of a class with itself there is no contrast, nor is one asked for by -1: the likeliest other class.
+    # Of a class with itself there is no contrast, nor is one asked for by -1: the likeliest other
+    # class.
     for versus in (6, -1):
         (shirt,) = explain(cam, images[:1], labels[:1], [1104], None, versus)
         assert shirt.versus == p[0].argsort(descending=True)[1]
 
 
-def test_trust_is_the_probability_without_the_hottest_tenth_and_a_random_one(shipped, test_split):
+def test_the_words_are_the_probability_without_the_hottest_tenth_and_a_random_one(
+    shipped, test_split
+):
     images, labels = (part[[1104, 0]] for part in test_split)
     cam = GradCAM(shipped, "stem.stage1_2", "layercam")
-    random = torch.rand(784, generator=torch.Generator().manual_seed(0)).argsort(descending=True)[:78]
+    random = torch.rand(784, generator=torch.Generator().manual_seed(0)).argsort(descending=True)[
+        :78
+    ]
     for e, image in zip(explain(cam, images, labels, [1104, 0]), images, strict=True):
         for label, heatmap in e.heatmaps.items():
             expected = []
             for places in (heatmap.ravel().argsort()[::-1][:78].copy(), random):
-                hidden = image.clone()
-                hidden.view(-1)[places] = 0
-                expected.append(train.predict(shipped, hidden[None]).softmax(dim=1)[0, label].item())
-            assert e.hidden[label] == pytest.approx(expected, abs=1e-4)
-    e.probabilities, e.hidden = np.full(10, 0.934), {9: (0.206, 0.881)}
-    assert e.trust(9) == "0.93, without the hottest tenth 0.21, without a random tenth 0.88"
+                masked = image.clone()
+                masked.view(-1)[places] = 0
+                expected.append(
+                    train.predict(shipped, masked[None]).softmax(dim=1)[0, label].item()
+                )
+            assert e.masked_probability[label] == pytest.approx(expected, abs=1e-4)
+    e.probabilities, e.masked_probability = np.full(10, 0.934), {9: (0.206, 0.881)}
+    assert e.masked_words(9) == "0.93, without the hottest tenth 0.21, without a random tenth 0.88"
     e.heatmaps[9] = np.zeros((28, 28))
-    assert e.trust(9) == ""
+    assert e.masked_words(9) == ""
 
 
 def test_of_many_images_each_has_its_own_classes(small_model, test_split):
@@ -161,14 +185,15 @@ def test_of_many_images_each_has_its_own_classes(small_model, test_split):
 
 def test_the_layers_are_all_that_the_image_goes_through(shipped, small_model):
     for model in (shipped, small_model):
-        sides, x = {}, torch.zeros(1, 1, 28, 28)
-        for name, layer in model.stem.named_children():
+        stem = [f"stem.{name}" for name in dict(model.stem.named_children())]
+        blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
+        assert Visulization.all_layers(model) == stem + blocks
+        x = torch.zeros(1, 1, 28, 28)
+        sides = {}
+        for name, layer in zip(stem, model.stem, strict=True):
             x = layer(x)
-            sides[f"stem.{name}"] = x.shape[-1]
-        sides |= {f"blocks.{i}": 7 for i in range(len(model.blocks))}  # 49 tokens
-        layers = Visulization.all_layers(model)
-        assert layers == sides and list(layers) == list(sides)
-        assert [layers[name] for name in Visulization.default_layers(model)] == [28, 14]
+            sides[name] = x.shape[-1]
+        assert [sides[name] for name in Visulization.default_layers(model)] == [28, 14]
 
 
 def test_no_evidence_is_labelled_in_words():
@@ -184,13 +209,18 @@ def test_the_heatmap_lies_over_sharp_pixels(test_split):
     spot = np.zeros((28, 28), np.float32)
     spot[14, 14] = 1
     gray, colored, overlay = paint(image, spot)
-    assert np.array_equal(gray[::12, ::12, 0], image) and np.array_equal(gray[11::12, 11::12, 0], image)
+    assert np.array_equal(gray[::12, ::12, 0], image) and np.array_equal(
+        gray[11::12, 11::12, 0], image
+    )
     changed = np.argwhere((overlay != gray).any(axis=2))  # nothing hot, nothing painted
     assert changed.min() >= 13 * 12 and changed.max() < 16 * 12
     # A quarter of the largest share: its colour with an opacity of 0.9 * sqrt(0.25) = 0.45.
     _, colored, overlay = paint(np.full((28, 28), 100, np.uint8), np.full((28, 28), 0.25))
     color = np.array([87, 16, 110])  # violet, at a quarter of "inferno"
-    assert np.abs(colored - color).max() <= 1 and np.abs(overlay - (0.55 * 100 + 0.45 * color)).max() < 2
+    assert (
+        np.abs(colored - color).max() <= 1
+        and np.abs(overlay - (0.55 * 100 + 0.45 * color)).max() < 2
+    )
 
 
 # ---- Pictures ----
@@ -199,44 +229,71 @@ def test_the_heatmap_lies_over_sharp_pixels(test_split):
 def test_a_file_has_its_colours_whatever_a_matplotlibrc_says(tmp_path):
     def draw():
         cell = Cell([np.full((336, 336, 3), 90, np.uint8)], "caption", ["label"], "crimson")
-        save_sheet([("row", [cell])], "title", "scale", "model", tmp_path / "sheet.png", is_signed=True)
+        save_sheet(
+            [("row", [cell])], "title", "scale", "model", tmp_path / "sheet.png", is_signed=True
+        )
         return (tmp_path / "sheet.png").read_bytes()
 
     plain = draw()
     with Image.open(tmp_path / "sheet.png") as picture:
         pixels = np.array(picture.convert("RGB"), int)
     assert min(pixels.shape[:2]) > 400
-    for color in ((90, 90, 90), (220, 20, 60), (255, 173, 173), (158, 176, 255)):  # crimson; the ends of "berlin"
+    # crimson; the ends of "berlin"
+    for color in ((90, 90, 90), (220, 20, 60), (255, 173, 173), (158, 176, 255)):
         assert np.abs(pixels - color).max(axis=2).min() < 10
-    odd = {"font.size": 30, "savefig.dpi": 20, "savefig.bbox": "tight", "axes.facecolor": "red", "text.usetex": True}
+    odd = {
+        "font.size": 30,
+        "savefig.dpi": 20,
+        "savefig.bbox": "tight",
+        "axes.facecolor": "red",
+        "text.usetex": True,
+    }
     with rc_context(odd):
         assert draw() == plain
 
 
 def test_an_image_per_row_or_per_class(run, drawn, few_images):
     run("--index", 499, 0, 2)  # 499 is image 1104, a coat that is taken for a shirt
-    paths = ["00000_Ankle-boot_as_Ankle-boot", "00002_Trouser_as_Trouser", "00499_Coat_as_Shirt", "contact_sheet"]
+    paths = [
+        "00000_Ankle-boot_as_Ankle-boot",
+        "00002_Trouser_as_Trouser",
+        "00499_Coat_as_Shirt",
+        "contact_sheet",
+    ]
     assert sorted(drawn) == [f"HeapImg/{name}.png" for name in paths]
     both = drawn["HeapImg/00499_Coat_as_Shirt.png"]
     assert both.title == "test image 499: true Coat 13%, predicted Shirt 81%"
     captions = [cell.caption.split(", without")[0] for cell in both.cells]
     assert captions == ["for Shirt (predicted): 0.81", "for Coat (true): 0.13"]
-    assert [cell.labels for cell in both.cells] == [["input", "heatmap", "overlay"], ["", "heatmap", "overlay"]]
+    assert [cell.labels for cell in both.cells] == [
+        ["input", "heatmap", "overlay"],
+        ["", "heatmap", "overlay"],
+    ]
     boot = drawn["HeapImg/00000_Ankle-boot_as_Ankle-boot.png"]
     assert [cell.caption[:36] for cell in boot.cells] == ["for Ankle boot (predicted and true):"]
-    assert boot.model_name == "shipped/model.pt" and boot.title.startswith("test image 0: true Ankle boot, predicted")
+    assert boot.model_name == "shipped/model.pt" and boot.title.startswith(
+        "test image 0: true Ankle boot, predicted"
+    )
     sheet = drawn["HeapImg/contact_sheet.png"]
-    assert "layercam of stem.stage0_2 + stem.down1" in sheet.title
+    assert sheet.title.startswith("layercam of stem.stage0_2 + stem.down1: test images")
     assert sheet.names == ["Trouser", "Coat", "Ankle boot"]
-    assert [cell.labels for cell in sheet.cells] == [[""] * 3, ["", "for Shirt", "for Coat"], [""] * 3]
+    assert [cell.labels for cell in sheet.cells] == [
+        [""] * 3,
+        ["", "for Shirt", "for Coat"],
+        [""] * 3,
+    ]
     assert [cell.color for cell in sheet.cells] == ["black", "crimson", "black"]
     for one in drawn.values():
-        assert one.colors == UNSIGNED and one.scale.startswith("share of the evidence (1 = largest)")
+        assert one.colors == UNSIGNED and one.scale.startswith(
+            "share of the evidence (1 = largest)"
+        )
         assert one.color_of_a_quarter == 0.25
     # The sheet has the same panels as each image's own picture; of an error, both overlays.
     own = [[cell.panels for cell in drawn[f"HeapImg/{paths[i]}.png"].cells] for i in (1, 2, 0)]
     (trouser,), (shirt, coat), (boot,) = own
-    for cell, panels in zip(sheet.cells, (trouser, (shirt[0], shirt[2], coat[2]), boot), strict=True):
+    for cell, panels in zip(
+        sheet.cells, (trouser, (shirt[0], shirt[2], coat[2]), boot), strict=True
+    ):
         assert np.array_equal(cell.panels, panels)
     for panels, i in ((trouser, 2), (shirt, 499), (boot, 0)):
         assert np.array_equal(panels[0][::12, ::12, 0], few_images[0][i, 0])
@@ -254,7 +311,9 @@ def test_what_is_given_twice_is_drawn_once_in_the_order_given(run, drawn, tmp_pa
     assert sheet.names == ["Bag", "T-shirt/top"] and len(sheet.cells) == 6  # three of each
     own = [one for path, one in drawn.items() if "_as_" in path]
     for one, cell in zip(own, sheet.cells, strict=True):
-        assert one.title.endswith(f": {cell.caption}") and np.array_equal(one.cells[0].panels[0], cell.panels[0])
+        assert one.title.endswith(f": {cell.caption}") and np.array_equal(
+            one.cells[0].panels[0], cell.panels[0]
+        )
     assert any("_T-shirt-top_as_" in path for path in drawn)
 
 
@@ -262,12 +321,18 @@ def test_images_are_chosen_by_class_seed_and_result(run, drawn, few_images):
     def chosen(*flags):
         drawn.clear()
         assert run("--num-images", 2, "--classes", "Coat", "6", *flags) == 0
-        return sorted(path.removeprefix("HeapImg/").removesuffix(".png").split("_") for path in drawn if "_as_" in path)
+        return sorted(
+            path.removeprefix("HeapImg/").removesuffix(".png").split("_")
+            for path in drawn
+            if "_as_" in path
+        )
 
     first = chosen()
     assert chosen() == first != chosen("--seed", 1)
     for seed in (0, 1):
-        found = chosen("--only-errors", "--seed", seed, "--target-class", "shirt", "--target-layer", "blocks.0")
+        found = chosen(
+            "--only-errors", "--seed", seed, "--target-class", "shirt", "--target-layer", "blocks.0"
+        )
         assert sorted(true for _, true, *_ in found) == ["Coat", "Coat", "Shirt", "Shirt"]
         for i, true, _, predicted, *_ in found:
             assert predicted != true == dataset.CLASS_NAMES[few_images[1][int(i)]]
@@ -280,10 +345,15 @@ def test_the_worst_errors_come_first(run, drawn, shipped, few_images, capsys):
     p = train.predict(shipped, images).softmax(dim=1)
     wrong = [i for i in (labels == 6).nonzero().flatten().tolist() if p[i].argmax() != 6]
     worst = sorted(wrong, key=lambda i: -p[i].max().item())[:5]
-    assert f"errors in these classes: {len(wrong)}\n" in capsys.readouterr().out and "5 most confident" in sheet.title
+    assert (
+        f"errors in these classes: {len(wrong)}\n" in capsys.readouterr().out
+        and "5 most confident" in sheet.title
+    )
     for i, cell in zip(worst, sheet.cells, strict=True):
         answer = dataset.CLASS_NAMES[p[i].argmax()]
-        assert cell.caption == f"{i}: true Shirt {p[i, 6]:.0%},\npredicted {answer} {p[i].max():.0%}"
+        assert (
+            cell.caption == f"{i}: true Shirt {p[i, 6]:.0%},\npredicted {answer} {p[i].max():.0%}"
+        )
         assert cell.labels == ["", f"for {answer}", "for Shirt"] and cell.color == "crimson"
         assert np.array_equal(cell.panels[0][::12, ::12, 0], images[i, 0])
 
@@ -294,38 +364,55 @@ def test_each_class_has_its_mean_map_on_its_mean_image(run, drawn, shipped, few_
     images, labels = few_images
     predictions = train.predict(shipped, images).argmax(dim=1)
     saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz")
-    assert saved["labels"].tolist() == saved["target_classes"].tolist() == [x for x in labels.tolist() if x in (4, 6)]
+    assert (
+        saved["labels"].tolist()
+        == saved["target_classes"].tolist()
+        == [x for x in labels.tolist() if x in (4, 6)]
+    )
     means = [saved["maps"][saved["labels"] == k].mean(axis=0) for k in (6, 4)]
     for k, mean, cell in zip((6, 4), means, sheet.cells, strict=True):
         right = (predictions[labels == k] == k).float().mean()
-        assert cell.caption == f"{dataset.CLASS_NAMES[k]}: {(labels == k).sum()} images, {right:.0%} right"
+        assert (
+            cell.caption
+            == f"{dataset.CLASS_NAMES[k]}: {(labels == k).sum()} images, {right:.0%} right"
+        )
         mean_image = images[labels == k, 0].float().mean(dim=0)
         assert np.abs(cell.panels[0][::12, ::12, 0] - mean_image.numpy()).max() <= 0.51
         expected = paint(np.zeros((28, 28), np.uint8), mean / np.max(means))[1]
         assert np.abs(cell.panels[1].astype(int) - expected).max() <= 3
-    assert sheet.scale == "mean share of the evidence (1 = largest of all)" and sheet.colors == UNSIGNED
+    assert (
+        sheet.scale == "mean share of the evidence (1 = largest of all)"
+        and sheet.colors == UNSIGNED
+    )
 
 
 def test_one_image_is_seen_from_every_layer(run, drawn, shipped, few_images):
     run("--index", 499, "--compare-layers", "--method", "gradcam")
     sheet = drawn["HeapImg/00499_Coat_layers.png"]
     captions = [cell.caption for cell in sheet.cells]
-    assert captions[:2] == ["stem.stage0_2 + stem.down1", "stem.first, 28x28"] and captions[-1] == "blocks.0, 7x7"
+    assert (
+        captions[:2] == ["stem.stage0_2 + stem.down1", "stem.first"] and captions[-1] == "blocks.0"
+    )
     assert len(captions) == 12 and "gradcam for Shirt (predicted)" in sheet.title
     assert sheet.colors == UNSIGNED and sheet.scale.endswith("in any layer, square root scale")
     assert sheet.color_of_a_quarter == 0.5  # its square root
     x = dataset.normalize(few_images[0][499:])
-    layers = [captions[0].split(" + "), *(caption.split(",")[0] for caption in captions[1:])]
-    maps = [GradCAM(shipped, layer, "gradcam")(x, 6, normalize=False)[0].numpy() for layer in layers]
+    layers = [captions[0].split(" + "), *captions[1:]]
+    maps = [
+        GradCAM(shipped, layer, "gradcam")(x, 6, normalize=False)[0].numpy() for layer in layers
+    ]
     for cell, heatmap in zip(sheet.cells, maps, strict=True):
         expected = paint(few_images[0][499, 0].numpy(), (heatmap / np.max(maps)) ** 0.5)
-        assert all(np.abs(a.astype(int) - b).max() <= 3 for a, b in zip(cell.panels, expected[1:], strict=True))
+        assert all(
+            np.abs(a.astype(int) - b).max() <= 3
+            for a, b in zip(cell.panels, expected[1:], strict=True)
+        )
 
 
 def test_a_contrast_is_drawn_with_two_colours_and_named(run, drawn, tmp_path):
     run("--index", 499, 0, "--versus", "coat", "--save-arrays")
     sheet = drawn["HeapImg/contact_sheet.png"]
-    assert sheet.scale == "for the class (1), for the other (-1)" and "overlay for the other" not in sheet.title
+    assert sheet.scale == "evidence for the class (1), for the other (-1)"
     roles = ["for Shirt, not Coat", "for Ankle boot, not Coat"]
     assert [cell.labels for cell in sheet.cells] == [["", role, ""] for role in roles]
     own = drawn["HeapImg/00499_Coat_as_Shirt_not_Coat.png"]
@@ -336,7 +423,10 @@ def test_a_contrast_is_drawn_with_two_colours_and_named(run, drawn, tmp_path):
     assert worst.cells[0].labels == ["", "for Shirt, not Coat", ""] and worst.colors == SIGNED
     run("--index", 499, "--compare-layers", "--versus", "Coat")
     layers = drawn["HeapImg/00499_Coat_layers.png"]
-    assert layers.scale == "for the class (1), for the other (-1), in any layer, square root scale"
+    assert (
+        layers.scale
+        == "evidence for the class (1), for the other (-1), in any layer, square root scale"
+    )
     assert layers.color_of_a_quarter == 0.75  # half way from 0 to 1
     heatmap = np.load(tmp_path / "HeapImg" / "heatmaps.npz")["maps"][0]
     for one, panel in ((sheet, 1), (own, 1), (layers, 0)):
@@ -351,12 +441,18 @@ def test_a_class_that_is_asked_for_is_in_the_files_name(run, drawn):
     names = ("Ankle-boot", "Ankle-boot_for_Coat", "Coat_not_Bag")
     assert list(drawn) == [f"HeapImg/00000_Ankle-boot_as_{name}.png" for name in names]
     run("--index", 0, 499, "--target-class", "Coat")
-    assert [cell.color for cell in drawn["HeapImg/contact_sheet.png"].cells] == ["crimson", "black"]  # the answers
+    # the answers
+    assert [cell.color for cell in drawn["HeapImg/contact_sheet.png"].cells] == ["crimson", "black"]
 
 
 @pytest.mark.parametrize(
     "flags",
-    [["--num-images", 3], ["--worst", 24], pytest.param(["--average"], marks=pytest.mark.slow), ["--compare-layers"]],
+    [
+        ["--num-images", 3],
+        ["--worst", 24],
+        pytest.param(["--average"], marks=pytest.mark.slow),
+        ["--index", 0, "--compare-layers"],
+    ],
 )
 def test_words_are_legible_in_the_readme(run, monkeypatch, flags):
     figures = []
@@ -368,9 +464,15 @@ def test_words_are_legible_in_the_readme(run, monkeypatch, flags):
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
     assert len(texts) > 10 and "shipped/model.pt" in [text.get_text() for text in texts]
-    smallest = min(text.get_fontsize() for text in texts) / 72 / figure.get_size_inches()[0]  # part of the width
+    # part of the width
+    smallest = min(text.get_fontsize() for text in texts) / 72 / figure.get_size_inches()[0]
     assert smallest * 830 >= 10  # pixels, in a page of 830
-    captions = [text.get_window_extent(renderer) for axes in figure.axes for text in [axes.title] if text.get_text()]
+    captions = [
+        text.get_window_extent(renderer)
+        for axes in figure.axes
+        for text in [axes.title]
+        if text.get_text()
+    ]
     captions += [text.get_window_extent(renderer) for text in (figure._suptitle, figure._supxlabel)]
     assert all(bounds.x0 <= box.x0 and box.x1 <= bounds.x1 for box in captions)
     assert not any(a.overlaps(b) for a, b in itertools.combinations(captions, 2))
@@ -386,13 +488,23 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, shipped, few_images, tmp
     assert np.array_equal(saved["images"], images[:, 0].numpy())
     p = train.predict(shipped, images).softmax(dim=1)
     assert saved["probabilities"] == pytest.approx(p.numpy(), abs=1e-5)
-    assert saved["predictions"].tolist() == saved["target_classes"].tolist() == p.argmax(dim=1).tolist()
-    assert saved["target_layers"].tolist() == ["stem.stage0_2", "stem.down1"] and str(saved["method"]) == "layercam"
+    assert (
+        saved["predictions"].tolist()
+        == saved["target_classes"].tolist()
+        == p.argmax(dim=1).tolist()
+    )
+    assert (
+        saved["target_layers"].tolist() == ["stem.stage0_2", "stem.down1"]
+        and str(saved["method"]) == "layercam"
+    )
     cam = GradCAM(shipped, saved["target_layers"].tolist(), "layercam")
     for name, targets in (("maps", p.argmax(dim=1)), ("true_maps", labels)):
         maps = cam(dataset.normalize(images), targets, normalize=False)
         assert saved[name] == pytest.approx(maps.numpy(), rel=1e-3, abs=1e-6)
-    assert saved["class_names"].tolist() == list(dataset.CLASS_NAMES) and saved["versus"].tolist() == [-1] * 3
+    assert (
+        saved["class_names"].tolist() == list(dataset.CLASS_NAMES)
+        and saved["versus"].tolist() == [-1] * 3
+    )
     run("--index", 499, 0, "--save-arrays", "--versus", "Bag")
     saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz")
     assert saved["versus"].tolist() == [8, 8] and saved["maps"].min() < 0
@@ -412,7 +524,13 @@ def garment():
 @pytest.mark.filterwarnings("ignore:Glyph")  # pytest shows what the script leaves unsaid
 def test_one_bad_file_does_not_stop_the_others(run, capsys, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
-    odd = ["my $^$ shoe ü.png", "обувь 靴.png", "a\x1bb.png", os.fsdecode(b"sch\xfch.png"), f"{'b' * 251}.png"]
+    odd = [
+        "my $^$ shoe ü.png",
+        "обувь 靴.png",
+        "a\x1bb.png",
+        os.fsdecode(b"sch\xfch.png"),
+        f"{'b' * 251}.png",
+    ]
     for name in odd:  # matplotlib would read $^$ as a formula
         garment().save(tmp_path / name)
     status = run("--image", "text.png", *odd, "missing.png")
@@ -437,35 +555,45 @@ def test_pictures_of_one_name_from_two_folders_are_both_drawn(run, drawn, tmp_pa
     saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz")
     assert saved["names"].tolist() == ["a.png", "a.png"]
     assert saved["labels"].tolist() == saved["indices"].tolist() == [-1, -1]
-    assert saved["target_classes"].tolist() == [8, 8] and saved["maps"].any() and not saved["true_maps"].any()
+    assert (
+        saved["target_classes"].tolist() == [8, 8]
+        and saved["maps"].any()
+        and not saved["true_maps"].any()
+    )
 
 
-def test_folders_are_looked_into_and_each_picture_is_taken_once(run, drawn, monkeypatch, tmp_path):
+def test_folders_are_looked_into_and_each_picture_is_taken_once(run, drawn, tmp_path):
     (tmp_path / "photos").mkdir()
     for name in ("b.png", "a.jpg", ".hidden.png"):
         garment().save(tmp_path / "photos" / name)
     (tmp_path / "photos" / "notes.txt").touch()
-    (tmp_path / "photos" / "receipt.pdf").touch()  # which Pillow knows, but this project does not read
+    # which Pillow knows, but this project does not read
+    (tmp_path / "photos" / "receipt.pdf").touch()
     (tmp_path / "link.png").symlink_to("photos/a.jpg")
-    again = ("photos/b.png", "phot*/*.jpg", "phot*", tmp_path / "photos/b.png", "photos/../photos/b.png", "link.png")
-    assert run("--image", "photos", *again) == 0
+    again = ("photos/b.png", tmp_path / "photos/b.png", "photos/../photos/b.png", "photos")
+    assert run("--image", "link.png", "photos", *again) == 0
     assert sorted(path.split("_as_")[0] for path in drawn) == ["HeapImg/a", "HeapImg/b"]
     (tmp_path / "empty").mkdir()
-    assert "there are no pictures in this folder" in run("--image", "empty")
-    monkeypatch.setattr(os, "listdir", lambda folder: open(f"{folder}/notes.txt/x"))  # an OSError, also for root
-    assert "--image photos: Not a directory; name another folder" in run("--image", "photos")
+    assert "there are no readable pictures in this folder" in run("--image", "empty")
 
 
-def test_the_likeliest_classes_are_printed_with_the_doubts(run, drawn, shipped, monkeypatch, capsys, test_split):
+def test_the_likeliest_classes_are_printed_with_the_doubts(
+    run, drawn, shipped, monkeypatch, capsys, test_split
+):
     image = test_split[0][8].rot90(2, (1, 2))  # a sandal, upside down
     red = np.full((50, 100, 3), (200, 30, 30), np.uint8)
-    monkeypatch.setattr(Visulization, "read_image", lambda path: (image[0].numpy(), red, "a reason"))
+    monkeypatch.setattr(
+        Visulization, "read_image", lambda path: (image[0].numpy(), red, "a reason")
+    )
     assert run("--image", "x.png", "--versus", "Trouser") == 0
     p = train.predict(shipped, image[None])[0].softmax(dim=0).tolist()
     best = sorted(zip(p, dataset.CLASS_NAMES, strict=True), reverse=True)[:3]
     answer, *notes, _ = capsys.readouterr().out.splitlines()
     assert answer == "x.png: " + ", ".join(f"{name} {share:.1%}" for share, name in best)
-    assert notes == ["  note: a reason", "  note: turned upside down, it would look more familiar to the model"]
+    assert notes == [
+        "  note: a reason",
+        "  note: rotated by 180 degrees, it would look more familiar to the model",
+    ]
     (sheet,) = drawn.values()
     (cell,) = sheet.cells
     assert cell.labels == ["photograph", "input", "heatmap", "overlay"]
@@ -474,31 +602,12 @@ def test_the_likeliest_classes_are_printed_with_the_doubts(run, drawn, shipped, 
     assert np.array_equal(cell.panels[1][::12, ::12, 0], image[0])
 
 
-@pytest.mark.parametrize(
-    "corners, words",
-    [
-        ((100, 10, 10, 10), ""),  # at the limit
-        ((101, 72, 72, 72), "the model has never seen anything like it"),  # 0.52 of it
-        ((101, 70, 90, 90), "turned by 90 degrees to the left, it would look more familiar to the model"),  # 0.49
-        ((101, 90, 90, 70), "turned by 90 degrees to the right, it would look more familiar to the model"),
-        ((np.nan, 0, 0, 0), ""),  # after a run on a handful of images
-    ],
-)
-def test_a_note_says_that_the_model_has_never_seen_the_like(monkeypatch, corners, words):
-    # A model that sees the top left pixel alone, and is familiar with 0: the distance is the pixel's square.
-    image, model = torch.zeros(1, 28, 28), SimpleNamespace(embed=lambda x: x[:, 0, 0, :1])
-    image[0, [0, 0, -1, -1], [0, -1, -1, 0]] = torch.tensor(corners, dtype=torch.float32)
-    monkeypatch.setattr(dataset, "normalize", lambda x: x)
-    familiar = dict(means=torch.zeros(1, 1), precision=torch.ones(1, 1), limit=100.0**2)
-    assert Visulization.doubt(model, image, familiar) == words
-
-
 def test_a_file_cannot_command_the_terminal(run, drawn, small_model, monkeypatch, capsys, tmp_path):
     def read(path):
         raise UserError("cannot be read (\x1b[1J)")
 
     garment().save(tmp_path / "\x1b[2J.png")
-    save_checkpoint(tmp_path / "\x1b[3J.pt", small_model, history=[dict(val_accuracy=0.1)])
+    save_checkpoint(tmp_path / "\x1b[3J.pt", small_model, history=[dict(epoch=1, val_accuracy=0.1)])
     flags = ("--checkpoint", "\x1b[3J.pt", "--image", "\x1b[2J.png")
     run(*flags)
     monkeypatch.setattr(Visulization, "read_image", read)
@@ -506,7 +615,15 @@ def test_a_file_cannot_command_the_terminal(run, drawn, small_model, monkeypatch
     (sheet,) = drawn.values()
     output, errors = capsys.readouterr()
     words = [*output.splitlines(), *errors.splitlines(), sheet.title, sheet.model_name]
-    assert [re.findall(r"�\[(.)J", text) for text in words] == [["3"], ["2"], ["3"], ["3"], ["2", "1"], ["2"], ["3"]]
+    assert [re.findall(r"�\[(.)J", text) for text in words] == [
+        ["3"],
+        ["2"],
+        ["3"],
+        ["3"],
+        ["2", "1"],
+        ["2"],
+        ["3"],
+    ]
     assert all(text.isprintable() for text in words)
 
 
@@ -516,7 +633,8 @@ def checkpoint(small_model, tmp_path):
 
     def write(**row):
         (tmp_path / "mine").mkdir(exist_ok=True)
-        save_checkpoint(tmp_path / "mine" / "best.pt", small_model, history=[dict(train_accuracy=0.1), row])
+        history = [dict(epoch=1, train_accuracy=0.1), dict(epoch=2) | row]
+        save_checkpoint(tmp_path / "mine" / "best.pt", small_model, history=history)
         return tmp_path / "mine" / "best.pt"
 
     return write
@@ -538,7 +656,8 @@ def test_every_checkpoint_has_a_folder_of_its_own(run, drawn, checkpoint, tmp_pa
         (dict(val_accuracy=0.7, train_accuracy=0.9), {}, 0.7),
         (dict(val_accuracy=0.7), dict(epoch=2), 0.5),
         (dict(train_accuracy=0.6), dict(train_config=dict(cutmix=0.0)), 0.6),
-        (dict(train_accuracy=0.6), dict(train_config=dict(cutmix=0.5)), 1),  # of images with two labels
+        # of images with two labels
+        (dict(train_accuracy=0.6), dict(train_config=dict(cutmix=0.5)), 1),
     ],
 )
 def test_the_accuracy_in_training_is_that_of_the_kept_weights(last, kept, accuracy):
@@ -550,15 +669,29 @@ def test_the_accuracy_in_training_is_that_of_the_kept_weights(last, kept, accura
 @pytest.mark.parametrize("accuracy", [0.69, 0.71])
 def test_a_model_that_is_barely_trained_gets_a_note(run, drawn, checkpoint, capsys, accuracy):
     assert run("--checkpoint", checkpoint(val_accuracy=accuracy), "--index", 0) == 0
-    assert ("mine/best.pt reached only 69% in training" in capsys.readouterr().out) == (accuracy == 0.69)
+    assert ("mine/best.pt reached only 69% in training" in capsys.readouterr().out) == (
+        accuracy == 0.69
+    )
 
 
 def test_a_tilde_is_the_home_folder(run, drawn, checkpoint, tmp_path, monkeypatch):
     checkpoint(val_accuracy=0.9)
     monkeypatch.setenv("HOME", str(tmp_path))
     load, asked = dataset.load, []
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train: asked.append(data_dir) or load(data_dir, train))
-    assert run("--checkpoint=~/mine/best.pt", "--index", 0, 1, "--data-dir=~/data", "--output-dir=~/out") == 0
+    monkeypatch.setattr(
+        dataset, "load", lambda data_dir, train: asked.append(data_dir) or load(data_dir, train)
+    )
+    assert (
+        run(
+            "--checkpoint=~/mine/best.pt",
+            "--index",
+            0,
+            1,
+            "--data-dir=~/data",
+            "--output-dir=~/out",
+        )
+        == 0
+    )
     assert asked == [tmp_path / "data"] and str(tmp_path / "out" / "contact_sheet.png") in drawn
 
 
@@ -569,39 +702,48 @@ def test_a_tilde_is_the_home_folder(run, drawn, checkpoint, tmp_path, monkeypatc
     "flags, words",
     [
         (["--target-layer", "blocks.77"], "no layer 'blocks.77'"),
-        (["--output-dir", "file"], "--output-dir file: File exists"),
+        (["--output-dir", "file"], "cannot write file/00000_Trouser_as_Trouser.png: File exists"),
         (["--only-errors", "--classes", "Trouser"], "no error in these classes"),
         (["--classes", "Hat"], "'Hat' is none of"),
         (["--num-images", "0"], "--num-images 0: give a whole number from 1 to 50"),
         (["--index", "3", "10000"], "--index [3, 10000]: give a whole number from 0 to 9,999"),
         (["--index", *map(str, range(501))], "--index: give at most 500 images"),
         (["--average", "--worst", "3"], "not allowed with argument --average"),
-        (["--compare-layers", "--classes", "Coat", "Shirt"], "an image of one class: give only one with --classes"),
     ],
 )
-def test_what_cannot_be_done_is_refused(run, drawn, capsys, tmp_path, monkeypatch, few_images, flags, words):
+def test_what_cannot_be_done_is_refused(
+    run, drawn, capsys, tmp_path, monkeypatch, few_images, flags, words
+):
     (tmp_path / "file").touch()
     trouser = tuple(part[2:3] for part in few_images)
     monkeypatch.setattr(dataset, "load", lambda data_dir, train: trouser)
     status = run(*flags)
     said = status if isinstance(status, str) else capsys.readouterr().err.strip()
-    assert status and words in said and "\n" not in said and said.startswith("Visulization.py: error: ") and not drawn
+    assert (
+        status
+        and words in said
+        and "\n" not in said
+        and said.startswith("Visulization.py: error: ")
+        and not drawn
+    )
 
 
 @pytest.mark.parametrize(
     "given, useless",
     [
-        ("--image a.png", "--classes 1 --num-images 3 --only-errors --seed 0 --data-dir data"),
+        ("--image a.png", "--classes 1 --num-images 3 --only-errors --seed 0"),
         ("--index 3", "--classes 1 --num-images 3 --only-errors --seed 0"),
         ("--worst 3", "--target-class 1 --compare-layers --num-images 3 --only-errors --seed 0"),
-        ("--average", "--target-class 1 --versus 1 --compare-layers --num-images 3 --only-errors --seed 0 --html"),
-        ("--compare-layers", "--num-images 3 --html --save-arrays"),
+        ("--average", "--versus 1 --compare-layers --num-images 3 --only-errors --seed 0 --html"),
     ],
 )
 def test_a_useless_flag_is_refused_even_with_its_default(run, capsys, given, useless):
     assert run(*given.split(), *useless.split()) == 2
     flags = " and ".join(word for word in useless.split() if word.startswith("--"))
-    assert f"error: {given.split()[0]} has no use for {flags}: leave it out\n" in capsys.readouterr().err
+    assert (
+        f"error: {given.split()[0]} has no use for {flags}: leave it out\n"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_model_whose_answer_is_no_number_is_refused(run, drawn, small_model, tmp_path):
