@@ -1,12 +1,11 @@
-"""Grad-CAM and related methods: which places of an image support a class, seen from one layer of the model or several.
+"""Grad-CAM and related methods: which places of an image support a class, seen from some layer.
 
     with GradCAM(model, "blocks.0") as cam:
         maps = cam(dataset.normalize(images))   # float32 (N, 28, 28), 0 to 1
 
-One forward pass keeps the layer's activations A (channels k, a small grid of places), one backward pass tells how much
-the class score y grows with each of them, G = dy / dA. A method turns both into weights w, and the map is
-relu(sum_k w_k A_k): the channels added up, and evidence against the class cut off. Which of the `METHODS` is the
-most faithful is measured in benchmarks/faithfulness.py.
+One forward pass keeps the layer's activations A (channels k, a small grid of places), one backward
+pass tells how the class score y grows with each of them, G = dy / dA. A method turns both into
+weights w, and the map is relu(sum_k w_k A_k): evidence against the class is cut off.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,26 +15,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# A map's sum, as a fraction of the sum of its terms' sizes; anything below this is no evidence. HiResCAM in front of
-# a layer norm, whose output does not grow when its whole input does, is left with 3e-6 from rounding and the norm's
-# epsilon. The shipped model's faintest Grad-CAM of 1,000 test images has 8e-5.
+# A map's sum, as a part of its terms' sizes; less is no evidence. Rounding leaves 3e-6 of HiResCAM
+# in front of a layer norm; the faintest of 1,000 maps of the shipped model has 8e-5.
 LEAST_EVIDENCE = 1e-5
 Classes = int | Sequence[int] | torch.Tensor | None  # one for all images, or one for each
+TOKENS_RESHAPE = (
+    "with `extra` class or register tokens: lambda t: t[:, extra:].mT.unflatten(2, (h, w))"
+)
 
 
 def tokens_to_grid(
     activation: torch.Tensor, image_size: Sequence[int], channels: Sequence[int] = (1, 3)
 ) -> torch.Tensor:
-    """Bring a layer's output to the shape (N, C, h, w), where h x w has the proportions of `image_size`, (H, W).
+    """Bring a layer's output to the shape (N, C, h, w) of the proportions of `image_size`, (H, W).
 
-    It may be (N, C, h, w), or else (N, h, w, C), or tokens (N, h * w, C) that are laid out row by row. The grid of a
-    square image is square. An oblong one may be up to two places off, as strides and borders round; tokens may not.
+    It may be (N, C, h, w), (N, h, w, C), or tokens (N, h * w, C), row by row. Of an oblong image,
+    the grid may be two places off, as strides round; that of tokens may not.
 
-    A shape does not tell everything: 16 patches and 9 registers look like 25 patches, (N, C, T) like (N, T, C) where C
-    is a square, and queries (N, heads, T, d) like a grid where T = d. Such an output needs a `reshape`.
-
-    Args:
-        channels: the dimensions of a 4-D output that may be the channels.
+    A shape does not tell everything: 16 patches and 9 registers look like 25 patches, (N, C, T)
+    like (N, T, C) where C is a square, and queries (N, heads, T, d) like a grid where T = d. Such
+    an output needs a `reshape`. `channels` are the dimensions of a 4-D output that may be them.
 
     Raises:
         ValueError: no reading of the shape, or more than one, has the image's proportions.
@@ -55,70 +54,73 @@ def tokens_to_grid(
         return grids[0]
     found = "in two ways" if grids else "not"
     raise ValueError(
-        f"the target layer's output {tuple(activation.shape)} is {found} laid out like the {height}x{width} image: "
-        "choose another layer, or give `reshape`. If it is (N, C, h, w): lambda x: x; if it is (N, h, w, C): lambda x: "
-        "x.permute(0, 3, 1, 2); with `extra` class or register tokens: lambda t: t[:, extra:].mT.unflatten(2, (h, w))"
+        f"the target layer's output {tuple(activation.shape)} is {found} laid out like the "
+        f"{height}x{width} image: choose another layer, or give `reshape`. If it is (N, C, h, w): "
+        "lambda x: x; if it is (N, h, w, C): lambda x: x.permute(0, 3, 1, 2); " + TOKENS_RESHAPE
     )
 
 
 def channel_dimensions(layer: nn.Module) -> tuple[int, ...]:
-    """The dimensions of a layer's 4-D output that may be the channels: one, where the kind of layer tells."""
-    if type(layer) is nn.Conv2d:
-        return (1,)
-    if type(layer) in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) == 1:
+    """The dimensions of a layer's 4-D output that may be the channels: one, if its kind tells."""
+    kind = type(layer)
+    if kind.__module__.startswith("torch.nn.") and kind.__name__.endswith("2d"):
+        return (1,)  # convolutions, batch norms, pooling
+    if kind in (nn.LayerNorm, nn.RMSNorm) and len(layer.normalized_shape) == 1:
         return (3,)
     return (1, 3)
 
 
 def described(value: object) -> str:
     """What a message says of a value that is not what it should be."""
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def check_output(output: torch.Tensor, score: torch.Tensor, n: int) -> None:
-    """Raise a ValueError if a layer's output has another batch than the n images, or is attention weights.
-
-    `score` (n, 1) is what is explained.
-    """
+    """Refuse an output of another batch than the n scores, (n, 1), and attention weights."""
     found = f"the target layer's output {tuple(output.shape)}"
     batch_first = output.shape[:1] == (n,)
     if output.ndim == 3 and output.shape[0] == output.shape[1] == len(score) > 1:
-        # Tokens (T, N, C) with T = N look like (N, T, C), but an image's score depends on all of their rows.
-        (gradient,) = torch.autograd.grad(score[0].sum(), output, retain_graph=True, allow_unused=True)
+        # Tokens (T, N, C) look like (N, T, C) where T = N, but a score depends on all rows.
+        (gradient,) = torch.autograd.grad(
+            score[0].sum(), output, retain_graph=True, allow_unused=True
+        )
         batch_first = gradient is None or not gradient[1:].any()
     if not batch_first:
         raise ValueError(
-            f"{found} is not a grid for each of the {n} images: choose another layer, or give `reshape`; with the "
-            "batch second: lambda t: t[extra:].permute(1, 2, 0).unflatten(2, (h, w)), after `extra` class or register "
-            "tokens"
+            f"{found} is not a grid for each of the {n} images: choose another layer, or give "
+            "`reshape`; with the batch second, after `extra` class or register tokens: "
+            "lambda t: t[extra:].permute(1, 2, 0).unflatten(2, (h, w))"
         )
     if n and output.ndim > 2 and output.shape[-1] == output.shape[-2] > 1:
         rows = output.detach()[(0,) * (output.ndim - 2)].float()  # one matrix tells
         if rows.min() >= 0 and (rows.sum(dim=1) - 1).abs().max() < 0.01:
             raise ValueError(
-                f"{found} is attention weights, as its rows add up to 1: choose another layer, or give `reshape`; for "
-                "what a class token in front attends to: lambda a: a[:, :, 0, 1:].unflatten(2, (h, w))"
+                f"{found} is attention weights, as its rows add up to 1: choose another layer, or "
+                "give `reshape`; for what a class token in front attends to: "
+                "lambda a: a[:, :, 0, 1:].unflatten(2, (h, w))"
             )
 
 
-# ---- The methods: activations and gradients (N, C, h, w) -> weights that are multiplied with the activations ---------
+# ---- The methods: activations and gradients (N, C, h, w) -> weights ------------------------------
 
 
 def gradcam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """A channel's weight is its mean gradient, (N, C, 1, 1): the map is relu(sum_k mean(G_k) A_k).
+    """A channel's weight is its mean gradient, (N, C, 1, 1).
 
-    Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization", ICCV,
-    arXiv 1610.02391, equations 1 and 2.
+    Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
+    Localization", arXiv 1610.02391, equations 1 and 2.
     """
     return gradient.mean(dim=(2, 3), keepdim=True)
 
 
 def gradcam_plus_plus(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """A channel's weight, (N, C, 1, 1), is a sum of its positive gradients, each place weighted by curvature.
+    """A channel's weight, (N, C, 1, 1), sums its positive gradients, weighted by curvature.
 
-    Chattopadhay et al. 2018, "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep Convolutional
-    Networks", WACV, arXiv 1710.11063. The score is taken through an exponential, which makes its higher derivatives
-    powers of G.
+    Chattopadhay et al. 2018, "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep
+    Convolutional Networks", arXiv 1710.11063. The score is taken through an exponential, which
+    makes its higher derivatives powers of G.
     """
     curvature = 2 * gradient**2 + activation.sum(dim=(2, 3), keepdim=True) * gradient**3
     share = gradient**2 / torch.where(curvature == 0, torch.ones_like(curvature), curvature)
@@ -126,59 +128,68 @@ def gradcam_plus_plus(activation: torch.Tensor, gradient: torch.Tensor) -> torch
 
 
 def hirescam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Every place has its own weight, its gradient: the map is relu(sum_k G_k A_k).
+    """Every place has its own weight, its gradient.
 
-    Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM for faithful explanations of convolutional neural networks",
-    arXiv 2011.08891.
+    Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM for faithful explanations of
+    convolutional neural networks", arXiv 2011.08891.
     """
     return gradient
 
 
 def layercam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """As HiResCAM, with positive gradients alone, which early layers' noisy gradients need: relu(sum_k relu(G_k) A_k).
+    """As HiResCAM, without negative gradients, which are noisy in early layers.
 
-    Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization", IEEE TIP 30. They join
-    layers by the largest value at each place, after a tanh; `GradCAM` takes the mean.
+    Jiang et al. 2021, "LayerCAM: Exploring Hierarchical Class Activation Maps for Localization",
+    IEEE TIP 30. They join layers by the largest value at each place, after a tanh; `GradCAM` takes
+    the mean.
     """
     return gradient.relu()
 
 
-METHODS = {"gradcam": gradcam, "gradcam++": gradcam_plus_plus, "hirescam": hirescam, "layercam": layercam}
+METHODS = {
+    "gradcam": gradcam,
+    "gradcam++": gradcam_plus_plus,
+    "hirescam": hirescam,
+    "layercam": layercam,
+}
 
 
 def shares_of_evidence(products: torch.Tensor, size: Sequence[int], signed: bool) -> torch.Tensor:
-    """Maps (N, *size) of shares, from weighted channels (N, C, h, w); what is negative is cut off unless `signed`."""
+    """Maps (N, *size) of shares, of weighted channels (N, C, h, w); cut off at 0 unless signed."""
     places = products.sum(dim=1, keepdim=True)
-    maps = F.interpolate(places if signed else places.relu(), size=size, mode="bilinear", align_corners=False)[:, 0]
+    if not signed:
+        places = places.relu()
+    maps = F.interpolate(places, size=size, mode="bilinear", align_corners=False)[:, 0]
     amounts = maps.abs()
     # Means, as there are more pixels than places. Written so that a map of NaN stays one.
-    empty = amounts.mean(dim=(1, 2)) <= LEAST_EVIDENCE * products.abs().sum(dim=1).mean(dim=(1, 2))
+    terms = products.abs().sum(dim=1).mean(dim=(1, 2))
+    empty = amounts.mean(dim=(1, 2)) <= LEAST_EVIDENCE * terms
     return torch.where(empty[:, None, None], 0, maps / amounts.sum(dim=(1, 2), keepdim=True))
 
 
-# ---- The hooks ------------------------------------------------------------------------------------------------------
+# ---- The hooks -----------------------------------------------------------------------------------
 
 
 class GradCAM:
     """Heatmaps from one layer of a model, or the mean of several layers' heatmaps.
 
-    In a `with` block, or during a single call, the model has one forward hook per layer, is in evaluation mode, and its
-    parameters do not require gradients. On the way out, also after an error, all three are as they were. `logits` holds
-    those of the latest call, (N, classes), detached.
+    In a `with` block, or during a single call, the model has one forward hook per layer, is in
+    evaluation mode, and its parameters need no gradients. Afterwards, also after an error, all is
+    as it was. `logits` holds those of the latest call, (N, classes).
 
     Args:
-        model: maps a float tensor (N, channels, H, W) to logits (N, classes). A compiled one runs uncompiled.
-        target_layer: a module of `model` or its name, like "blocks.0", or a sequence of them. If a vision transformer
-            reads only its class token, no gradient reaches the patches after the last attention: take what goes into
-            it, like the last block's first norm.
+        model: maps a float tensor (N, channels, H, W) to logits (N, classes). A compiled one runs
+            uncompiled.
+        target_layer: a module of `model` or its name, or a sequence of them. If a vision
+            transformer reads only its class token, take what goes into the last attention, like
+            the last block's first norm: no gradient reaches the patches behind it.
         method: a key of `METHODS`.
-        reshape: turns a layer's output into (N, C, h, w). None is `tokens_to_grid` with the image's size, and refuses
+        reshape: turns a layer's output into (N, C, h, w). None is `tokens_to_grid`, and refuses
             attention weights and what has another batch than the images.
-        run: which run of a target layer that runs several times in one forward pass, as a shared encoder does; counted
-            from 0. A layer that runs once needs none.
+        run: which run, from 0, of a target layer that runs several times in one forward pass.
 
     Raises:
-        ValueError: a layer, run, method, class or model that is not there or cannot be explained; the message says why.
+        ValueError: a layer, run, method, class or model that is not there or cannot be explained.
     """
 
     def __init__(
@@ -195,7 +206,8 @@ class GradCAM:
         for layer in [target_layer] if isinstance(target_layer, (str, nn.Module)) else target_layer:
             if isinstance(layer, str):
                 if not layer or layer not in layers:
-                    raise ValueError(f"the model has no layer {layer!r}; it has {', '.join(filter(None, layers))}")
+                    names = ", ".join(filter(None, layers))
+                    raise ValueError(f"the model has no layer {layer!r}; it has {names}")
                 layer = layers[layer]
             elif not any(layer is module for module in layers.values()):
                 raise ValueError("target_layer is not a part of the model")
@@ -209,13 +221,16 @@ class GradCAM:
         self._activations: dict[nn.Module, list[torch.Tensor]] = {}  # of every run
         self._hooks: list[Any] = []
 
-    def _keep_activation(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def _keep_activation(
+        self, module: nn.Module, inputs: Any, output: torch.Tensor
+    ) -> torch.Tensor:
         if module not in self._activations:
             return output  # the caller runs the model, not for a map
         if not isinstance(output, torch.Tensor):
-            raise ValueError(f"the target layer returns {described(output)}, not a tensor: choose another layer")
-        # Autograd's graph begins here, with the first layer's activation; later layers lie on that graph already. The
-        # model goes on with a copy, as its next operation may be in place.
+            found = f"the target layer returns {described(output)}, not a tensor"
+            raise ValueError(f"{found}: choose another layer")
+        # Autograd's graph begins here, with the first layer's activation; later layers lie on it
+        # already. The model goes on with a copy, as its next operation may be in place.
         activation = output.clone().requires_grad_()
         self._activations[module].append(activation)
         return activation.clone()
@@ -223,11 +238,13 @@ class GradCAM:
     def __enter__(self) -> "GradCAM":
         if self._hooks:
             raise RuntimeError("this GradCAM is already in use")
-        self._switched_off = [(module, "training") for module in self.model.modules() if module.training]
-        self._switched_off += [(weight, "requires_grad") for weight in self.model.parameters() if weight.requires_grad]
+        parts = [(module, "training") for module in self.model.modules()]
+        parts += [(weight, "requires_grad") for weight in self.model.parameters()]
+        self._switched_off = [(part, flag) for part, flag in parts if getattr(part, flag)]
         for part, flag in self._switched_off:
             setattr(part, flag, False)
-        self._hooks = [layer.register_forward_hook(self._keep_activation) for layer in set(self.target_layers)]
+        layers = set(self.target_layers)
+        self._hooks = [layer.register_forward_hook(self._keep_activation) for layer in layers]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -238,75 +255,98 @@ class GradCAM:
             setattr(part, flag, True)
 
     def __call__(
-        self, images: torch.Tensor, target_class: Classes = None, versus: Classes = None, normalize: bool = True
+        self,
+        images: torch.Tensor,
+        target_class: Classes = None,
+        versus: Classes = None,
+        normalize: bool = True,
     ) -> torch.Tensor:
-        """Heatmaps of a batch: one forward pass, one backward pass as far as the first of the target layers.
+        """Heatmaps of a batch: one forward pass, one backward pass as far as the first layer.
 
-        With `versus`, y is the difference of two classes' logits, and the map is signed: sum_k w_k A_k, where w is the
-        method's weight for y minus that for -y. Of published methods Finer-CAM is the nearest (Zhang et al. 2025, arXiv
-        2501.11309): the positive part of a map, by default Grad-CAM's, of a logit minus a mean of similar classes'.
+        With `versus`, y is the difference of two classes' logits, and the map is signed:
+        sum_k w_k A_k, where w is the method's weight for y minus that for -y. The nearest published
+        method is Finer-CAM (Zhang et al. 2025, arXiv 2501.11309): the positive part of a map of a
+        logit minus a mean of similar classes'.
 
         Args:
             images: float tensor (N, channels, H, W) as the model takes it.
             target_class: the class to explain; None takes the predicted ones.
             versus: the class that it is compared with; None compares with none.
-            normalize: divide each map by its largest amount. A map of zeros, where there is no evidence, stays so.
+            normalize: divide each map by its largest amount, unless it is zeros.
 
         Returns:
-            float32 (N, H, W) on the images' device, from 0 to 1; with `versus` from -1 to 1, positive where a place
-            supports `target_class`, negative where it supports `versus`. With `normalize=False` shares of the
-            evidence, which have no unit: the mean of the layers' maps, each of whose amounts add up to 1. A layer
-            without evidence is left out; where no layer has any, the map is zeros.
+            float32 (N, H, W), from 0 to 1; with `versus` from -1 to 1, negative where a place
+            supports that class. With `normalize=False` shares of the evidence: the mean of the
+            layers' maps, whose amounts add up to 1, without layers that have no evidence. A map
+            without any evidence is zeros.
         """
         if not self._hooks:
             with self:
                 return self(images, target_class, versus, normalize)
         if not isinstance(images, torch.Tensor) or images.ndim != 4:
-            raise ValueError(f"give the images as one tensor (N, channels, H, W), not {described(images)}")
+            found = described(images)
+            raise ValueError(f"give the images as one tensor (N, channels, H, W), not {found}")
+        activations, gradients = self._backward(images, target_class, versus)
+        shares = []
+        for layer, *outputs in zip(self.target_layers, activations, gradients, strict=True):
+            activation, gradient = (self._grid(layer, x.detach(), images) for x in outputs)
+            weight = self.method(activation, gradient)
+            if versus is not None:
+                weight = weight - self.method(activation, -gradient)
+            products = weight * activation
+            shares.append(shares_of_evidence(products, images.shape[2:], versus is not None))
+        shares = torch.stack(shares)  # (layers, N, H, W)
+        count = shares.any(dim=(2, 3)).sum(dim=0).clamp_min(1)
+        maps = shares.sum(dim=0) / count[:, None, None]
+        if normalize:
+            peak = maps.abs().amax(dim=(1, 2), keepdim=True)
+            maps = maps / peak.clamp_min(torch.finfo(maps.dtype).tiny)
+        return maps
+
+    def _backward(
+        self, images: torch.Tensor, target_class: Classes, versus: Classes
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """The activation of each target layer, and the score's gradient with respect to it."""
         self._activations = {layer: [] for layer in self.target_layers}
         with torch.inference_mode(False), torch.enable_grad():
             # Autograd takes no tensor that was made in inference mode, but takes a copy of it.
             logits = self.model(images.clone() if images.is_inference() else images.detach())
             if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
                 raise ValueError(
-                    f"the model returns {described(logits)}, not logits (N, classes): wrap it in a module that does"
+                    f"the model returns {described(logits)}, not logits (N, classes): wrap it in a "
+                    "module that does"
                 )
             activations = self._chosen_runs()
             self.logits = logits.detach()
-            target = self.logits.argmax(dim=1) if target_class is None else self._classes("target_class", target_class)
+            target = self.logits.argmax(dim=1)
+            if target_class is not None:
+                target = self._classes("target_class", target_class)
             score = logits.gather(1, target[:, None])
             if versus is not None:
                 score = score - logits.gather(1, self._classes("versus", versus)[:, None])
-            # An image's score depends on its own activations alone, so the gradient of the sum holds every image's.
-            gradients = None
+            gradients = (None,)
             if score.requires_grad:
                 if self.reshape is None:
                     for activation in activations:
                         check_output(activation, score, len(images))
+                # An image's score depends on its own activations alone, so the gradient of the sum
+                # holds every image's.
                 gradients = torch.autograd.grad(score.sum(), activations, allow_unused=True)
-        if not gradients or any(gradient is None for gradient in gradients):
+        if any(gradient is None for gradient in gradients):
             raise ValueError(
-                "no gradient reaches the target layer: the logits do not depend on it, or no_grad or detach cuts it off"
+                "no gradient reaches the target layer: the logits do not depend on it, or no_grad "
+                "or detach cuts it off"
             )
         self._activations = {}
-        size, shares = images.shape[2:], []
-        for layer, *outputs in zip(self.target_layers, activations, gradients, strict=True):
-            activation, gradient = (self._grid(layer, output.detach(), images) for output in outputs)
-            weight = self.method(activation, gradient)
-            if versus is not None:
-                weight = weight - self.method(activation, -gradient)
-            shares.append(shares_of_evidence(weight * activation, size, signed=versus is not None))
-        shares = torch.stack(shares)  # (layers, N, H, W)
-        maps = shares.sum(dim=0) / shares.any(dim=(2, 3)).sum(dim=0).clamp_min(1)[:, None, None]
-        if normalize:
-            maps = maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-        return maps
+        return activations, gradients
 
     def _chosen_runs(self) -> list[torch.Tensor]:
         """The activation of each target layer."""
         runs = [self._activations[layer] for layer in self.target_layers]
         if not all(runs):
-            raise ValueError("the model's forward pass does not go through the target layer: choose another layer")
+            raise ValueError(
+                "the model's forward pass does not go through the target layer: choose another one"
+            )
         count = min((len(outputs) for outputs in runs if len(outputs) > 1), default=1)
         run = 0 if self.run is None and count == 1 else self.run
         if run not in range(count):
@@ -322,10 +362,8 @@ class GradCAM:
             return tokens_to_grid(output, images.shape[2:], channel_dimensions(layer)).float()
         grid = self.reshape(output)
         if not isinstance(grid, torch.Tensor) or grid.ndim != 4 or len(grid) != len(images):
-            raise ValueError(
-                f"`reshape` returns {described(grid)}, not a tensor (N, C, h, w) for the {len(images)} images; with "
-                "`extra` class or register tokens: lambda t: t[:, extra:].mT.unflatten(2, (h, w))"
-            )
+            found = f"`reshape` returns {described(grid)}, not a tensor (N, C, h, w)"
+            raise ValueError(f"{found} for the {len(images)} images; {TOKENS_RESHAPE}")
         return grid.float()
 
     def _classes(self, name: str, given: Classes) -> torch.Tensor:
@@ -336,4 +374,5 @@ class GradCAM:
             raise ValueError(f"{name}: give one class index, or one for each of the {n} images")
         if n and not (0 <= int(chosen.min()) and int(chosen.max()) < classes):
             raise ValueError(f"{name}: give class indices from 0 to {classes - 1}")
-        return chosen.long().expand(n).clone()  # autograd saves it, which it refuses for one of inference mode
+        # Autograd saves it, which it refuses for a tensor of inference mode.
+        return chosen.long().expand(n).clone()

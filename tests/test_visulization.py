@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn as nn
+from conftest import ROOT, SMALL_MODEL
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
@@ -23,7 +24,7 @@ from PIL import Image
 import dataset
 import train
 from gradcam import GradCAM
-from model import load_checkpoint, save_checkpoint
+from model import HybridClassifier, ModelConfig, load_checkpoint, save_checkpoint
 
 try:
     import Visulization
@@ -194,6 +195,22 @@ def test_the_layers_are_all_that_the_image_goes_through(shipped, small_model):
             x = layer(x)
             sides[name] = x.shape[-1]
         assert [sides[name] for name in Visulization.default_layers(model)] == [28, 14]
+
+
+def test_as_many_channels_as_places_are_no_riddle(run, drawn, tmp_path):
+    shape = vars(SMALL_MODEL) | dict(stem_dims=(28, 14), embed_dim=7, num_heads=1)
+    save_checkpoint(tmp_path / "square.pt", HybridClassifier(ModelConfig(**shape)))
+    flags = ("--checkpoint", "square.pt", "--index", 0, "--compare-layers")
+    assert run(*flags) == 0 and len(drawn) == 1
+    # Nor are they for any model, where the kind of the layer tells.
+    body = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.AvgPool2d(3, 1, 1)]
+    model, x = (
+        nn.Sequential(*body, nn.Flatten(), nn.Linear(16**3, 3)).eval(),
+        torch.rand(2, 1, 16, 16),
+    )
+    for layer in body:
+        told = GradCAM(model, layer, "hirescam", reshape=lambda grid: grid)(x)
+        assert told.any() and torch.equal(GradCAM(model, layer, "hirescam")(x), told)
 
 
 def test_no_evidence_is_labelled_in_words():
