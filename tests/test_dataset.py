@@ -205,7 +205,8 @@ def test_a_truncated_archive_is_replaced(tiny, serve, apt, tmp_path, capsys):
     assert archive.read_bytes() == (served / archive.name).read_bytes()
 
 
-def test_another_data_set_stops_and_is_left_as_it_is(tiny, serve, apt, tmp_path):
+def test_another_data_set_stops_and_is_left_as_it_is(tiny, serve, apt, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "DEBIAN_FOLDER", tiny)  # nor is an installed package taken
     serve(packed(tiny, tmp_path / "served"), "/")
     digits, letters = tmp_path / "digits", tmp_path / "letters"
     # the images are Fashion-MNIST's, the labels are not

@@ -1024,8 +1024,11 @@ def test_the_same_command_goes_on_after_a_failure(
     assert (
         f"there is no run to resume in {parts}: starting one" in capsys.readouterr().out
     ) == bool(again)
-    stop(1000)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if again else "1")
+    stop(3, RuntimeError)  # and again, before anything new is saved
+    with pytest.raises(RuntimeError):
+        main(*command)
+    stop(1000)
     assert main(*command) == 0
     assert "after epoch 1 of 2" in capsys.readouterr().out
     assert_identical(state_of(whole), state_of(parts))
