@@ -1,12 +1,11 @@
 """Experiments on the validation split, and the table of all that were made.
 
-    python benchmarks/ablations.py --group "8 epochs" --what "pooling" -- --epochs 8 --pool mean
+    python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --pool mean
     python benchmarks/ablations.py --table
 
-The first command trains with the flags of `train.py` after `--`, without looking at the test split,
-and adds a row to ablations.csv. With an `--output-dir` among the flags, the same command goes on
-with an interrupted experiment. Rows of one group share their images and their epochs or time, and
-are to be compared. A row can be repeated at its commit.
+The first trains with the flags of `train.py` after `--` and adds a row, without looking at the test
+split; with an `--output-dir`, it goes on with an interrupted experiment. Rows of one group are to
+be compared. A row can be repeated at its commit.
 """
 
 import itertools
@@ -53,8 +52,8 @@ def experiment(flags: list[str]) -> results.Row:
     return dict(
         command=" ".join(["python train.py", *flags]),
         seeds=config.seed,
-        val_accuracy=round(row["val_accuracy"], 4),
-        val_loss=round(row["val_loss"], 4),
+        val_accuracy=row["val_accuracy"],
+        val_loss=row["val_loss"],
         minutes=round(row["seconds"] / 60, 1),
         machine=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
         commit=commit,

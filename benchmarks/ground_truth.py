@@ -1,55 +1,56 @@
-"""Heatmaps where the right answer is known: a mark of 4x4 pixels alone decides the class. Is the evidence on the mark?
+"""Heatmaps where the right answer is known: a mark of 4x4 pixels alone decides the class.
 
-    python benchmarks/ground_truth.py                 train the model of the marks, a few minutes, and print both tables
+    python benchmarks/ground_truth.py    train the model of the marks, some minutes, and measure
 
-On every image of the data set, whatever garment it shows, one of ten marks is planted at a random place, and the class
-is the mark's number. A model that is right on nearly all test images can only have looked at the mark. The tables say
-what share of a map's evidence lies on the mark, by layer and method, against chance and simple baselines.
+On every image, one of ten marks is planted at a random place, and the class is the mark's number.
+Measured is the share of a map's evidence that lies on the mark (after Yang & Kim 2019, arXiv
+1907.09701), and within two pixels, as a place of a coarse layer is larger than the mark.
 
-- one mark: the share of the map on the mark, the share within two pixels around it (a place of a coarse layer is larger
-  than the mark), and how often the hottest pixel is on the mark.
-- two marks, `versus`: the map of the one class against the other. The share of all evidence, for and against, that is
-  on the mark with the right sign, and with the wrong one. Finer-CAM (Zhang et al. 2025, arXiv 2501.11309) keeps what is
-  for the class alone; here, on Grad-CAM (its default) and against one class of weight 1: the signed map, cut off at 0.
-
-The idea is from Yang & Kim 2019, "Benchmarking Attribution Methods with Relative Feature Importance", arXiv 1907.09701.
+With two marks, and `versus`, it is the share of all evidence, for and against, that is on the mark
+with the right sign, and with the wrong one. Finer-CAM (Zhang et al. 2025, arXiv 2501.11309) is the
+positive part of Grad-CAM's signed map.
 """
 
 import argparse
 import itertools
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
+import results
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import step_time
-from faithfulness import BATCH_SIZE, baseline_maps, cam_maps, method_name
-from peers import RECIPE, fit
+import torch.nn.functional as F
+from faithfulness import baseline_maps, cam_maps, method_name
+from peers import RECIPE
+from torch import Tensor
 
 import dataset
 import train
 from gradcam import METHODS, GradCAM
 from model import HybridClassifier
-from training import processes
-from Visulization import METHOD, default_layers
+from Visulization import default_layers
 
 SIDE = 4  # pixels of a mark, both ways
+COLUMNS = dict(
+    marks=("marks", ""),
+    heatmap=("heatmap", ""),
+    on_mark=("on the mark", ".1%"),
+    near_mark=("within 2 pixels", ".1%"),
+    hottest=("hottest pixel on it", ".1%"),
+    wrong_sign=("wrong sign", ".1%"),
+)
 
 
-def make_marks(generator: torch.Generator) -> torch.Tensor:
-    """Ten patterns, uint8 (10, 4, 4), each of eight white and eight black pixels, so that brightness tells nothing."""
-    white = torch.rand(len(dataset.CLASS_NAMES), SIDE**2, generator=generator).argsort(dim=1) < SIDE**2 // 2
+def make_marks(generator: torch.Generator) -> Tensor:
+    """Ten patterns, uint8 (10, 4, 4), of eight white and eight black pixels: equally bright."""
+    noise = torch.rand(len(dataset.CLASS_NAMES), SIDE**2, generator=generator)
+    white = noise.argsort(dim=1) < SIDE**2 // 2
     return (255 * white).byte().view(-1, SIDE, SIDE)
 
 
-def plant(
-    images: torch.Tensor, marks: torch.Tensor, labels: torch.Tensor, places: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of uint8 images (N, 1, 28, 28) with the marks of their labels at `places`, int64 (N, 2), top and left.
+def plant(images: Tensor, marks: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of uint8 images (N, 1, 28, 28) with the marks of their labels.
 
-    Also returns where the marks are, bool (N, 28, 28).
+    The marks are at `places`, int64 (N, 2), top and left.
+    Also returns where that is, bool (N, 28, 28).
     """
     rows = places[:, 0, None, None] + torch.arange(SIDE)[:, None]
     columns = places[:, 1, None, None] + torch.arange(SIDE)
@@ -60,84 +61,79 @@ def plant(
     return images, mask
 
 
-def draw(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Labels, int64 (N,), and places of their marks, int64 (N, 2), all equally likely."""
     labels = torch.randint(0, len(dataset.CLASS_NAMES), (n,), generator=generator)
-    return labels, torch.randint(0, dataset.IMAGE_SIZE - SIDE + 1, (n, 2), generator=generator)
+    places = torch.randint(0, dataset.IMAGE_SIZE - SIDE + 1, (n, 2), generator=generator)
+    return labels, places
 
 
-def share_on(maps: torch.Tensor, mask: torch.Tensor) -> float:
-    """The mean share of maps (N, 28, 28), never negative, that is where a mask, bool (N, 28, 28), is; empty maps: 0."""
+def share_on(maps: Tensor, mask: Tensor) -> float:
+    """The mean share of maps (N, 28, 28) that is on a mask, bool (N, 28, 28); empty maps: 0."""
     totals = maps.sum(dim=(1, 2)).clamp_min(torch.finfo(maps.dtype).tiny)
     return ((maps * mask).sum(dim=(1, 2)) / totals).mean().item()
 
 
 def candidates(model: HybridClassifier, methods: list[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """The stem's stage ends and the encoder's blocks with every method, and the default layers together."""
+    """Methods and layers: the stem's stage ends, the encoder's blocks, and the default layers."""
     layers = [*model.stage_ends(), *(f"blocks.{i}" for i in range(len(model.blocks)))]
-    chosen = [(layer,) for layer in layers] + [tuple(default_layers(model))]
+    chosen = [*((layer,) for layer in layers), tuple(default_layers(model))]
     return list(itertools.product(methods, chosen))
 
 
-def one_mark(model: HybridClassifier, images: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> None:
-    """Print the table of images with one mark each."""
-    near = torch.nn.functional.max_pool2d(mask.float(), 5, stride=1, padding=2).bool()
+def one_mark(
+    model: HybridClassifier, images: Tensor, mask: Tensor, labels: Tensor
+) -> Iterator[results.Row]:
+    """The rows of images with one mark each, best first."""
+    near = F.max_pool2d(mask.float(), 5, stride=1, padding=2).bool()
     maps = dict(baseline_maps(model, images, labels))
+    maps["chance"] = torch.ones(mask.shape)
     for method, layers in candidates(model, list(METHODS)):
         maps[method_name(method, layers)] = cam_maps(model, layers, method, images, labels)
-    figures = {}
-    for name, m in maps.items():
-        hottest = mask.flatten(1).gather(1, m.flatten(1).argmax(dim=1, keepdim=True)).double().mean().item()
-        figures[name] = share_on(m, mask), share_on(m, near), hottest
-    chance = mask.double().mean().item(), near.double().mean().item(), mask.double().mean().item()
-    print("| heatmap | on the mark | within 2 pixels | hottest pixel on the mark |\n|---|---:|---:|---:|")
-    default = method_name(METHOD, default_layers(model))
-    for name, values in [*sorted(figures.items(), key=lambda item: -item[1][0]), ("chance", chance)]:
-        cells = [name, *(f"{value:.1%}" for value in values)]
-        print("| " + " | ".join(f"**{cell}**" if name == default else cell for cell in cells) + " |")
+    for name, heat in sorted(maps.items(), key=lambda item: -share_on(item[1], mask)):
+        places = heat.flatten(1).argmax(dim=1, keepdim=True)
+        yield dict(
+            marks="one",
+            heatmap=name,
+            on_mark=share_on(heat, mask),
+            near_mark=share_on(heat, near),
+            hottest=mask.flatten(1).gather(1, places).double().mean().item(),
+        )
 
 
 def two_marks(
-    model: HybridClassifier, images: torch.Tensor, masks: list[torch.Tensor], labels: list[torch.Tensor]
-) -> None:
-    """Print the table of images with two marks each, the maps being of the first mark's class against the second's."""
-    print("\n| contrast | on the marks, right sign | wrong sign |\n|---|---:|---:|")
-    rows = []
+    model: HybridClassifier, images: Tensor, masks: list, labels: list
+) -> Iterator[results.Row]:
+    """The rows of images with two marks each, for the first mark's class against the second's."""
+    one, other = masks
     for method, layers in candidates(model, ["gradcam", "hirescam"]):
         with GradCAM(model, layers, method) as cam:
-            chunks = zip(images.split(BATCH_SIZE), *(y.split(BATCH_SIZE) for y in labels), strict=True)
-            maps = torch.cat([cam(dataset.normalize(x), a, b, normalize=False) for x, a, b in chunks])
+            maps = cam(dataset.normalize(images), *labels, normalize=False)
         up, down = maps.relu(), (-maps).relu()
-        right, wrong = (
-            ((x * masks[0] + y * masks[1]).sum(dim=(1, 2))).mean().item() for x, y in ((up, down), (down, up))
+        right = (up * one + down * other).sum(dim=(1, 2)).mean().item()
+        wrong = (up * other + down * one).sum(dim=(1, 2)).mean().item()
+        yield dict(
+            marks="two", heatmap=method_name(method, layers), on_mark=right, wrong_sign=wrong
         )
-        name = method_name(method, layers)
-        rows.append((name, right, wrong))
         if method == "gradcam":
             name = f"Finer-CAM on Grad-CAM, {' + '.join(layers)}"
-            rows.append((name, share_on(up, masks[0]), share_on(up, masks[1])))
-    for name, right, wrong in sorted(rows, key=lambda row: row[2] - row[1]):
-        print(f"| {name} | {right:.1%} | {wrong:.1%} |")
-    chance = masks[0].double().mean().item()
-    print(f"| chance | {chance:.1%} | {chance:.1%} |")
+            right, wrong = share_on(up, one), share_on(up, other)
+            yield dict(marks="two", heatmap=name, on_mark=right, wrong_sign=wrong)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--num-images", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data-dir", default="data")
-    args = parser.parse_args()
-    processes.set_threads()
-    generator = torch.Generator().manual_seed(args.seed)
+def measure(args: argparse.Namespace) -> Iterator[results.Row]:
+    """Train the model of the marks, and measure on test images that it is right on."""
+    generator = torch.Generator().manual_seed(0)
     marks = make_marks(generator)
     changes = RECIPE | dict(flip=False, shift=0, erase=0.0)  # nothing that moves or hides marks
-    config = step_time.settings_of("default", epochs=args.epochs, seed=args.seed, **changes)
-    images = dataset.load(args.data_dir, train=True)[0]
-    labels, places = draw(len(images), generator)
-    torch.manual_seed(args.seed)
-    model, _ = fit(step_time.build(config), plant(images, marks, labels, places)[0], labels, config, "marks")
+    changes |= dict(epochs=args.epochs, val_size=0, data_dir=args.data_dir, device="cpu")
+    run = train.start_run(results.settings(**changes))
+    labels, places = draw(len(run.images), generator)
+    run.images, _ = plant(run.images, marks, labels, places)
+    run.labels = labels
+    for epoch in range(args.epochs):
+        train.train_epoch(run, epoch)
+    model = run.ema
 
     images = dataset.load(args.data_dir, train=False)[0]
     labels, places = draw(len(images), generator)
@@ -145,13 +141,20 @@ def main() -> None:
     right = train.predict(model, planted).argmax(dim=1) == labels
     print(f"right on {right.double().mean().item():.2%} of the test images with one mark\n")
     index = right.nonzero().flatten()[: args.num_images]
-    one_mark(model, planted[index], mask[index], labels[index])
+    yield from one_mark(model, planted[index], mask[index], labels[index])
 
     others, other_places = draw(len(images), generator)
     apart = ((places - other_places).abs().amax(dim=1) >= 2 * SIDE) & (labels != others)
     planted, other_mask = plant(planted, marks, others, other_places)
-    index = apart.nonzero().flatten()[: args.num_images]
-    two_marks(model, planted[index], [mask[index], other_mask[index]], [labels[index], others[index]])
+    i = apart.nonzero().flatten()[: args.num_images]
+    yield from two_marks(model, planted[i], [mask[i], other_mask[i]], [labels[i], others[i]])
+
+
+def main() -> None:
+    parser = results.make_parser(__file__, __doc__)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--num-images", type=int, default=1000)
+    results.run(parser, measure, ("marks", "heatmap"), COLUMNS)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ holds. To be imported before the project's own modules, which lie in the folder 
 
 import argparse
 import csv
-import io
 import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +22,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from common.files import whole_file
+from training.processes import set_threads
 from training.settings import choose_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, object]
+Columns = dict[str, tuple[str, str]]  # of a table: the heading and the format, see `cell`
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -55,19 +55,17 @@ def settings(recipe: str = "default", **changes: object) -> SimpleNamespace:
 # ---- Files of figures ---------------------------------------------------------------------------
 
 
+def git(*words: str) -> str:
+    """What a git command prints."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
 def commit() -> str:
-    """The commit that the code is at, with a + where a script has changed; "" without git."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        changed = "+" if git("status", "--porcelain", "--", "*.py") else ""
-        return git("rev-parse", "--short=7", "HEAD") + changed
-    except (OSError, subprocess.CalledProcessError):
+    """The commit that the code is at, with a + where a script has changed since."""
+    if not (ROOT / ".git").exists():
         return ""
+    changed = "+" if git("status", "--porcelain", "--", "*.py") else ""
+    return git("rev-parse", "--short=7", "HEAD") + changed
 
 
 def machine() -> str:
@@ -92,22 +90,19 @@ def read(path: Path) -> list[dict[str, str]]:
 def write(path: Path, rows: list[Row]) -> None:
     """Write a file of figures, with every column that one of the rows has."""
     columns = dict.fromkeys(name for row in rows for name in row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    with whole_file(path) as file:
-        file.write(text.getvalue().encode())
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def add(path: Path, row: Row, *key: str) -> None:
-    """Add a row to a file, with commit and machine unless it names them.
+    """Add a row to a file, its fractions rounded, with commit and machine unless it names them.
 
     It takes the place of a row that is alike in the columns `key`, if any are given.
     """
-    row = dict(row)
-    row.setdefault("commit", commit())
-    row.setdefault("machine", machine())
+    row = dict(commit=commit(), machine=machine()) | row
+    row = {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
     rows = read(path)
     for i, other in enumerate(rows):
         if key and all(other[name] == str(row[name]) for name in key):
@@ -128,15 +123,23 @@ def cell(value: str, form: str) -> str:
     return f"`{value}`" if form == "code" else format(float(value), form)
 
 
-def print_table(
-    rows: list[dict[str, str]], columns: dict[str, tuple[str, str]], bold: tuple[str, str] = ()
+def run(
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], Iterator[Row]],
+    key: tuple[str, ...],
+    columns: Columns,
 ) -> None:
-    """Print rows as a table in Markdown.
+    """What a benchmark does: measure, save each row as it comes, and print the table."""
+    args = parser.parse_args()
+    if not args.table:
+        set_threads()
+        for row in measure(args):
+            add(args.output, row, *key)
+    print_table(read(args.output), columns)
 
-    Args:
-        columns: of each column, the heading and the format.
-        bold: a column's name and a value; the rows that have it are in bold.
-    """
+
+def print_table(rows: list[dict[str, str]], columns: Columns, bold: tuple[str, str] = ()) -> None:
+    """Print rows as a table in Markdown, in bold if they have a value in a column: `bold`."""
     headings = [heading for heading, _ in columns.values()]
     print(f"| {' | '.join(headings)} |")
     print(f"|---|{'---:|' * (len(headings) - 1)}")

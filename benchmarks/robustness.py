@@ -1,20 +1,19 @@
-"""How far to trust the probabilities, and what changed images do to the accuracy: the test split,
-plain and changed.
+"""How far to trust the probabilities, and what changed images do to the accuracy: the test split.
 
     python benchmarks/robustness.py                           the shipped model
     python benchmarks/robustness.py my/best.pt your/best.pt   a row for each
 
 The expected calibration error (Guo et al. 2017, arXiv 1706.04599) is the mean distance between
-confidence and accuracy, in 15 equal bins of confidence; 0 is best. Every change is drawn anew for
-every image from one seed, the same for all models. Nothing here is used to choose anything.
+confidence and accuracy, in 15 equal bins of confidence. Each change is drawn from the same seed.
 """
 
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 
 import results
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
@@ -22,7 +21,6 @@ from torchvision.transforms.v2 import functional as transforms
 import dataset
 import train
 from model import load_checkpoint
-from training.processes import set_threads
 
 SIDE = 8  # pixels of the black square, both ways
 COLUMNS = dict(
@@ -39,7 +37,7 @@ COLUMNS = dict(
 )
 
 
-def rotate(images: torch.Tensor, generator: torch.Generator, degrees: float = 15) -> torch.Tensor:
+def rotate(images: Tensor, generator: torch.Generator, degrees: float = 15) -> Tensor:
     """Rotate every image by `degrees`, one way or the other."""
     clockwise = torch.rand(len(images), generator=generator) < 0.5
     rotated = images.clone()
@@ -50,13 +48,13 @@ def rotate(images: torch.Tensor, generator: torch.Generator, degrees: float = 15
     return rotated
 
 
-def add_noise(images: torch.Tensor, generator: torch.Generator, deviation: float) -> torch.Tensor:
+def add_noise(images: Tensor, generator: torch.Generator, deviation: float) -> Tensor:
     """Add Gaussian noise; its standard deviation is a fraction of the brightest value."""
     noise = torch.randn(images.shape, generator=generator) * deviation * 255
     return (images + noise).round().clamp(0, 255).byte()
 
 
-def occlude(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def occlude(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blacken a square of 8x8 pixels at a random place of each image."""
     n, _, height, width = images.shape
     top = torch.randint(0, height - SIDE + 1, (n, 1, 1, 1), generator=generator)
@@ -66,7 +64,7 @@ def occlude(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return images.masked_fill(inside, 0)
 
 
-CHANGES: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = dict(
+CHANGES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = dict(
     shifted=lambda images, g: dataset.augment(images, g, flip=False, shift=3, erase=0),
     rotated=rotate,
     noise_01=lambda images, g: add_noise(images, g, 0.1),
@@ -75,7 +73,7 @@ CHANGES: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor]] = di
 )
 
 
-def measure(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> results.Row:
+def measure(model: nn.Module, images: Tensor, labels: Tensor) -> results.Row:
     """The figures of a model: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
     logits = train.predict(model, images)
     probabilities = logits.softmax(dim=1)
@@ -92,20 +90,21 @@ def measure(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> res
         changed = change(images, torch.Generator().manual_seed(0))
         right = train.predict(model, changed).argmax(dim=1) == labels
         figures[name] = right.double().mean()
-    return {name: round(figure.item(), 4) for name, figure in figures.items()}
+    return {name: figure.item() for name, figure in figures.items()}
+
+
+def measure_all(args: argparse.Namespace) -> Iterator[results.Row]:
+    """A row for each checkpoint."""
+    images, labels = dataset.load(args.data_dir, train=False)
+    for path in args.checkpoints:
+        model, _ = load_checkpoint(path)
+        yield dict(checkpoint=path) | measure(model, images, labels)
 
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("checkpoints", nargs="*", default=["checkpoints/shipped/model.pt"])
-    args = parser.parse_args()
-    if not args.table:
-        set_threads()
-        images, labels = dataset.load(args.data_dir, train=False)
-        for path in args.checkpoints:
-            figures = measure(load_checkpoint(path)[0], images, labels)
-            results.add(args.output, dict(checkpoint=path) | figures, "checkpoint")
-    results.print_table(results.read(args.output), COLUMNS)
+    results.run(parser, measure_all, ("checkpoint",), COLUMNS)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/seeds.py checkpoints/best.pt    test a finished run and add its row
     python benchmarks/seeds.py --table                print that file
 
-A run that has its row is not tested again.
+Without a validation split the last weights are tested, else those of the best epoch.
 """
 
 import itertools
@@ -11,9 +11,8 @@ import statistics
 from pathlib import Path
 
 import results
-import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dataset
 import train
@@ -51,40 +50,32 @@ def command_of(config: dict) -> str:
     return " ".join(words)
 
 
-def figures_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> results.Row:
+def figures_of(model: nn.Module, images: Tensor, labels: Tensor) -> results.Row:
     """A trained model's figures on uint8 images (N, 1, 28, 28) and labels, int64 (N,)."""
     logits = train.predict(model, images)
     both = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
-    right, right_with_flip = (scores.argmax(dim=1) == labels for scores in (logits, both))
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
-        test_accuracy=round(right.double().mean().item(), 4),
-        flip_accuracy=round(right_with_flip.double().mean().item(), 4),
-        test_loss=round(F.cross_entropy(logits, labels).item(), 4),
+        test_accuracy=(logits.argmax(dim=1) == labels).double().mean().item(),
+        flip_accuracy=(both.argmax(dim=1) == labels).double().mean().item(),
+        test_loss=F.cross_entropy(logits, labels).item(),
     )
 
 
-def require_new(path: Path, command: str, seed: int) -> None:
-    """End the script if this command and seed have their row in the file."""
-    if any((row["command"], row["seed"]) == (command, str(seed)) for row in results.read(path)):
-        raise SystemExit(f"error: seed {seed} of {command!r} has its row in {path.name} already")
-
-
-def row_of(path: Path, args) -> results.Row:
+def row_of(path: Path, data_dir: str) -> results.Row:
     """The row of a finished run's checkpoint."""
     model, checkpoint = load_checkpoint(path)
     config, history = checkpoint["train_config"], checkpoint["history"]
-    require_new(args.output, command_of(config), config["seed"])
     if len(history) != config["epochs"]:
         raise SystemExit(f"error: {path} is from an unfinished run")
     best = history[checkpoint["epoch"] - 1]
     return dict(
         command=command_of(config),
         seed=config["seed"],
-        val_accuracy=round(best["val_accuracy"], 4) if "val_accuracy" in best else "",
+        val_accuracy=best.get("val_accuracy", ""),
         minutes=round(history[-1]["seconds"] / 60, 1),
         machine=checkpoint["environment"],
-        **figures_of(model, *dataset.load(args.data_dir, train=False)),
+        **figures_of(model, *dataset.load(data_dir, train=False)),
     )
 
 
@@ -101,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         set_threads()
-        results.add(args.output, row_of(args.checkpoint, args))
+        results.add(args.output, row_of(args.checkpoint, args.data_dir), "command", "seed")
     rows = sorted(results.read(args.output), key=lambda row: (row["command"], int(row["seed"])))
     named = [row | dict(command=f"{row['command']} --seed {row['seed']}") for row in rows]
     results.print_table(named, COLUMNS)

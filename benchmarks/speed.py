@@ -3,12 +3,12 @@
     python benchmarks/speed.py steps       a step of --recipe fast in several settings
     python benchmarks/speed.py models      against ResNet-18 and CCT, in training and in inference
     python benchmarks/speed.py busy        while other processes keep the cores busy
-    python benchmarks/speed.py heatmaps    against captum and grad-cam
+    python benchmarks/speed.py heatmaps    against captum and grad-cam, which it needs:
+                                           pip install --no-deps grad-cam ttach
 
-What is compared takes turns in one run, and the medians count: compare the ratios within a section.
-A training step is whole: augmentation, forward and backward pass, optimiser, average. It counts as
-three forward passes of operations. The peak is the rate of large matrix products in the same
-precision.
+What is compared takes turns, and the medians count: compare the ratios within a section. A training
+step is whole, from the augmentation to the average. It counts as three forward passes; the peak is
+the rate of large matrix products in the same precision.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from types import SimpleNamespace
 
 import peers
 import results
 import torch
-import torch.nn as nn
+from torch import Tensor, nn
 
 import dataset
 import train
@@ -63,6 +64,11 @@ def matrix_rate(precision: str) -> float:
     return 2 * 2048**3 / min(seconds) / 1e9
 
 
+def row_of(setting: str, per_second: float, ratio: float) -> results.Row:
+    """A row of the table."""
+    return dict(setting=setting, per_second=round(per_second), ratio=ratio)
+
+
 def training_step(config: SimpleNamespace, model: nn.Module | None = None) -> Callable[[], None]:
     """A whole step of `train.py` with these settings."""
     run = train.start_run(config, model=model)
@@ -86,23 +92,17 @@ def steps(args: argparse.Namespace) -> Iterator[results.Row]:
         "no Transformer block": dict(depth=0),
         "the default recipe's model": {name: train.SETTINGS[name][0] for name in shape},
     }
-    device = dict(data_dir=args.data_dir, device="cpu")
-    configs = {
-        name: results.settings("fast", **device, **change) for name, change in changes.items()
-    }
-    calls = {name: training_step(config) for name, config in configs.items()}
+    configs, calls = {}, {}
+    for name, change in changes.items():
+        config = results.settings("fast", data_dir=args.data_dir, device="cpu", **change)
+        configs[name], calls[name] = config, training_step(config)
     seconds = results.median_seconds(calls, args.rounds)
     rates = {name: configs[name].batch_size / value for name, value in seconds.items()}
     for name, config in configs.items():
         precision = processes.choose_precision(config.precision, torch.device("cpu"))
         gflops = rates[name] * 6 * peers.multiply_adds(train.make_model(config)) / 1e9
-        yield dict(
-            setting=name,
-            per_second=round(rates[name]),
-            ratio=round(rates[name] / rates["--recipe fast"], 2),
-            gflops=round(gflops),
-            fraction_of_peak=round(gflops / matrix_rate(precision), 2),
-        )
+        row = row_of(name, rates[name], rates[name] / rates["--recipe fast"])
+        yield row | dict(gflops=round(gflops), fraction_of_peak=gflops / matrix_rate(precision))
 
 
 def models(args: argparse.Namespace) -> Iterator[results.Row]:
@@ -111,22 +111,20 @@ def models(args: argparse.Namespace) -> Iterator[results.Row]:
     others = SimpleNamespace(**vars(config) | dict(whiten=False))
     nets = {"this model": train.make_model(config)}
     nets |= {name: peers.PEERS[name]() for name in ("ResNet-18", "CCT-4/3x2")}
-    images = torch.randint(
-        0, 256, (128, 1, dataset.IMAGE_SIZE, dataset.IMAGE_SIZE), dtype=torch.uint8
-    )
+    images = torch.randint(0, 256, (128, 1, 28, 28), dtype=torch.uint8)
     calls = {}
     for name, net in nets.items():
         calls[f"{name}, training"] = training_step(config if name == "this model" else others, net)
-        calls[f"{name}, inference"] = lambda net=net: train.predict(net, images)
+        calls[f"{name}, inference"] = partial(train.predict, net, images)
     seconds = results.median_seconds(calls, args.rounds)
     for name, value in seconds.items():
         own = seconds[f"this model, {name.split(', ')[1]}"]
-        yield dict(setting=name, per_second=round(128 / value), ratio=round(own / value, 2))
+        yield row_of(name, 128 / value, own / value)
 
 
-def short_epoch(prefix: str, images: int, data_dir: str) -> float:
+def short_epoch(prefix: str, data_dir: str) -> float:
     """Images per second that an epoch reports, with `prefix` before its command."""
-    flags = f"--recipe fast --epochs 1 --train-size {images} --quiet".split()
+    flags = "--recipe fast --epochs 1 --train-size 6400 --quiet".split()
     with tempfile.TemporaryDirectory() as folder:
         command = [*prefix.split(), sys.executable, str(results.ROOT / "train.py"), *flags]
         command += ["--data-dir", data_dir, "--output-dir", folder]
@@ -140,19 +138,13 @@ def short_epoch(prefix: str, images: int, data_dir: str) -> float:
 
 def busy(args: argparse.Namespace) -> Iterator[results.Row]:
     """The fast recipe beside other processes; the ratio is to PyTorch's own threads alone."""
-    speeds: dict[tuple[str, int], list[float]] = {
-        (name, others): [] for others in range(3) for name in BUSY
-    }
+    speeds = {(name, others): [] for others in range(3) for name in BUSY}
     for _ in range(args.rounds):
         for name, others in speeds:
-            # PyTorch's own threads, or a low priority, may take minutes instead of seconds.
-            is_slow = others == 2 and ("PyTorch" in name or "low priority" in name)
-            images = args.images // 4 if is_slow else args.images
-            loops = [
-                subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)
-            ]
+            loop = [sys.executable, "-c", "while True: pass"]
+            loops = [subprocess.Popen(loop) for _ in range(others)]
             try:
-                speeds[name, others].append(short_epoch(BUSY[name], images, args.data_dir))
+                speeds[name, others].append(short_epoch(BUSY[name], args.data_dir))
             finally:
                 for loop in loops:
                     loop.kill()
@@ -160,55 +152,47 @@ def busy(args: argparse.Namespace) -> Iterator[results.Row]:
     alone = statistics.median(speeds["PyTorch's threads", 0])
     for (name, others), values in speeds.items():
         speed = statistics.median(values)
-        setting = f"{name}, beside {others} busy processes"
-        yield dict(setting=setting, per_second=round(speed), ratio=round(speed / alone, 2))
+        yield row_of(f"{name}, beside {others} busy processes", speed, speed / alone)
 
 
 def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
     """Grad-CAM at the end of the shipped model's stem; the maps have to agree to be timed."""
-    try:
-        from captum.attr import LayerAttribution, LayerGradCam
-        from pytorch_grad_cam import GradCAM as PackageGradCAM
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    except ImportError as error:
-        advice = "pip install captum, and pip install --no-deps grad-cam ttach"
-        raise SystemExit(f"speed.py: error: {error}; {advice}") from None
+    from captum.attr import LayerAttribution, LayerGradCam
+    from pytorch_grad_cam import GradCAM as PackageGradCAM
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
     layer = model.get_submodule(model.stage_ends()[-1])
     images, labels = dataset.load(args.data_dir, train=False)
     ours, captums = GradCAM(model, layer), LayerGradCam(model, layer)
 
-    def by_project(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def by_project(x: Tensor, y: Tensor) -> Tensor:
         return ours(x, y, normalize=False)
 
-    def by_captum(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def by_captum(x: Tensor, y: Tensor) -> Tensor:
         maps = captums.attribute(x, y, relu_attributions=True)
         return LayerAttribution.interpolate(maps, x.shape[-2:], "bilinear").detach().squeeze(1)
 
-    def by_grad_cam(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def by_grad_cam(x: Tensor, y: Tensor) -> Tensor:
         with PackageGradCAM(model, [layer]) as cam:
             return torch.from_numpy(cam(x, [ClassifierOutputTarget(int(label)) for label in y]))
 
-    def stretch(maps: torch.Tensor) -> torch.Tensor:
+    def stretch(maps: Tensor) -> Tensor:
         """Each map (N, H, W) from 0 to 1, as grad-cam makes them."""
         maps = maps - maps.amin(dim=(1, 2), keepdim=True)
         return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
 
-    implementations = {"this project": by_project, "captum": by_captum, "grad-cam": by_grad_cam}
+    makers = {"this project": by_project, "captum": by_captum, "grad-cam": by_grad_cam}
     for size in (1, 64, 256):
-        x, y = dataset.normalize(images[:size]), labels[:size]
-        expected = stretch(by_project(x, y))
-        for make in implementations.values():
-            torch.testing.assert_close(stretch(make(x, y)), expected, rtol=0, atol=1e-5)
-        calls = {
-            name: lambda make=make, x=x, y=y: make(x, y) for name, make in implementations.items()
-        }
+        batch = dataset.normalize(images[:size]), labels[:size]
+        expected = stretch(by_project(*batch))
+        for make in makers.values():
+            torch.testing.assert_close(stretch(make(*batch)), expected, rtol=0, atol=1e-5)
+        calls = {name: partial(make, *batch) for name, make in makers.items()}
         seconds = results.median_seconds(calls, args.rounds)
         for name, value in seconds.items():
-            ratio = round(seconds["this project"] / value, 2)
-            yield dict(
-                setting=f"{name}, batch size {size}", per_second=round(size / value), ratio=ratio
-            )
+            ratio = seconds["this project"] / value
+            yield row_of(f"{name}, batch size {size}", size / value, ratio)
 
 
 SECTIONS = dict(steps=steps, models=models, busy=busy, heatmaps=heatmaps)
@@ -216,27 +200,16 @@ SECTIONS = dict(steps=steps, models=models, busy=busy, heatmaps=heatmaps)
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
-    parser.add_argument(
-        "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)} (default: all)"
-    )
+    parser.add_argument("section", nargs="?", choices=SECTIONS, help="(default: all)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--images", type=int, default=6400, help="of an epoch beside busy processes"
-    )
     args = parser.parse_args()
-    sections = args.sections or list(SECTIONS)
-    if unknown := set(sections) - SECTIONS.keys():
-        parser.error(f"there is no section {', '.join(unknown)}")
-    if not args.table:
-        processes.set_threads()
-        for section in sections:
-            for row in SECTIONS[section](args):
-                row = dict.fromkeys(COLUMNS, "") | row
-                results.add(args.output, dict(section=section) | row, "section", "setting")
-    rows = results.read(args.output)
-    for section in sections:
+    processes.set_threads()
+    for section in [args.section] if args.section else SECTIONS:
+        for row in [] if args.table else SECTIONS[section](args):
+            results.add(args.output, dict(section=section) | row, "section", "setting")
+        rows = [row for row in results.read(args.output) if row["section"] == section]
         print(f"\n{section}\n")
-        results.print_table([row for row in rows if row["section"] == section], COLUMNS)
+        results.print_table(rows, COLUMNS)
 
 
 if __name__ == "__main__":
