@@ -29,13 +29,10 @@ def prepare(script: str) -> None:
         OSError,
     ):  # a container's user without an account; PyTorch asks for the name
         os.environ["LOGNAME"] = "nobody"
-    # A file that is opened next would get the number of a closed stream, and what is printed into
-    # it.
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
+    # What is opened next takes the number of a closed stream: not a file that libraries print into.
+    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
         if getattr(sys, name) is None:
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))
+            setattr(sys, name, open(os.devnull, mode))
 
 
 class LosableStream:
