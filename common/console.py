@@ -22,12 +22,8 @@ def prepare(script: str) -> None:
         signal.signal(signal.SIGINT, stop)  # until `errors_in_one_line`
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not to be had outside of it
     try:
-        getpass.getuser()
-    except (
-        ImportError,
-        KeyError,
-        OSError,
-    ):  # a container's user without an account; PyTorch asks for the name
+        getpass.getuser()  # as PyTorch does
+    except (ImportError, KeyError, OSError):  # a container's user without an account
         os.environ["LOGNAME"] = "nobody"
     # What is opened next takes the number of a closed stream: not a file that libraries print into.
     for name, mode in dict(stdin="r", stdout="w", stderr="w").items():

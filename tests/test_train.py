@@ -1,11 +1,13 @@
 import csv
 import inspect
+import io
 import math
 import os
 import random
 import re
 import shutil
 import signal
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -1202,6 +1204,17 @@ def test_paths_may_begin_with_the_home_folder(main, flags, small_data, monkeypat
     assert main("--resume", "--output-dir=~/run") == 0
     assert main("--evaluate=~/run/best.pt", "--data-dir", "~/x", "--threads", 1) == 0
     assert not (tmp_path / "~").exists() and (tmp_path / "other" / "best.pt").exists()
+
+
+def test_a_run_outlives_its_output(main, flags, monkeypatch, capsys, tmp_path):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert main(*flags) == 0
+    assert len(history_of(tmp_path / "checkpoints")) == 2
+    assert "some of the output could not be written" in capsys.readouterr().err
 
 
 def test_settings_that_change_nothing_say_so(main, flags, capsys):
