@@ -76,7 +76,7 @@ def paint(image: np.ndarray, heatmap: np.ndarray, is_signed: bool = False) -> li
                 (255, SCALE // 3),
             ):  # an outline, then the letters
                 color = (brightness,) * 3
-                cv2.putText(panel, "no evidence", where, font, SCALE / 7.5, color, width)
+                cv2.putText(panel, "no evidence", where, font, SCALE / 6.5, color, width)
     return [gray, colored, overlay]
 
 
