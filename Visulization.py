@@ -1,8 +1,6 @@
 """Paint heatmaps: which places of an image a trained model's decision rests on.
 
-    python Visulization.py --num-images 5                     # test images of each class
-    python Visulization.py --checkpoint checkpoints/best.pt   # of the model that you trained
-    python Visulization.py --image shoe.jpg photos/           # your own pictures
+    python Visulization.py --image shoe.jpg photos/
 
 README.md shows more. The pictures of the shipped model go to HeapImg/, those of another one to a
 folder of its own there.
@@ -94,11 +92,8 @@ def training_accuracy(checkpoint: dict) -> float:
     """The accuracy of a checkpoint's weights during training; 1 where that is not known."""
     rows = checkpoint.get("history", [])[: checkpoint.get("epoch")]  # later epochs may follow
     last = rows[-1] if rows else {}
-    if "val_accuracy" in last:
-        return last["val_accuracy"]
-    if checkpoint.get("train_config", {}).get("cutmix"):
-        return 1.0  # training accuracy is low by design
-    return last.get("train_accuracy", 1.0)
+    is_mixed = checkpoint.get("train_config", {}).get("cutmix")  # its training accuracy is low
+    return last.get("val_accuracy", 1.0 if is_mixed else last.get("train_accuracy", 1.0))
 
 
 def load_model(args: Namespace) -> GradCAM:
@@ -106,9 +101,9 @@ def load_model(args: Namespace) -> GradCAM:
     model, checkpoint = load_checkpoint(args.checkpoint)
     path = args.checkpoint.resolve()
     folder = "" if path == SHIPPED_CHECKPOINT.resolve() else f"{path.parent.name}_{path.stem}"
+    args.output_dir = args.output_dir or Path("HeapImg", folder)
     args.train_config = checkpoint.get("train_config", {})
     args.model_name = printable("/".join(path.parts[-2:]))
-    args.output_dir = args.output_dir or Path("HeapImg", folder)
     args.target_layer = args.target_layer or default_layers(model)
     accuracy = training_accuracy(checkpoint)
     if accuracy < 0.7:  # as after a fraction of an epoch
@@ -304,10 +299,12 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
 
 def class_index(text: str) -> int:
     """A class from its name, in any case, or its number; for argparse."""
-    known = [*map(str.lower, CLASS_NAMES), *map(str, range(len(CLASS_NAMES)))]
-    if text.lower() not in known:
-        raise ArgumentTypeError(f"{text!r} is none of: {', '.join(CLASS_NAMES)}, or 0 to 9")
-    return known.index(text.lower()) % len(CLASS_NAMES)
+    names = [name.lower() for name in CLASS_NAMES]
+    if text.lower() in names:
+        return names.index(text.lower())
+    if text in map(str, range(len(names))):
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is none of: {', '.join(CLASS_NAMES)}, or 0 to 9")
 
 
 def make_parser() -> ArgumentParser:
@@ -321,7 +318,7 @@ def make_parser() -> ArgumentParser:
     path = dict(type=lambda text: Path(os.path.expanduser(text)), metavar="PATH")
     number = dict(type=int, metavar="N")
     one_class = dict(type=class_index, metavar="CLASS")
-    other_class = one_class | dict(type=lambda text: -1 if text == "next" else class_index(text))
+    other = dict(type=lambda text: -1 if text == "next" else class_index(text), metavar="CLASS")
     several = dict(nargs="+", action="extend")  # `--index 3 --index 5` is both
     yes = dict(action="store_true")
     checkpoint = "checkpoint written by train.py (default: the shipped one)"
@@ -334,11 +331,11 @@ def make_parser() -> ArgumentParser:
     add("--classes", **one_class, **several, help="classes by name or number (default: all)")
     add("--only-errors", **yes, help="only test images that the model gets wrong")
     add("--seed", **number, default=0, help="seed of the choice of test images (default: 0)")
-    add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
+    add("--method", choices=METHODS, default=METHOD, help=f"kind of map (default: {METHOD})")
     layers = "layers to average over (default: last at 28x28, first at 14x14)"
     add("--target-layer", **several, metavar="NAME", help=layers)
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
-    add("--versus", **other_class, help='class to compare with, or "next": the likeliest other')
+    add("--versus", **other, help='class to compare with, or "next": the likeliest other')
     add("--compare-layers", **yes, help="draw each image as a sheet of its maps in all layers")
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels and probabilities")
     add("--html", **yes, help="also write index.html, a gallery to filter and to sort")

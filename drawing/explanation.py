@@ -50,11 +50,9 @@ class Explanation:
         words = f"for {CLASS_NAMES[label]}"
         if self.versus >= 0:
             return f"{words}, not {CLASS_NAMES[self.versus]}"
-        if label == self.predicted == self.label:
-            return f"{words} (predicted and true)"
-        if label == self.predicted:
-            return f"{words} (predicted)"
-        return f"{words} (true)" if label == self.label else words
+        known = {"predicted": self.predicted, "true": self.label}
+        roles = " and ".join(role for role in known if known[role] == label)
+        return f"{words} ({roles})" if roles else words
 
     def masked_words(self, label: int) -> str:
         """What masking the map's hottest places does to the probability, against masking others."""
@@ -64,14 +62,13 @@ class Explanation:
         return words.format(self.probabilities[label], *self.masked_probability[label])
 
     def file_name(self) -> str:
-        """The name of its picture; what was asked for besides the answer is part of it."""
-        name = f"{self.file_stem}_as_"
+        """The name of its picture, which says what was asked for besides the answer."""
+        name = FILE_NAMES[self.predicted]
         if self.versus >= 0:
-            return f"{name}{FILE_NAMES[self.target]}_not_{FILE_NAMES[self.versus]}.png"
-        name += FILE_NAMES[self.predicted]
-        if self.target != self.predicted:
+            name = f"{FILE_NAMES[self.target]}_not_{FILE_NAMES[self.versus]}"
+        elif self.target != self.predicted:
             name += f"_for_{FILE_NAMES[self.target]}"
-        return f"{name}.png"
+        return f"{self.file_stem}_as_{name}.png"
 
 
 @torch.no_grad()
@@ -105,8 +102,8 @@ def masked_probabilities(
 ) -> list[tuple[float, float]]:
     """The classes' probabilities once the hottest tenth of the pixels is black, and a random tenth.
 
-    Takes what `heatmaps` takes and makes. The random tenth is the same for all images. If the
-    second probability is not well above the first, the map says little.
+    Takes what `heatmaps` takes and makes. If the second is not well above the first, the map says
+    little. The random tenth is the same for all images.
     """
     pixels = IMAGE_SIZE**2
     random = torch.rand(pixels, generator=torch.Generator().manual_seed(0)).expand(len(maps), -1)
