@@ -1,7 +1,6 @@
-"""Damaged, foreign and hostile files, full disks, killed runs: each ends well or in one line.
+"""Damaged and hostile files, full disks, killed runs: each ends well or in one line.
 
-Some cases are drawn anew each time; `--all-cases` tries them all. Other files of the data set and
-other pictures are in test_dataset.py and test_photo.py.
+Some cases are drawn anew each time; `--all-cases` tries them all.
 """
 
 import io
@@ -26,15 +25,14 @@ from PIL import Image
 
 import train
 from common.files import UserError
-from model import CheckpointError, HybridClassifier, load_checkpoint, save_checkpoint
+from model import HybridClassifier, load_checkpoint, save_checkpoint
 
 
 @pytest.fixture
 def good(tmp_path):
     """A small checkpoint."""
     torch.manual_seed(0)
-    saw = dict(val_size=0, seed=0)
-    save_checkpoint(tmp_path / "good.pt", HybridClassifier(SMALL_MODEL), train_config=saw)
+    save_checkpoint(tmp_path / "good.pt", HybridClassifier(SMALL_MODEL))
     return tmp_path / "good.pt"
 
 
@@ -69,16 +67,12 @@ def saved(content, **options):
 
 def damaged(content, seed):
     """A copy with some bits flipped, or with a piece cut out, zeroed or doubled."""
-    generator, data = random.Random(seed), bytearray(content)
-    start, size = generator.randrange(len(data)), 1 << generator.randrange(16)
-    if seed % 4 == 0:
-        for _ in range(size % 31):
-            data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        data[start] ^= 1
-        return bytes(data)
+    generator = random.Random(seed)
+    start, size = generator.randrange(len(content)), 1 << generator.randrange(16)
     piece = content[start : start + size]
-    pieces = (b"", bytes(len(piece)), 2 * piece)
-    return content[:start] + pieces[seed % 4 - 1] + content[start + size :]
+    bit = 1 << generator.randrange(8)
+    pieces = (b"", bytes(len(piece)), 2 * piece, bytes([piece[0] ^ bit]) + piece[1:])
+    return content[:start] + pieces[seed % 4] + content[start + size :]
 
 
 def resealed(content, change):
@@ -87,12 +81,10 @@ def resealed(content, change):
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(new, "w") as archive:
         for entry in old.infolist():
             data = old.read(entry)
-            is_pickle = entry.filename.endswith("data.pkl")
-            archive.writestr(entry.filename, change(data) if is_pickle else data)
+            if entry.filename.endswith("data.pkl"):
+                data = change(data)
+            archive.writestr(entry.filename, data)
     return new.getvalue()
-
-
-# ---- Checkpoints --------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's, of odd tensors
@@ -111,8 +103,6 @@ def test_a_damaged_checkpoint_is_refused_or_has_the_same_weights(good, draw):
 
 
 IMPOSSIBLE = (
-    ("model_config", None, None),
-    ("model", None, {}),
     ("model", "head.weight", torch.zeros(11, 16)),
     ("model", "more", {}),
     ("model_config", "more", 1),
@@ -125,10 +115,9 @@ IMPOSSIBLE = (
 @pytest.mark.parametrize("part, name, value", IMPOSSIBLE)
 def test_a_foreign_or_impossible_checkpoint_is_refused(good, part, name, value):
     content = torch.load(good, weights_only=True)
-    changed = content[part] | {name: value} if name else value
-    good.write_bytes(saved(content | {part: changed}))
-    with pytest.raises(CheckpointError):
-        load_checkpoint(good)
+    content[part][name] = value
+    good.write_bytes(saved(content))
+    assert is_refused(load_checkpoint, good)
 
 
 class Trap:
@@ -163,15 +152,12 @@ def test_code_in_a_checkpoint_is_never_run(good, main, small_data, tmp_path):
 def test_a_damaged_picture_is_read_or_refused(draw, test_split, tmp_path):
     photo = pytest.importorskip("drawing.photo", exc_type=SystemExit)
     picture = Image.fromarray(255 - test_split[0][0, 0].numpy()).resize((280, 280))
-    for kind in ("png", "jpeg", "webp", "gif"):
+    for kind in ("png", "jpeg", "webp"):
         picture.save(tmp_path / "good", kind)
         content = (tmp_path / "good").read_bytes()
         for seed in draw(range(500), 50):
             (tmp_path / "bad").write_bytes(damaged(content, seed))
             is_refused(photo.read_image, tmp_path / "bad")
-
-
-# ---- Disks --------------------------------------------------------------------------------------
 
 
 def test_a_disk_that_fills_up_in_a_save_leaves_the_earlier_checkpoint(good):
@@ -209,8 +195,6 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(main, small_data, tmp_path
     finally:
         subprocess.run(["umount", disk], check=True)
 
-
-# ---- Killed runs --------------------------------------------------------------------------------
 
 ENDS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 
