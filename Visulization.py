@@ -88,14 +88,6 @@ def make_cam(model: HybridClassifier, layers: str | list[str], method: str) -> G
     return GradCAM(model, layers, method, reshape)
 
 
-def training_accuracy(checkpoint: dict) -> float:
-    """The accuracy of a checkpoint's weights during training; 1 where that is not known."""
-    rows = checkpoint.get("history", [])[: checkpoint.get("epoch")]  # later epochs may follow
-    last = rows[-1] if rows else {}
-    is_mixed = checkpoint.get("train_config", {}).get("cutmix")  # its training accuracy is low
-    return last.get("val_accuracy", 1.0 if is_mixed else last.get("train_accuracy", 1.0))
-
-
 def load_model(args: Namespace) -> GradCAM:
     """Load the checkpoint, and complete `args` with its settings, name, layers and folder."""
     model, checkpoint = load_checkpoint(args.checkpoint)
@@ -105,10 +97,12 @@ def load_model(args: Namespace) -> GradCAM:
     args.train_config = checkpoint.get("train_config", {})
     args.model_name = printable("/".join(path.parts[-2:]))
     args.target_layer = args.target_layer or default_layers(model)
-    accuracy = training_accuracy(checkpoint)
+    rows = checkpoint.get("history", [])
+    reached = [row.get("val_accuracy", row.get("train_accuracy", 1)) for row in rows]
+    accuracy = max(reached, default=1)
     if accuracy < 0.7:  # as after a fraction of an epoch
-        reached = f"{args.model_name} reached only {accuracy:.0%} in training"
-        print(f"note: {reached}: its maps light up the background, too")
+        found = f"{args.model_name} reached only {accuracy:.0%} in training"
+        print(f"note: {found}: its maps light up the background, too")
     try:
         cam = make_cam(model, args.target_layer, args.method)
         cam(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))  # complains of a layer without places

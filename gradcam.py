@@ -180,9 +180,9 @@ class GradCAM:
     Args:
         model: maps a float tensor (N, channels, H, W) to logits (N, classes). A compiled one runs
             uncompiled.
-        target_layer: a module of `model` or its name, or a sequence of them. If a vision
-            transformer reads only its class token, take what goes into the last attention, like
-            the last block's first norm: no gradient reaches the patches behind it.
+        target_layer: a module of `model` or its name, or a sequence of them. Behind the last
+            attention of a vision transformer with a class token no gradient reaches the patches:
+            take what goes into it, like the last block's first norm.
         method: a key of `METHODS`.
         reshape: turns a layer's output into (N, C, h, w). None is `tokens_to_grid`, and refuses
             attention weights and what has another batch than the images.
@@ -203,7 +203,9 @@ class GradCAM:
         model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls no hooks either
         layers = dict(model.named_modules(remove_duplicate=False))
         self.target_layers: list[nn.Module] = []
-        for layer in [target_layer] if isinstance(target_layer, (str, nn.Module)) else target_layer:
+        if isinstance(target_layer, (str, nn.Module)):
+            target_layer = [target_layer]
+        for layer in target_layer:
             if isinstance(layer, str):
                 if not layer or layer not in layers:
                     names = ", ".join(filter(None, layers))
@@ -264,9 +266,8 @@ class GradCAM:
         """Heatmaps of a batch: one forward pass, one backward pass as far as the first layer.
 
         With `versus`, y is the difference of two classes' logits, and the map is signed:
-        sum_k w_k A_k, where w is the method's weight for y minus that for -y. The nearest published
-        method is Finer-CAM (Zhang et al. 2025, arXiv 2501.11309): the positive part of a map of a
-        logit minus a mean of similar classes'.
+        sum_k w_k A_k, where w is the method's weight for y minus that for -y. Finer-CAM (Zhang et
+        al. 2025, arXiv 2501.11309) is similar, with several classes and positive parts alone.
 
         Args:
             images: float tensor (N, channels, H, W) as the model takes it.

@@ -35,7 +35,7 @@ def data_url(pixels: np.ndarray) -> str:
 
 def figure(e: Explanation) -> str:
     """An image under the heatmap of each explained class, its answer, and the values to sort by."""
-    name, panels, true, result = html.escape(e.name), "", "", ""
+    name, panels = html.escape(e.name), ""
     for label, heatmap in on_one_scale(e.heatmaps).items():
         colors = cv2.cvtColor(colorize(heatmap, e.versus >= 0), cv2.COLOR_RGBA2BGRA)
         panels += PANEL.substitute(
@@ -46,6 +46,7 @@ def figure(e: Explanation) -> str:
             none="" if heatmap.any() else '<span class="none">no evidence</span>',
             masked=e.masked_words(label),
         )
+    true, result = "", ""
     if e.label >= 0:
         true = CLASS_NAMES[e.label]
         result = "right" if e.label == e.predicted else "wrong"

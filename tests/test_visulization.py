@@ -284,11 +284,8 @@ def test_what_is_given_twice_is_drawn_once_in_the_order_given(run, drawn, tmp_pa
     assert (tmp_path / "HeapImg" / "index.html").read_text().count("<figure ") == 2
     drawn.clear()
     assert run("--classes", "Bag", 0, "bag") == 0
-    sheet = drawn.pop("HeapImg/contact_sheet.png")
+    sheet = drawn["HeapImg/contact_sheet.png"]
     assert sheet.names == ["Bag", "T-shirt/top"] and len(sheet.cells) == 6  # three of each
-    for one, cell in zip(drawn.values(), sheet.cells, strict=True):
-        assert one.title.endswith(f": {cell.caption}")
-        assert np.array_equal(pixels_of(one.cells[0]), pixels_of(cell))
     assert any("_T-shirt-top_as_" in path for path in drawn)
 
 
@@ -561,26 +558,15 @@ def test_a_file_cannot_command_the_terminal(run, drawn, small_model, monkeypatch
     assert all(text.isprintable() for text in words)
 
 
-@pytest.mark.parametrize(
-    "last, kept, accuracy",
-    [
-        (dict(val_accuracy=0.7, train_accuracy=0.9), {}, 0.7),
-        (dict(val_accuracy=0.7), dict(epoch=2), 0.5),
-        (dict(train_accuracy=0.6), dict(train_config=dict(cutmix=0.0)), 0.6),
-        (dict(train_accuracy=0.6), dict(train_config=dict(cutmix=0.5)), 1),  # of mixed images
-    ],
-)
-def test_the_accuracy_in_training_is_that_of_the_kept_weights(last, kept, accuracy):
-    history = [dict(val_accuracy=0.4), dict(val_accuracy=0.5), last]
-    assert Visulization.training_accuracy(dict(history=history, **kept)) == accuracy
-    assert Visulization.training_accuracy({}) == 1
-
-
 @pytest.mark.parametrize("accuracy", [0.69, 0.71])
 def test_a_checkpoint_has_a_folder_and_a_barely_trained_one_a_note(
     run, drawn, small_model, tmp_path, monkeypatch, capsys, accuracy
 ):
-    history = [dict(epoch=1, train_accuracy=0.1), dict(epoch=2, val_accuracy=accuracy)]
+    history = [
+        dict(epoch=1, train_accuracy=0.1),
+        dict(epoch=2, train_accuracy=0.9, val_accuracy=accuracy),
+        dict(epoch=3, val_accuracy=0.2),
+    ]
     save_checkpoint(tmp_path / "mine" / "best.pt", small_model, history=history)
     monkeypatch.chdir(tmp_path / "mine")
     assert run("--index", 0, "--checkpoint", "best.pt") == 0
