@@ -4,8 +4,7 @@
     python benchmarks/ablations.py --table
 
 The first trains with the flags of `train.py` after `--` and adds a row, without looking at the test
-split; with an `--output-dir`, it goes on with an interrupted experiment. Rows of one group are to
-be compared. A row can be repeated at its commit.
+split. Rows of one group are to be compared. A row can be repeated at its commit.
 """
 
 import itertools
@@ -18,8 +17,7 @@ import torch
 import train
 from common.files import UserError, errors_in_one_line
 from model import load_checkpoint
-from training import runs
-from training.settings import choose_settings, make_parser, resumed_settings
+from training.settings import choose_settings, make_parser
 
 COLUMNS = dict(
     what=("what", ""),
@@ -30,23 +28,17 @@ COLUMNS = dict(
 )
 
 
-def experiment(flags: list[str]) -> results.Row:
+def experiment(flags: list[str], data_dir: str) -> results.Row:
     """Train with the flags and return the experiment's figures."""
     given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
     commit = results.commit()
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(output_dir=folder, quiet=True) | given
+        given = dict(output_dir=folder, data_dir=data_dir, quiet=True) | given
         config = choose_settings(train.SETTINGS, train.RECIPES, given)
         if not config.val_size:
             raise UserError("experiments are compared on validation images: give --val-size")
+        train.train(config)
         last = Path(config.output_dir).expanduser() / "last.pt"
-        resume = last.exists()
-        if resume:  # go on, if it is the same experiment
-            saved = runs.load_run(last.parent)["train_config"]
-            may_change = train.MAY_CHANGE_ON_RESUME
-            wanted = resumed_settings(train.SETTINGS, saved, vars(config), may_change)
-            config = choose_settings(train.SETTINGS, train.RECIPES, wanted)
-        train.train(config, resume)
         checkpoint = load_checkpoint(last)[1]
     row = checkpoint["history"][-1]
     return dict(
@@ -70,7 +62,7 @@ def main() -> None:
         if not (args.group and args.what):
             parser.error("an experiment needs --group, --what and, after --, its flags")
         with errors_in_one_line("ablations.py"):
-            row = experiment(args.flags)
+            row = experiment(args.flags, args.data_dir)
         results.add(args.output, dict(group=args.group, what=args.what) | row)
     for group, rows in itertools.groupby(results.read(args.output), key=lambda row: row["group"]):
         print(f"\n{group}\n")

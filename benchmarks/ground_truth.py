@@ -47,10 +47,9 @@ def make_marks(generator: torch.Generator) -> Tensor:
 
 
 def plant(images: Tensor, marks: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of uint8 images (N, 1, 28, 28) with the marks of their labels.
+    """Copies of uint8 images (N, 1, 28, 28) with their labels' marks at `places`, top and left.
 
-    The marks are at `places`, int64 (N, 2), top and left.
-    Also returns where that is, bool (N, 28, 28).
+    Also returns where the marks are, bool (N, 28, 28).
     """
     rows = places[:, 0, None, None] + torch.arange(SIDE)[:, None]
     columns = places[:, 1, None, None] + torch.arange(SIDE)

@@ -1,8 +1,6 @@
-"""What the benchmarks share: their flags, the file of figures beside each of them, and the table
-that they print.
+"""What the benchmarks share: flags, the file of figures beside each script, and printed tables.
 
-`python benchmarks/NAME.py` measures and writes NAME.csv; with `--table` it prints what that file
-holds. To be imported before the project's own modules, which lie in the folder above.
+To be imported before the project's own modules, which lie in the folder above.
 """
 
 import argparse
@@ -36,12 +34,8 @@ Columns = dict[str, tuple[str, str]]  # of a table: the heading and the format, 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
     """A parser with the flags that all benchmarks have; `script` is the `__file__` of one."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument(
-        "--table", action="store_true", help="print the saved figures, measure nothing"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path(script).with_suffix(".csv"), help="the file of figures"
-    )
+    parser.add_argument("--table", action="store_true", help="only print the saved figures")
+    parser.add_argument("--output", type=Path, default=Path(script).with_suffix(".csv"))
     parser.add_argument("--data-dir", default="data")
     return parser
 
@@ -55,17 +49,12 @@ def settings(recipe: str = "default", **changes: object) -> SimpleNamespace:
 # ---- Files of figures ---------------------------------------------------------------------------
 
 
-def git(*words: str) -> str:
-    """What a git command prints."""
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-
 def commit() -> str:
-    """The commit that the code is at, with a + where a script has changed since."""
+    """The commit that the code is at, with a + where a file has changed since; "" without git."""
+    command = ["git", "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
     if not (ROOT / ".git").exists():
         return ""
-    changed = "+" if git("status", "--porcelain", "--", "*.py") else ""
-    return git("rev-parse", "--short=7", "HEAD") + changed
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def machine() -> str:
@@ -74,9 +63,8 @@ def machine() -> str:
     if (cpuinfo := Path("/proc/cpuinfo")).exists():
         names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) or names
     instructions = torch.backends.cpu.get_cpu_capability()
-    return (
-        f"{names[0]}, {instructions}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    return f"{names[0]}, {instructions}, torch {torch.__version__}, {threads} threads"
 
 
 def read(path: Path) -> list[dict[str, str]]:

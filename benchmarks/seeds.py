@@ -1,9 +1,8 @@
 """The test accuracy of every trained seed, with mean and standard deviation.
 
-    python benchmarks/seeds.py checkpoints/best.pt    test a finished run and add its row
-    python benchmarks/seeds.py --table                print that file
+python benchmarks/seeds.py checkpoints/best.pt    test a finished run and add its row
+python benchmarks/seeds.py --table                print that file
 
-Without a validation split the last weights are tested, else those of the best epoch.
 """
 
 import itertools
@@ -40,8 +39,7 @@ def command_of(config: dict) -> str:
     if config["recipe"] != train.SETTINGS["recipe"][0]:
         words += ["--recipe", config["recipe"]]
     for name, value in config.items():
-        is_unused = name in ("teacher_weight", "temperature") and not config["teacher"]
-        if name in NOT_IN_COMMAND or is_unused or value == standard[name]:
+        if name in NOT_IN_COMMAND or value == standard[name]:
             continue
         if isinstance(value, bool):
             words.append(flag(name) if value else f"--no-{flag(name)[2:]}")

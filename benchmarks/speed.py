@@ -42,14 +42,11 @@ COLUMNS = dict(
     gflops=("GFLOP/s", ".0f"),
     fraction_of_peak=("fraction of peak", ".0%"),
 )
-THREADS = f"OMP_NUM_THREADS={os.cpu_count()}"
 BUSY = {  # what goes before the command: `env` with variables, `nice` for a low priority
     "as this project does it": "env",
     "the same at low priority": "nice -n 10",
-    "PyTorch's threads": f"env {THREADS}",
-    "PyTorch's threads, OMP_WAIT_POLICY=PASSIVE": f"env {THREADS} OMP_WAIT_POLICY=PASSIVE",
+    "PyTorch's threads": f"env OMP_NUM_THREADS={os.cpu_count()}",
     "one thread": "env OMP_NUM_THREADS=1",
-    "one thread at low priority": "nice -n 10 env OMP_NUM_THREADS=1",
 }
 
 
