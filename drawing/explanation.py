@@ -130,11 +130,8 @@ def explain(
     itself, with each image's likeliest other class. Otherwise, an image whose label is known and
     differs from the target is explained for both.
 
-    Args:
-        labels: the true classes, int64 (N,); -1 where they are not known.
-        indices: the images' numbers in the test split, -1 for a person's own.
-        targets: int64 (N,), or one class for all.
-        with_masks: compute `masked_probabilities`, too.
+    Takes labels, int64 (N,), and indices in the test split, both -1 where there is none, and
+    targets, int64 (N,), or one for all. `masked_probabilities` are computed `with_masks`.
     """
     probabilities = classify(cam.model, images)
     targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets)

@@ -56,7 +56,7 @@ def measure(
 
 
 def read_statistics(path: Path, checkpoint: str) -> Statistics | None:
-    """What is kept for a checkpoint of this checksum; None if that is missing, stale or damaged."""
+    """What a file holds for a checkpoint of this checksum; None if it is stale or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # `torch.load` compares no checksums
@@ -71,10 +71,10 @@ def read_statistics(path: Path, checkpoint: str) -> Statistics | None:
 def feature_statistics(
     path: Path, model: HybridClassifier, train_config: dict[str, Any], data_dir: Path
 ) -> Statistics:
-    """What `measure` finds for the model of a checkpoint file, kept beside it in NAME.features.pt.
+    """What `measure` finds for the model of a checkpoint, kept beside it in NAME.features.pt.
 
-    The images that `train.load_data` held out set the limit, or else a half of those that the model
-    was trained on. A UserError if they are needed and Fashion-MNIST cannot be had.
+    The images that `train.load_data` held out set the limit, or else a half of those it trained on.
+    A UserError if they are needed and Fashion-MNIST cannot be had.
     """
     kept = path.with_suffix(".features.pt")
     digest = checksum(path)

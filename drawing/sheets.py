@@ -53,17 +53,13 @@ def colorize(heatmap: np.ndarray, is_signed: bool) -> np.ndarray:
 
 
 def paint(image: np.ndarray, heatmap: np.ndarray, is_signed: bool = False) -> list[np.ndarray]:
-    """Enlarge an image, uint8 (28, 28), and its heatmap, float (28, 28), and lay it over the image.
+    """An image, uint8 (28, 28), its heatmap, (28, 28), and both, enlarged to RGB by SCALE.
 
-    The heatmap is from 0 to 1, a signed one from -1.
-
-    Returns:
-        Three uint8 RGB arrays (28 * SCALE, 28 * SCALE, 3): the image, with its pixels sharp; the
-        heatmap in colours; and the overlay. A heatmap of zeros is labelled "no evidence".
+    The heatmap is from 0 to 1, a signed one from -1; one of zeros is labelled "no evidence".
     """
     size = tuple(side * SCALE for side in image.shape[::-1])
     gray = cv2.resize(image, size, interpolation=cv2.INTER_NEAREST)
-    gray = cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB)
+    gray = np.repeat(gray[..., None], 3, axis=2)
     heat = cv2.resize(heatmap.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
     colors = colorize(heat, is_signed)
     colored, opacity = colors[..., :3].copy(), colors[..., 3:] / 255
@@ -111,9 +107,7 @@ def in_rows(cells: list[Cell], columns: int) -> list[Row]:
 
 def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
     """Write the picture of one image: the input, and heatmap and overlay for each class."""
-    rows, is_signed, scale = [], e.versus >= 0, SCALES[False]
-    if is_signed:
-        scale = f"for {CLASS_NAMES[e.versus]} (-1), for {CLASS_NAMES[e.target]} (1)"
+    rows, is_signed = [], e.versus >= 0
     for label, heatmap in on_one_scale(e.heatmaps).items():
         panels, labels = paint(e.image, heatmap, is_signed), ["input", "heatmap", "overlay"]
         if rows:  # the input once is enough
@@ -123,7 +117,7 @@ def save_overlay(e: Explanation, model_name: str, path: Path) -> None:
         caption = ": ".join(filter(None, (e.role(label), e.masked_words(label))))
         rows.append(("", [Cell(panels, caption, labels)]))
     title, width = f"{e.name}: {e.answer()}", 3.3 * len(panels)
-    save_sheet(rows, title, scale, model_name, path, is_signed, width=width)
+    save_sheet(rows, title, SCALES[is_signed], model_name, path, is_signed, width=width)
 
 
 def draw_cell(axes: Axes, cell: Cell) -> None:
@@ -166,9 +160,8 @@ def save_sheet(
         row_axes[0].set_ylabel(name, fontsize=FONT_SIZE + 1)
         for cell, axes in zip(row, row_axes, strict=False):
             draw_cell(axes, cell)
-    norm = FuncNorm(
-        (partial(power, gamma=gamma), partial(power, gamma=1 / gamma)), vmin=-is_signed, vmax=1
-    )
+    there, back = partial(power, gamma=gamma), partial(power, gamma=1 / gamma)
+    norm = FuncNorm((there, back), vmin=-is_signed, vmax=1)
     colors = ScalarMappable(norm, COLOR_MAPS[is_signed])
     bar = figure.colorbar(colors, ax=all_axes, fraction=0.03, pad=0.01, aspect=30)
     bar.set_label(scale, fontsize=FONT_SIZE)
