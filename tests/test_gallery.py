@@ -212,16 +212,6 @@ def test_images_are_sorted_by_confidence_and_by_what_masking_changes(browser, pa
     assert shown(browser) == everything and complaints(browser) == []
 
 
-def test_a_pressed_picture_is_shown_without_its_heatmap(browser, page):
-    browser.get(page.as_uri())
-    picture = browser.find_element(By.CLASS_NAME, "picture")
-    heat = picture.find_element(By.CLASS_NAME, "heat")
-    ActionChains(browser).click_and_hold(picture).perform()
-    assert not heat.is_displayed() and picture.find_element(By.CLASS_NAME, "input").is_displayed()
-    ActionChains(browser).release().perform()
-    assert heat.is_displayed()
-
-
 def test_the_arrow_keys_move_among_the_pictures_that_are_shown(browser, page):
     browser.get(page.as_uri())
     choose(browser, "result", "wrong")
@@ -239,10 +229,17 @@ def test_the_arrow_keys_move_among_the_pictures_that_are_shown(browser, page):
     assert press(Keys.ARROW_LEFT) == ids[-1]
 
 
-def test_every_picture_has_a_link(browser, page):
+def test_a_picture_has_a_link_and_is_shown_without_its_heatmap_while_pressed(browser, page):
     for link, name in (("1104", "test image 1104"), ("a%20%22b%22%20c", HOSTILE_NAME)):
         browser.get(f"{page.as_uri()}#{link}")
         target = browser.find_element(By.CSS_SELECTOR, "figure:target")
         address = target.find_element(By.TAG_NAME, "a").get_attribute("href")
         assert name in target.text and address.endswith(f"#{link}")
+        picture, heat = (target.find_element(By.CLASS_NAME, name) for name in ("picture", "heat"))
+        ActionChains(browser).click_and_hold(picture).perform()
+        assert (
+            not heat.is_displayed() and target.find_element(By.CLASS_NAME, "input").is_displayed()
+        )
+        ActionChains(browser).release().perform()
+        assert heat.is_displayed()
         choose(browser, "result", "wrong")  # this filters out what the next link is of
