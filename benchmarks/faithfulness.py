@@ -12,9 +12,8 @@ is for the predicted class, whose probability is followed:
 - ROAD: the share of predictions kept when the hottest pixels are replaced by what their neighbours
   suggest (Rong et al. 2022, arXiv 2202.00449); the mean of 20, 40, 60 and 80 %
 
-The controls are blurred maps: how much of a score is owed to a map's being smooth. The measures are
-torchcam's and quantus's. Rows before commit 68c556a were computed in bfloat16, which moves the
-third decimal.
+The measures are torchcam's and quantus's. Rows of commit 4ad6c9a were computed in bfloat16, which
+moves the third decimal; that commit also has the controls, blurred maps, and attention rollout.
 """
 
 import itertools
@@ -45,7 +44,6 @@ SPLITS = dict(training=500, test=1000)  # images of each
 STEPS = 14  # of deletion and insertion: two rows' worth of pixels each
 BATCH_SIZE = 50  # what fits into a CPU's caches
 GAUSSIAN_SIGMA = 7  # pixels
-BLUR = GaussianBlur(19, sigma=3.0)  # pixels; the kernel ends at three sigma
 ROAD_PERCENTAGES = [20, 40, 60, 80]
 COLUMNS = dict(
     map=("heatmap", ""),
@@ -107,14 +105,6 @@ def baseline_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> M
     yield "Grad-CAM, untrained model", cam_maps(untrained, last, "gradcam", images, None)
     name = f"{method_name(METHOD, default)}, untrained model"
     yield name, cam_maps(untrained, default, METHOD, images, None)
-
-
-def control_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> Maps:
-    """The default and a random map, blurred."""
-    default = tuple(default_layers(model))
-    maps = cam_maps(model, default, METHOD, images, classes)
-    yield f"{method_name(METHOD, default)}, blurred", BLUR(maps)
-    yield "a random map, blurred", BLUR(random_map(images))
 
 
 def candidate_maps(
@@ -198,7 +188,7 @@ def measure_split(split: str, num_images: int, data_dir: str) -> Iterator[result
     images = dataset.load(data_dir, train=split == "training")[0][:num_images]
     classes = train.predict(model, images).argmax(dim=1)
     candidates = partial(candidate_maps, with_pairs=split == "training")
-    kinds = dict(baseline=baseline_maps, control=control_maps, candidate=candidates)
+    kinds = dict(baseline=baseline_maps, candidate=candidates)
     for kind, make in kinds.items():
         for name, maps in tqdm(make(model, images, classes), desc=kind, disable=None):
             figures = measure(model, images, classes, maps)
@@ -228,7 +218,7 @@ def main() -> None:
         rows = [row for row in results.read(args.output) if row["split"] == split]
         candidates = sorted((r for r in rows if r["kind"] == "candidate"), key=merit, reverse=True)
         others = [row for row in rows if row["kind"] != "candidate"]
-        print(f"\n{split} images, best insertion minus deletion first; baselines, controls\n")
+        print(f"\n{split} images, best insertion minus deletion first, then baselines\n")
         results.print_table(candidates + others, COLUMNS, bold=("map", default))
 
 

@@ -7,8 +7,7 @@ Measured is the share of a map's evidence that lies on the mark (after Yang & Ki
 1907.09701), and within two pixels, as a place of a coarse layer is larger than the mark.
 
 With two marks, and `versus`, it is the share of all evidence, for and against, that is on the mark
-with the right sign, and with the wrong one. Finer-CAM (Zhang et al. 2025, arXiv 2501.11309) is the
-positive part of Grad-CAM's signed map.
+with the right sign, and with the wrong one.
 """
 
 import argparse
@@ -114,10 +113,6 @@ def two_marks(
         yield dict(
             marks="two", heatmap=method_name(method, layers), on_mark=right, wrong_sign=wrong
         )
-        if method == "gradcam":
-            name = f"Finer-CAM on Grad-CAM, {' + '.join(layers)}"
-            right, wrong = share_on(up, one), share_on(up, other)
-            yield dict(marks="two", heatmap=name, on_mark=right, wrong_sign=wrong)
 
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:

@@ -3,21 +3,18 @@
     python benchmarks/peers.py                      train and test three of them
     python benchmarks/peers.py --train "ResNet-18"  only one of them
 
-They take turns by the epoch, so that their seconds can be compared. The recipe is the default of
-`train.py`, with label smoothing instead of CutMix, which is meant for long runs. The last averaged
-weights are tested; the 5,000 validation images choose nothing here.
+They take turns by the epoch, so that their seconds can be compared. The recipe is the default, with
+label smoothing instead of CutMix, which is meant for long runs. The last weights are tested.
 
 "ResNet-20, cutout" has a recipe of its own, that of
-https://github.com/hysts/pytorch_image_classification: SGD, crops with a border of 4 pixels, flips,
-and a square of 16x16 pixels in mean grey. Theirs computes in float32, and ends at a thousandth of
-the learning rate. With `--val-size 0` a model sees all images, and its row goes to seeds.csv.
+https://github.com/hysts/pytorch_image_classification, in bfloat16 where the CPU has it. With
+`--val-size 0` a model sees all images, and its row goes to seeds.csv.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import results
 import robustness
@@ -30,7 +27,6 @@ from torchvision.models.resnet import BasicBlock
 
 import dataset
 import train
-from common.files import whole_file
 from training import processes
 from training.runs import Run
 
@@ -169,25 +165,13 @@ def start(name: str, **changes: object) -> Run:
     return run
 
 
-def fit(runs: dict[str, Run], epochs: int, folder: Path | None) -> None:
-    """Train the runs, an epoch of each in turn; save each in the folder, and go on from there."""
+def fit(runs: dict[str, Run], epochs: int) -> None:
+    """Train the runs, an epoch of each in turn."""
     for epoch in range(epochs):
-        for name, run in runs.items():
-            if folder:
-                settings = f"{run.config.epochs}-{run.config.val_size}-{run.config.seed}"
-                path = folder / f"{name.replace('/', '-')}-{settings}.pt"
-                if epoch == 0 and path.exists():
-                    run.history, average, state = torch.load(path)
-                    run.ema.load_state_dict(average)
-                    run.load_state_dict(state)
-            if epoch < len(run.history):
-                continue
+        for run in runs.values():
             started = time.perf_counter()
             row = train.train_epoch(run, epoch)
             run.history.append(dict(images=row["images"], seconds=time.perf_counter() - started))
-            if folder:
-                with whole_file(path) as file:
-                    torch.save([run.history, run.ema.state_dict(), run.state_dict()], file)
 
 
 def row_of(name: str, run: Run, args: argparse.Namespace) -> results.Row:
@@ -222,23 +206,17 @@ def command_of(name: str, args: argparse.Namespace) -> str:
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     three = [name for name in PEERS if name != CUTOUT]
-    parser.add_argument(
-        "--train", nargs="+", choices=PEERS, default=three, help="(default: all but the last)"
-    )
+    parser.add_argument("--train", nargs="+", choices=PEERS, default=three)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--val-size", type=int, default=5000)
-    parser.add_argument(
-        "--state", type=Path, metavar="FOLDER", help="save every epoch here, and go on from it"
-    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if not args.table:
         processes.set_threads()
-        changes = dict(
-            epochs=args.epochs, val_size=args.val_size, seed=args.seed, data_dir=args.data_dir
-        )
+        names = ("epochs", "val_size", "seed", "data_dir")
+        changes = {name: getattr(args, name) for name in names}
         runs = {name: start(name, **changes) for name in args.train}
-        fit(runs, args.epochs, args.state)
+        fit(runs, args.epochs)
         for name, run in runs.items():
             if args.val_size:
                 results.add(args.output, row_of(name, run, args), "name")

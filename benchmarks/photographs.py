@@ -2,10 +2,9 @@
 
     python benchmarks/photographs.py    300 images on each background, 1,000 strange pictures
 
-The data set shows garments on white, made grey and inverted (Xiao et al. 2017). So an image is
-inverted, enlarged, made opaque, given a colour, and put on a background. The thresholds of
-`drawing/photo.py` were chosen on training images, and not on grass. Life is harder: no garment here
-is worn, folded or seen from the side, and none has more detail than 28x28 pixels hold.
+An image is inverted, enlarged, made opaque, given a colour, and put on a background. The thresholds
+of `drawing/photo.py` were chosen on training images, and not on grass. Life is harder: no garment
+here is worn, folded or seen from the side, and none has more detail than 28x28 pixels hold.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,11 +50,14 @@ def settings(recipe: str = "default", **changes: object) -> SimpleNamespace:
 
 
 def commit() -> str:
-    """The commit that the code is at, with a + where a file has changed since; "" without git."""
-    command = ["git", "describe", "--always", "--abbrev=7", "--dirty=+", "--exclude=*"]
+    """The commit that the code is at, with a + where a script has changed; "" without git."""
     if not (ROOT / ".git").exists():
         return ""
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    said = []
+    for words in ("rev-parse --short=7 HEAD", "status --porcelain -- *.py"):
+        command = ["git", *words.split()]
+        said.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
+    return said[0].strip() + ("+" if said[1] else "")
 
 
 def machine() -> str:
@@ -112,10 +115,7 @@ def cell(value: str, form: str) -> str:
 
 
 def run(
-    parser: argparse.ArgumentParser,
-    measure: Callable[[argparse.Namespace], Iterator[Row]],
-    key: tuple[str, ...],
-    columns: Columns,
+    parser: argparse.ArgumentParser, measure: Callable, key: tuple[str, ...], columns: Columns
 ) -> None:
     """What a benchmark does: measure, save each row as it comes, and print the table."""
     args = parser.parse_args()

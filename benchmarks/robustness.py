@@ -4,7 +4,7 @@
     python benchmarks/robustness.py my/best.pt your/best.pt   a row for each
 
 The expected calibration error (Guo et al. 2017, arXiv 1706.04599) is the mean distance between
-confidence and accuracy, in 15 equal bins of confidence. Each change is drawn from the same seed.
+confidence and accuracy, in 15 equal bins of confidence.
 """
 
 import argparse

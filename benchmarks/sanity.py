@@ -4,8 +4,7 @@
 
 Maps of the shipped model are compared with maps of the same images, for the same class, after its
 weights are randomised part by part from the head down (arXiv 1810.03292, section 3), and for other
-classes. The figure is Spearman's rank correlation over the pixels that are not black: all together
-would give a high figure to any two maps that leave the background out.
+classes. The figure is Spearman's rank correlation over the pixels that are not black.
 """
 
 import copy

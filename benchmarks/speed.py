@@ -6,9 +6,8 @@
     python benchmarks/speed.py heatmaps    against captum and grad-cam, which it needs:
                                            pip install --no-deps grad-cam ttach
 
-What is compared takes turns, and the medians count: compare the ratios within a section. A training
-step is whole, from the augmentation to the average. It counts as three forward passes; the peak is
-the rate of large matrix products in the same precision.
+What is compared takes turns, and the medians count: compare ratios. A training step is whole. It
+counts as three forward passes; the peak is the rate of large matrix products.
 """
 
 import argparse
@@ -153,7 +152,7 @@ def busy(args: argparse.Namespace) -> Iterator[results.Row]:
 
 
 def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
-    """Grad-CAM at the end of the shipped model's stem; the maps have to agree to be timed."""
+    """Grad-CAM at the end of the shipped model's stem; tests compare the maps with captum's."""
     from captum.attr import LayerAttribution, LayerGradCam
     from pytorch_grad_cam import GradCAM as PackageGradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
@@ -174,17 +173,9 @@ def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
         with PackageGradCAM(model, [layer]) as cam:
             return torch.from_numpy(cam(x, [ClassifierOutputTarget(int(label)) for label in y]))
 
-    def stretch(maps: Tensor) -> Tensor:
-        """Each map (N, H, W) from 0 to 1, as grad-cam makes them."""
-        maps = maps - maps.amin(dim=(1, 2), keepdim=True)
-        return maps / maps.amax(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(maps.dtype).tiny)
-
     makers = {"this project": by_project, "captum": by_captum, "grad-cam": by_grad_cam}
     for size in (1, 64, 256):
         batch = dataset.normalize(images[:size]), labels[:size]
-        expected = stretch(by_project(*batch))
-        for make in makers.values():
-            torch.testing.assert_close(stretch(make(*batch)), expected, rtol=0, atol=1e-5)
         calls = {name: partial(make, *batch) for name, make in makers.items()}
         seconds = results.median_seconds(calls, args.rounds)
         for name, value in seconds.items():

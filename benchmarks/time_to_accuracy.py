@@ -3,8 +3,8 @@
     python benchmarks/time_to_accuracy.py                      --recipe fast, five seeds
     python benchmarks/time_to_accuracy.py --original FOLDER    beside the re-created project
 
-The peak is the mean rate of large matrix products, in the precision of the training, right before
-and after each run. A step counts as three forward passes, though a frozen layer needs less.
+The peak is the mean rate of large matrix products right before and after a run. A step counts as
+three forward passes.
 
 FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with
 its batch size of 2, take 500 steps before and after each run. All 97 epochs are counted at that
@@ -97,7 +97,6 @@ def measure(flags: list[str], data_dir: str) -> results.Row:
     history = checkpoint["history"]
     images_per_second = sum(row["images"] for row in history) / history[-1]["seconds"]
     gflops = images_per_second * 6 * peers.multiply_adds(model) / 1e9
-    peak = statistics.mean(peaks)
     return dict(
         command=shlex.join(["python", "train.py", *flags]),
         test_accuracy=float(re.search(r"^test accuracy ([\d.]+)", ended.stdout, re.MULTILINE)[1]),
@@ -105,8 +104,7 @@ def measure(flags: list[str], data_dir: str) -> results.Row:
         training_seconds=round(history[-1]["seconds"], 1),
         images_per_second=round(images_per_second),
         gflops=round(gflops),
-        peak_gflops=round(peak),
-        fraction_of_peak=gflops / peak,
+        fraction_of_peak=gflops / statistics.mean(peaks),
         parameters=model.num_parameters(),
         machine=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
     )
@@ -126,7 +124,6 @@ def main() -> None:
             after = original_rate(args.original)
             seconds = ORIGINAL_EPOCHS * 60_000 / statistics.mean((before, after))
             row |= dict(original_before=round(before, 1), original_after=round(after, 1))
-            row["original_hours"] = round(seconds / 3600, 1)
             row["times_faster"] = round(seconds / row["seconds"])
         results.add(args.output, row, "command", "machine")
     rows = results.read(args.output)
