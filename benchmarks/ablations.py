@@ -1,7 +1,6 @@
 """Experiments on the validation split, and the table of all that were made.
 
     python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --pool mean
-    python benchmarks/ablations.py --table
 
 The first trains with the flags of `train.py` after `--` and adds a row, without looking at the test
 split. Rows of one group are to be compared. A row can be repeated at its commit.

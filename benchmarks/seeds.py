@@ -1,8 +1,6 @@
 """The test accuracy of every trained seed, with mean and standard deviation.
 
 python benchmarks/seeds.py checkpoints/best.pt    test a finished run and add its row
-python benchmarks/seeds.py --table                print that file
-
 """
 
 import itertools

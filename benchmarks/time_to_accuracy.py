@@ -3,8 +3,7 @@
     python benchmarks/time_to_accuracy.py                      --recipe fast, five seeds
     python benchmarks/time_to_accuracy.py --original FOLDER    beside the re-created project
 
-The peak is the mean rate of large matrix products right before and after a run. A step counts as
-three forward passes.
+The peak is the mean rate of large matrix products right before and after a run.
 
 FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with
 its batch size of 2, take 500 steps before and after each run. All 97 epochs are counted at that
