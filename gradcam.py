@@ -109,8 +109,7 @@ def check_output(output: torch.Tensor, score: torch.Tensor, n: int) -> None:
 def gradcam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A channel's weight is its mean gradient, (N, C, 1, 1).
 
-    Selvaraju et al. 2017, "Grad-CAM: Visual Explanations from Deep Networks via Gradient-based
-    Localization", arXiv 1610.02391, equations 1 and 2.
+    Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2.
     """
     return gradient.mean(dim=(2, 3), keepdim=True)
 
@@ -118,8 +117,7 @@ def gradcam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 def gradcam_plus_plus(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """A channel's weight, (N, C, 1, 1), sums its positive gradients, weighted by curvature.
 
-    Chattopadhay et al. 2018, "Grad-CAM++: Generalized Gradient-based Visual Explanations for Deep
-    Convolutional Networks", arXiv 1710.11063. The score is taken through an exponential, which
+    Chattopadhay et al. 2018, arXiv 1710.11063. The score is taken through an exponential, which
     makes its higher derivatives powers of G.
     """
     curvature = 2 * gradient**2 + activation.sum(dim=(2, 3), keepdim=True) * gradient**3
@@ -128,11 +126,7 @@ def gradcam_plus_plus(activation: torch.Tensor, gradient: torch.Tensor) -> torch
 
 
 def hirescam(activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Every place has its own weight, its gradient.
-
-    Draelos & Carin 2020, "Use HiResCAM instead of Grad-CAM for faithful explanations of
-    convolutional neural networks", arXiv 2011.08891.
-    """
+    """Every place has its own weight, its gradient (Draelos & Carin 2020, arXiv 2011.08891)."""
     return gradient
 
 
