@@ -87,6 +87,7 @@ def resealed(content, change):
     return new.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch's, of odd tensors
 def test_a_damaged_checkpoint_is_refused_or_has_the_same_weights(good, draw):
     content, weights = good.read_bytes(), load_checkpoint(good)[0].state_dict()
