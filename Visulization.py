@@ -6,7 +6,7 @@ README.md shows more. The pictures of the shipped model go to HeapImg/, those of
 folder of its own there.
 """
 
-from common.console import prepare
+from common.console import outlive_output, prepare
 
 if __name__ == "__main__":
     prepare("Visulization.py")
@@ -129,7 +129,8 @@ def choose_images(
         return index[: args.worst]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
     by_class = [index[labels[index] == label][: args.num_images] for label in args.classes]
-    return torch.cat([some.sort().values for some in by_class])
+    chosen = torch.cat([some.sort().values for some in by_class])
+    return chosen[:1] if args.compare_layers else chosen
 
 
 def explain_test_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
@@ -145,13 +146,19 @@ def find_pictures(given: list[Path]) -> list[Path]:
     """The pictures that are given, and those in the folders that are; each file once."""
     found = []
     for path in given:
-        if os.path.isdir(path):
-            names = sorted(glob.glob("*", root_dir=path))  # none where the folder is not readable
-            found += [path / name for name in names if Path(name).suffix.lower() in ENDINGS]
-        else:
-            found.append(path)
+        if not os.path.isdir(path):
+            matches = sorted(glob.glob(str(path)))  # a wildcard that no shell has expanded
+            is_pattern = matches and not os.path.exists(path)
+            found += map(Path, matches) if is_pattern else [path]
+            continue
+        try:
+            names = sorted(os.listdir(path))
+        except OSError as error:
+            raise UserError(f"--image {path}: {error.strerror}; name another folder") from error
+        names = [name for name in names if not name.startswith(".")]
+        found += [path / name for name in names if Path(name).suffix.lower() in ENDINGS]
     if not found:
-        raise UserError("--image: there are no readable pictures in this folder; name another one")
+        raise UserError("--image: there are no pictures in this folder; name another one")
     return list({os.path.realpath(path): path for path in found}.values())
 
 
@@ -275,7 +282,8 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
 def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None:
     """Write what the flags ask for into `args.output_dir`, and say where it is."""
     is_one_sheet = args.worst or args.average
-    if is_one_sheet or (len(explanations) > 1 and not args.image):
+    is_several = len(explanations) > 1 and not args.image and not args.compare_layers
+    if is_one_sheet or is_several:
         draw_sheet(args, explanations)
     for e in explanations if not is_one_sheet else []:
         if args.compare_layers:
@@ -330,7 +338,11 @@ def make_parser() -> ArgumentParser:
     add("--target-layer", **several, metavar="NAME", help=layers)
     add("--target-class", **one_class, help="class to explain (default: the predicted one)")
     add("--versus", **other, help='class to compare with, or "next": the likeliest other')
-    add("--compare-layers", **yes, help="draw each image as a sheet of its maps in all layers")
+    add(
+        "--compare-layers",
+        **yes,
+        help="draw an image, or each that is named, in all layers",
+    )
     add("--save-arrays", **yes, help="also write heatmaps.npz: maps, labels and probabilities")
     add("--html", **yes, help="also write index.html, a gallery to filter and to sort")
     add("--data-dir", **path, default=Path("data"), help="folder of Fashion-MNIST (default: data)")
@@ -362,7 +374,7 @@ def parse_arguments() -> Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    with errors_in_one_line("Visulization.py"):
+    with errors_in_one_line("Visulization.py"), outlive_output("Visulization.py"):
         set_threads()
         cam = load_model(args)
         if args.image:

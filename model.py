@@ -227,6 +227,10 @@ COLUMNS = ("epoch", "lr", "seconds", "_loss", "_accuracy")
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"
 
 
+# What a configuration or weights that do not fit raise.
+BROKEN = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 class CheckpointError(UserError):
     """A checkpoint cannot be used."""
 
@@ -296,7 +300,7 @@ def load_checkpoint(
     try:
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except BROKEN as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise CheckpointError(
             f"{path} does not fit the model that model.py builds now ({reason}): train again"

@@ -40,10 +40,6 @@ def errors_in_one_line(script: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        # Python flushes it once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(f"{script}: error: the program that reads the output has ended") from None
     except UserError as error:
         one_line = " ".join(str(error).split())
         raise SystemExit(f"{script}: error: {printable(one_line)}") from None

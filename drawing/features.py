@@ -82,11 +82,14 @@ def feature_statistics(
     if statistics:
         return statistics
     images, labels = dataset.load(data_dir, train=True)
-    seed = train_config.get("seed", 0)
-    trained, others = dataset.split_indices(labels, train_config.get("val_size", 0), seed)
-    train_size = train_config.get("train_size", 0)
-    if train_size:
-        trained = trained[dataset.split_indices(labels[trained], train_size, seed)[1]]
+    names = ("val_size", "train_size", "seed")
+    val_size, train_size, seed = (train_config.get(name, 0) for name in names)
+    try:
+        trained, others = dataset.split_indices(labels, val_size, seed)
+        if train_size:
+            trained = trained[dataset.split_indices(labels[trained], train_size, seed)[1]]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say which images it was trained on") from error
     if not len(others):
         trained, others = trained[: 2 * SAMPLE].chunk(2)
     statistics = measure(model, images[trained], labels[trained], images[others])

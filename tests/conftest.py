@@ -85,7 +85,9 @@ def small_files(
 
 @pytest.fixture
 def small_data(small_files: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the first 500 training and 100 test images; they are the whole data set for a test."""
+    """A folder with the first 500 training and 100 test images; they are the whole data set for a
+    test.
+    """
     monkeypatch.setattr(dataset, "FILES", small_files[1])
     monkeypatch.setattr(dataset, "DEBIAN_FOLDER", small_files[0])
     monkeypatch.setattr(dataset.FashionMNIST, "mirrors", [])
@@ -122,7 +124,9 @@ def flags_of(settings: dict[str, object]) -> list[str]:
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Runs train.py in this process, in an empty folder; returns the exit status or the line of an error."""
+    """Runs train.py in this process, in an empty folder; returns the exit status or the line of an
+    error.
+    """
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
 

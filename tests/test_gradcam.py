@@ -24,7 +24,7 @@ def shares(maps):
     return maps / maps.abs().sum(dim=(1, 2), keepdim=True).clamp_min(1e-20)
 
 
-# ---- The methods on paper --------------------------------------------------------------------------------------------
+# ---- The methods on paper ------------------------------------------------------------------------
 
 # One image, two channels, 2 x 2 places. Mean gradients 1 and -0.5.
 ACTIVATION = torch.tensor([[[[1.0, 0.0], [2.0, 4.0]], [[4.0, 2.0], [0.0, 0.0]]]])
@@ -37,8 +37,10 @@ GRADIENT = torch.tensor([[[[2.0, 0.0], [0.0, 2.0]], [[-1.0, -2.0], [0.0, 1.0]]]]
         ("gradcam", [[0.0, 0.0], [2.0, 4.0]]),  # A_0 - A_1 / 2: -1, -1, 2, 4
         ("hirescam", [[0.0, 0.0], [0.0, 8.0]]),  # 2 - 4, 0 - 4, 0, 8 + 0
         ("layercam", [[2.0, 0.0], [0.0, 8.0]]),  # the negative gradients left out
-        # Channel 0 adds up to 7: each of two places has the share 4 / (2 * 4 + 7 * 8) = 1 / 16, the weight is
-        # 2 * 2 / 16. Channel 1 adds up to 6, and one place has a positive gradient: 1 / (2 + 6) * 1.
+        # Channel 0 adds up to 7: each of two places has the share 4 / (2 * 4 + 7 * 8) = 1 / 16, the
+        # weight is
+        # 2 * 2 / 16. Channel 1 adds up to 6, and one place has a positive gradient: 1 / (2 + 6) *
+        # 1.
         ("gradcam++", [[0.25 + 0.5, 0.25], [0.5, 1.0]]),
     ],
 )
@@ -47,13 +49,16 @@ def test_methods_on_paper(method, expected):
         return (METHODS[method](ACTIVATION, gradient) * ACTIVATION).sum(dim=1).relu()
 
     assert added_up(GRADIENT).tolist() == [expected]
-    # Where only negative gradients meet activations that are not negative, nothing speaks for the class.
+    # Where only negative gradients meet activations that are not negative, nothing speaks for the
+    # class.
     assert added_up(-GRADIENT.abs()).count_nonzero() == 0
     assert added_up(torch.zeros_like(GRADIENT)).count_nonzero() == 0
 
 
 class OnPaper(nn.Module):
-    """A model whose layers put out given activations and whose logits have given gradients with respect to them."""
+    """A model whose layers put out given activations and whose logits have given gradients with
+    respect to them.
+    """
 
     def __init__(self, *layers):
         super().__init__()
@@ -64,7 +69,10 @@ class OnPaper(nn.Module):
         logits = [0, 0]
         for layer, (activation, *gradients) in zip(self.layers, self.given, strict=True):
             output = layer(activation.clone())
-            logits = [logit + (output * g).sum(dim=(1, 2, 3)) for logit, g in zip(logits, gradients, strict=True)]
+            logits = [
+                logit + (output * g).sum(dim=(1, 2, 3))
+                for logit, g in zip(logits, gradients, strict=True)
+            ]
         return torch.stack(logits, dim=1)
 
 
@@ -74,8 +82,10 @@ class OnPaper(nn.Module):
         ("gradcam", [[-1.0, -1.0], [2.0, 4.0]]),
         ("hirescam", [[-2.0, -4.0], [0.0, 8.0]]),
         ("layercam", [[-2.0, -4.0], [0.0, 8.0]]),
-        # For the opposite, channel 0 has no weight; in channel 1 the gradients 1 and 2 have the shares
-        # 1 / (2 * 1 + 6 * 1) and 4 / (2 * 4 + 6 * 8): 1 / 8 + 1 / 7. Its whole weight is 1 / 8 - 1 / 8 - 1 / 7.
+        # For the opposite, channel 0 has no weight; in channel 1 the gradients 1 and 2 have the
+        # shares
+        # 1 / (2 * 1 + 6 * 1) and 4 / (2 * 4 + 6 * 8): 1 / 8 + 1 / 7. Its whole weight is 1 / 8 - 1
+        # / 8 - 1 / 7.
         ("gradcam++", [[0.25 - 4 / 7, -2 / 7], [0.5, 1.0]]),
     ],
 )
@@ -84,9 +94,13 @@ def test_a_contrast_on_paper(method, expected):
     expected = torch.tensor([expected])
     with GradCAM(model, "layers.0", method, reshape=lambda x: x) as cam:
         torch.testing.assert_close(cam(x, 0, versus=1), expected / expected.abs().max())
-        torch.testing.assert_close(cam(x, 0, versus=1, normalize=False), expected / expected.abs().sum())
+        torch.testing.assert_close(
+            cam(x, 0, versus=1, normalize=False), expected / expected.abs().sum()
+        )
         assert torch.equal(cam(x, 1, versus=0), -cam(x, 0, versus=1))
-        assert cam(x, 0, versus=0).count_nonzero() == cam(x, 1, normalize=False).count_nonzero() == 0
+        assert (
+            cam(x, 0, versus=0).count_nonzero() == cam(x, 1, normalize=False).count_nonzero() == 0
+        )
 
 
 def grid(*rows):
@@ -101,7 +115,8 @@ def test_layers_are_averaged_by_their_shares_and_one_without_evidence_is_left_ou
     with GradCAM(model, list(model.layers), "hirescam") as cam:
         assert cam(x, 0, normalize=False).tolist() == [[[0.125, 0.375], [0.0, 0.5]]]
         assert cam(x, 0).tolist() == [[[0.25, 0.75], [0.0, 1.0]]]
-        assert cam(x, 1, normalize=False).tolist() == [[[0.0, 0.0], [0.0, 1.0]]]  # the first speaks against the class
+        # the first speaks against the class
+        assert cam(x, 1, normalize=False).tolist() == [[[0.0, 0.0], [0.0, 1.0]]]
         # With a sign, the amounts of a layer add up to 1: here (-2, -6, 0, 2) and (0, 0, 0, 1).
     signed = grid([-2.0, -6.0], [0.0, 2.0]), torch.tensor(1.0), torch.tensor(0.0)
     model = OnPaper(signed, second)
@@ -125,12 +140,15 @@ def test_what_is_left_over_of_large_terms_is_no_evidence(left, some, signed):
         assert maps.any() == some and maps.isnan().any() == (left != left)
 
 
-# ---- Layouts ---------------------------------------------------------------------------------------------------------
+# ---- Layouts -------------------------------------------------------------------------------------
 
 
 def remedies(message, **names):
     """The functions that a message offers as `reshape`."""
-    return [eval(code, names) for code in re.findall(r"lambda \w: .*?(?=[;,]? with|; if|, after|$)", message)]
+    return [
+        eval(code, names)
+        for code in re.findall(r"lambda \w: .*?(?=[;,]? with|; if|, after|$)", message)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +204,9 @@ def test_what_is_no_grid_of_the_image_is_refused(shape, image_size):
 )
 def test_a_grid_with_channels_first_and_with_channels_last_is_refused(shape, image_size):
     output = torch.rand(shape)
-    with pytest.raises(ValueError, match=r"in two ways .* \(N, C, h, w\).* \(N, h, w, C\)") as error:
+    with pytest.raises(
+        ValueError, match=r"in two ways .* \(N, C, h, w\).* \(N, h, w, C\)"
+    ) as error:
         tokens_to_grid(output, image_size)
     first, last, _ = remedies(str(error.value))
     assert torch.equal(first(output), output) and torch.equal(last(output), output.movedim(3, 1))
@@ -197,7 +217,12 @@ class Last(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.relu, self.head = nn.Conv2d(1, 16, 1), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)
+        self.conv, self.norm, self.relu, self.head = (
+            nn.Conv2d(1, 16, 1),
+            nn.LayerNorm(16),
+            nn.ReLU(),
+            nn.Linear(16, 3),
+        )
 
     def forward(self, x):
         return self.head(self.relu(self.norm(self.conv(x).movedim(1, 3))).mean(dim=(1, 2)))
@@ -211,7 +236,8 @@ def test_the_kind_of_a_layer_tells_where_its_channels_are(layer, dimension):
     assert expected.any() and torch.equal(GradCAM(model, layer, "layercam")(x, 1), expected)
     with pytest.raises(ValueError, match="in two ways"):
         GradCAM(model, "relu")(x)
-    model.norm.register_forward_pre_hook(lambda norm, inputs: inputs[0][:, ::4])  # as queries (N, heads, T, d)
+    # as queries (N, heads, T, d)
+    model.norm.register_forward_pre_hook(lambda norm, inputs: inputs[0][:, ::4])
     with pytest.raises(ValueError, match=r"\(2, 4, 16, 16\) is not laid out"):
         GradCAM(model, "norm")(x)
 
@@ -254,7 +280,7 @@ def test_the_batch_has_to_come_first_also_with_as_many_images_as_tokens():
     torch.testing.assert_close(GradCAM(second, "layer", "layercam", remedy)(x), expected)
 
 
-# ---- Against other implementations -----------------------------------------------------------------------------------
+# ---- Against other implementations ---------------------------------------------------------------
 
 
 class ToGrid(nn.Module):
@@ -269,7 +295,9 @@ class ToTokens(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-@pytest.mark.parametrize("layer", ["stem.first", "stem.stage1_0", "stem.down2.0.0", "stem.stage2_0", "blocks.0"])
+@pytest.mark.parametrize(
+    "layer", ["stem.first", "stem.stage1_0", "stem.down2.0.0", "stem.stage2_0", "blocks.0"]
+)
 def test_maps_agree_with_captum(small_model, x, layer):
     target = torch.tensor([0, 9, 3, 3, 6, 1])
     versus = torch.tensor([1, 0, 6, 4, 2, 8])
@@ -306,7 +334,7 @@ def test_layercam_agrees_with_torchcam(small_model, x, layer):
     torch.testing.assert_close(maps, shares(expected), rtol=1e-4, atol=1e-4)
 
 
-# ---- The hooks -------------------------------------------------------------------------------------------------------
+# ---- The hooks -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -325,8 +353,17 @@ def test_hirescam_in_front_of_a_layer_norm_has_no_evidence_and_no_other_map_is_l
     x = dataset.normalize(test_split[0][:50])
     predicted = model(x).argmax(dim=1)
     assert GradCAM(model, "blocks.0", "hirescam")(x).count_nonzero() == 0
-    assert GradCAM(model, "blocks.0", "hirescam")(x, predicted, versus=(predicted + 1) % 10).count_nonzero() == 0
-    for method, layers in (("layercam", model.stage_ends()[:2]), ("layercam", "blocks.0"), ("gradcam", "blocks.0")):
+    assert (
+        GradCAM(model, "blocks.0", "hirescam")(
+            x, predicted, versus=(predicted + 1) % 10
+        ).count_nonzero()
+        == 0
+    )
+    for method, layers in (
+        ("layercam", model.stage_ends()[:2]),
+        ("layercam", "blocks.0"),
+        ("gradcam", "blocks.0"),
+    ):
         assert GradCAM(model, layers, method)(x).amax(dim=(1, 2)).tolist() == [1] * 50
 
 
@@ -334,8 +371,14 @@ def test_the_default_class_is_the_predicted_one_and_each_image_may_have_its_own(
     with GradCAM(small_model, "stem.stage1_0") as cam:
         default = cam(x)
         predicted = cam.logits.argmax(dim=1)
-        assert default.shape == (6, 28, 28) and default.dtype == torch.float32 and not default.requires_grad
-        assert torch.equal(default, cam(x, predicted)) and torch.equal(default, cam(x, predicted.tolist()))
+        assert (
+            default.shape == (6, 28, 28)
+            and default.dtype == torch.float32
+            and not default.requires_grad
+        )
+        assert torch.equal(default, cam(x, predicted)) and torch.equal(
+            default, cam(x, predicted.tolist())
+        )
         mixed = cam(x, [2, 2, 2, 5, 5, 5])
         torch.testing.assert_close(mixed[:3], cam(x[:3], 2), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mixed[3:], cam(x[3:], 5), rtol=1e-4, atol=1e-5)
@@ -356,7 +399,11 @@ def test_one_forward_and_one_backward_pass_no_further_than_the_layer(small_model
 
 def settings(model):
     hooks = [len(module._forward_hooks) for module in model.modules()]
-    return hooks, [module.training for module in model.modules()], [p.requires_grad for p in model.parameters()]
+    return (
+        hooks,
+        [module.training for module in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+    )
 
 
 def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
@@ -376,7 +423,9 @@ def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
     with pytest.raises(RuntimeError):
         GradCAM(small_model, "blocks.1")(torch.zeros(2, 3, 28, 28))
     assert settings(small_model) == before
-    assert all(torch.equal(buffer, statistics[name]) for name, buffer in small_model.named_buffers())
+    assert all(
+        torch.equal(buffer, statistics[name]) for name, buffer in small_model.named_buffers()
+    )
 
 
 def test_it_works_where_gradients_are_switched_off(small_model, x):
@@ -389,15 +438,24 @@ def test_it_works_where_gradients_are_switched_off(small_model, x):
     assert torch.equal(maps, GradCAM(small_model, "blocks.0")(x))
 
 
-@pytest.mark.parametrize("images", [(torch.zeros(2, 1, 28, 28),), [torch.zeros(1, 28, 28)], torch.zeros(1, 28, 28)])
+@pytest.mark.parametrize(
+    "images", [(torch.zeros(2, 1, 28, 28),), [torch.zeros(1, 28, 28)], torch.zeros(1, 28, 28)]
+)
 def test_images_that_are_not_one_tensor_are_refused(small_model, images):
-    with pytest.raises(ValueError, match=r"one tensor \(N, channels, H, W\), not a (tuple|list|tensor \(1, 28, 28\))"):
+    with pytest.raises(
+        ValueError,
+        match=r"one tensor \(N, channels, H, W\), not a (tuple|list|tensor \(1, 28, 28\))",
+    ):
         GradCAM(small_model, "blocks.0")(images)
 
 
-@pytest.mark.parametrize("reshape", [lambda t: t[:, 1:], lambda t: [t], lambda t: t[1:].mT.unflatten(2, (7, 7))])
+@pytest.mark.parametrize(
+    "reshape", [lambda t: t[:, 1:], lambda t: [t], lambda t: t[1:].mT.unflatten(2, (7, 7))]
+)
 def test_a_reshape_that_returns_no_grids_is_refused(small_model, x, reshape):
-    with pytest.raises(ValueError, match=r"`reshape` returns a .*, not a tensor \(N, C, h, w\) for the 6 images"):
+    with pytest.raises(
+        ValueError, match=r"`reshape` returns a .*, not a tensor \(N, C, h, w\) for the 6 images"
+    ):
         GradCAM(small_model, "blocks.0", reshape=reshape)(x)
 
 
@@ -438,9 +496,13 @@ def test_of_a_layer_that_runs_twice_either_run_is_explained(other):
     torch.testing.assert_close(both, (maps[1] + once) / 2)
 
 
-@pytest.mark.parametrize("layer, run, count", [("conv", None, 2), ("conv", 2, 2), ("conv", -1, 2), ("once", 1, 1)])
+@pytest.mark.parametrize(
+    "layer, run, count", [("conv", None, 2), ("conv", 2, 2), ("conv", -1, 2), ("once", 1, 1)]
+)
 def test_a_run_has_to_be_one_of_the_layers(layer, run, count):
-    with pytest.raises(ValueError, match=f"runs in one forward pass is {count}: .*`run`, from 0 to {count - 1}"):
+    with pytest.raises(
+        ValueError, match=f"runs in one forward pass is {count}: .*`run`, from 0 to {count - 1}"
+    ):
         GradCAM(Twice(None), layer, run=run)(torch.randn(2, 3, 8, 8))
 
 
@@ -462,7 +524,11 @@ def test_impossible_classes_are_refused(small_model, x, target):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_empty_batch_has_no_maps(small_model, x, method):
     with GradCAM(small_model, ["stem.first", "blocks.0"], method) as cam:
-        assert cam(x[:0]).shape == cam(x[:0], torch.arange(0), versus=3, normalize=False).shape == (0, 28, 28)
+        assert (
+            cam(x[:0]).shape
+            == cam(x[:0], torch.arange(0), versus=3, normalize=False).shape
+            == (0, 28, 28)
+        )
 
 
 def test_layers_without_places_and_unknown_names_are_refused(small_model, x):
@@ -480,7 +546,7 @@ def test_layers_without_places_and_unknown_names_are_refused(small_model, x):
         GradCAM(small_model, "blocks.0", "scam")
 
 
-# ---- Other people's models -------------------------------------------------------------------------------------------
+# ---- Other people's models -----------------------------------------------------------------------
 
 
 def without_in_place_operations(model, monkeypatch):
@@ -533,7 +599,10 @@ class Passing(nn.Module):
 def test_a_layer_that_hands_on_its_input_has_its_own_gradient():
     torch.manual_seed(0)
     model, x = Passing(), torch.rand(2, 1, 4, 4)
-    alone = [GradCAM(model, layer, "hirescam")(x, 0, versus=1, normalize=False) for layer in ("first", "branch")]
+    alone = [
+        GradCAM(model, layer, "hirescam")(x, 0, versus=1, normalize=False)
+        for layer in ("first", "branch")
+    ]
     both = GradCAM(model, ["first", "branch"], "hirescam")(x, 0, versus=1, normalize=False)
     torch.testing.assert_close(both, sum(alone) / 2)
 
@@ -551,14 +620,20 @@ def test_channels_last(layer, size):
 
 def test_class_tokens_are_refused_with_a_remedy_that_works():
     torch.manual_seed(0)
-    model, x = models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5).eval(), torch.rand(2, 3, 32, 32)
+    model, x = (
+        models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5).eval(),
+        torch.rand(2, 3, 32, 32),
+    )
     nn.init.normal_(model.heads.head.weight)
     layer = model.encoder.layers.encoder_layer_0
     with pytest.raises(ValueError, match="is not laid out") as error:
         GradCAM(model, layer)(x)
     remedy = remedies(str(error.value), extra=1, h=4, w=4)[2]
     maps = GradCAM(model, layer, "hirescam", remedy)(x, 1, versus=0, normalize=False)
-    products = [LayerGradientXActivation(model, layer).attribute(x, target=label).detach() for label in (0, 1)]
+    products = [
+        LayerGradientXActivation(model, layer).attribute(x, target=label).detach()
+        for label in (0, 1)
+    ]
     expected = (products[1] - products[0])[:, 1:].sum(dim=2).view(2, 1, 4, 4)
     expected = F.interpolate(expected, (32, 32), mode="bilinear")[:, 0]
     torch.testing.assert_close(maps, shares(expected), rtol=1e-3, atol=1e-5)
@@ -569,7 +644,12 @@ class Ending(nn.Module):
 
     def __init__(self, end):
         super().__init__()
-        self.conv, self.relu, self.head, self.end = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Linear(4, 3), end
+        self.conv, self.relu, self.head, self.end = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(),
+            nn.Linear(4, 3),
+            end,
+        )
 
     def forward(self, x):
         return self.end(self, self.relu(self.conv(x)))
@@ -593,7 +673,11 @@ def test_models_that_cannot_be_explained_are_refused(end, words):
     for layers in ("conv", ["conv", "relu"]):
         with pytest.raises(ValueError, match=words):
             GradCAM(model, layers)(torch.rand(2, 1, 8, 8))
-    assert model.training and all(p.requires_grad for p in model.parameters()) and not model.conv._forward_hooks
+    assert (
+        model.training
+        and all(p.requires_grad for p in model.parameters())
+        and not model.conv._forward_hooks
+    )
 
 
 def test_a_detached_first_layer_is_refused_although_a_later_one_has_a_gradient():

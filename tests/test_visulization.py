@@ -497,7 +497,7 @@ def test_folders_are_looked_into_and_each_picture_is_taken_once(run, drawn, tmp_
     assert saved["target_classes"].tolist() == [8] * 3
     assert saved["maps"].any() and not saved["true_maps"].any()
     (tmp_path / "empty").mkdir()
-    assert "there are no readable pictures in this folder" in run("--image", "empty")
+    assert "there are no pictures in this folder" in run("--image", "empty")
 
 
 def test_the_likeliest_classes_are_printed_with_the_doubts(

@@ -57,7 +57,7 @@ def set_threads(threads: int = 0) -> int:
     """Use this many CPU threads; 0 takes one per core, or fewer where some cores are busy.
 
     PyTorch's threads spin while they wait for each other, so if one of them shares its core with
-    another program, all are slower than fewer would be (`benchmarks/busy_cores.py`). Load averages
+    another program, all are slower than fewer would be (`benchmarks/speed.py busy`). Load averages
     lag, and in a container show the host, so this measures for 0.4 s. It leaves a user's own
     OMP_NUM_THREADS alone, and returns the number of threads.
     """

@@ -106,6 +106,11 @@ def time_of_last(folder: Path) -> str:
     return ""
 
 
+def cannot_write(folder: Path, error: OSError) -> UserError:
+    """What to say of a folder that a run cannot write to."""
+    return UserError(f"cannot write to {folder}: {error.strerror}; choose another --output-dir")
+
+
 @contextmanager
 def reserve_folder(folder: Path) -> Iterator[None]:
     """Make the folder of a run, and keep other runs out of it meanwhile, by a UserError.
@@ -116,25 +121,23 @@ def reserve_folder(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; choose another --output-dir"
-        ) from error
+        raise cannot_write(folder, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another run is writing to {folder}: give this one another --output-dir"
-            ) from None
+            what = f"another run is writing to {folder}"
+            raise UserError(f"{what}: give this one another --output-dir") from None
         except (OSError, AttributeError):  # Windows and some network drives have no locks
             pass
         else:
             for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
                 part.unlink()
         if not processes.is_restart():
-            lock.truncate(0)
-            lock.write(time_of_last(folder))
-            lock.flush()
+            try:
+                (folder / ".lock").write_text(time_of_last(folder))
+            except OSError as error:  # the disk is full
+                raise cannot_write(folder, error) from error
         yield
 
 
