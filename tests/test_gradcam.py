@@ -460,7 +460,7 @@ def test_a_reshape_that_returns_no_grids_is_refused(small_model, x, reshape):
 
 
 class Twice(nn.Module):
-    """A convolution of the images and of other ones; without those, of what it made of the images."""
+    """A convolution of the images and of other ones, or else of what it made of the images."""
 
     def __init__(self, other):
         super().__init__()
