@@ -92,9 +92,7 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
         raise UserError(f"is no picture of a known format: give one of {known}") from None
     except (Image.DecompressionBombError, MemoryError):
         raise UserError("has too many pixels: scale it down first") from None
-    except (
-        Exception
-    ) as error:  # Pillow reports damage as one of many types, such as SyntaxError and struct.error
+    except Exception as error:  # of one of many types, such as SyntaxError and struct.error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         reason = reason.splitlines()[0]
         advice = "use another copy, or export it as PNG or JPEG"
