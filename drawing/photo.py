@@ -167,7 +167,7 @@ def strip_frame(colors: np.ndarray) -> np.ndarray:
     for turn in (1, -1):  # the sides, and then above and below
         colors = np.rot90(colors, turn)
         first, last = bar_width(colors), bar_width(colors[::-1])
-        if first and last:  # only one may be the table that a shoe stands on
+        if first and last:  # one alone may be what is below a wide shoe
             colors = colors[first:-last]
     return np.ascontiguousarray(colors)
 
