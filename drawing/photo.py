@@ -12,54 +12,131 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from common.files import UserError
 from dataset import IMAGE_SIZE
 
-Image.init()  # Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
-FORMATS = tuple(x for x in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF") if x in Image.OPEN)
+Image.init()
+# Not all that Pillow reads: it hands PostScript, which is a program, to Ghostscript.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
+FORMATS = tuple(name for name in FORMATS if name in Image.OPEN)
+MAX_FRAMES = 100  # among which one that is not blank is looked for
+WHITES = 1, 255, 1023, 4095, 16383, 65535  # of fractions, and of 8, 10, 12, 14 and 16 bits
 WORKING_SIZE = 256  # pixels of the longer side in which the garment is looked for
-FAINT = 3.0  # pixels this close to the background count as background; in CIELAB, black and white are 100 apart
+# Distances in CIELAB, where black and white are 100 apart.
+FAINT = 3.0  # pixels this close to the background count as background
 BUSY = 1.0  # a background that differs by this from a smooth one gets a closer look
 
 
-def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
-    """Colours and opacity of a picture of any size and depth: float32 (H, W, 3), RGB, and (H, W), 0 to 1."""
+def read_frame(picture: Image.Image) -> tuple[Image.Image, bool]:
+    """The first frame or page that is not blank, and whether it is deep, of more than 8 bits a value.
+
+    Blank is what has one colour or is transparent all over. The frame is upright, and of mode "F" if it is deep and
+    grey, "RGBA" otherwise.
+    """
+    for number in range(MAX_FRAMES):
+        try:
+            picture.seek(number)
+        except EOFError:
+            break
+        is_deep = picture.mode.startswith(("I", "F")) or ";16" in str(picture.tile)
+        picture.load()
+        frame = picture
+        with suppress(Exception):  # damaged orientation data is no reason to give up
+            frame = ImageOps.exif_transpose(picture)
+        is_gray = frame.mode.startswith(("I", "F"))  # convert("RGBA") would clip its values
+        frame = frame.convert("F" if is_gray else "RGBA")
+        lowest, highest = np.reshape(frame.getextrema(), (-1, 2)).T  # of the channels, opacity last
+        if (lowest != highest).any() and highest[-1] > 0:
+            break
+    return frame, is_deep
+
+
+def scale_to_white(values: np.ndarray) -> tuple[np.ndarray, str]:
+    """Deep values as fractions of white, 0 to 1, and a reason to doubt them, or "".
+
+    The file does not say which value is white. It is taken to be that of the lowest usual depth that holds all values.
+    """
+    values = np.nan_to_num(values, posinf=0, neginf=0)
+    highest = values.max()
+    enough = [white for white in WHITES if 1.1 * white >= highest]  # sharpening exceeds white a little
+    white = enough[0] if enough else highest
+    note = ""
+    if not enough or 1 < highest <= white / 2:
+        note = f"the file does not say which value is white: {white:.0f} is a guess"
+    return np.clip(values / white, 0, 1), note
+
+
+def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
+    """The colours of a picture of any size and depth, float32 RGB (H, W, 3), and its opacity, (H, W), both 0 to 1.
+
+    The third value is a reason to doubt them, or "". Raises a UserError if the file cannot be read.
+    """
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError("is not a file: name a picture")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
-            picture.load()
-            with suppress(Exception):  # damaged orientation data is no reason to give up
-                picture = ImageOps.exif_transpose(picture)
-            is_deep = picture.mode.startswith(("I", "F"))  # 16 bits or more, which convert("RGBA") would clip
-            picture = picture.convert("F" if is_deep else "RGBA")
-            highest = np.max(picture.getextrema())
-            picture.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than the final image needs
-            pixels = np.asarray(picture, np.float32)
+            frame, is_deep = read_frame(picture)
+            frame.thumbnail((1024, 1024), Image.Resampling.BOX)  # far more than is needed
+            pixels = np.asarray(frame, np.float32)
     except UnidentifiedImageError:
-        if bytes(np.fromfile(path, np.uint8, 12)[8:]) in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        start = np.fromfile(path, np.uint8, 16).tobytes().ljust(16)
+        if start[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
             raise UserError("this is HEIC: export it as JPEG") from None
-        raise UserError(f"is no picture of a known format: give one of {', '.join(FORMATS)}") from None
+        for kind in FORMATS:
+            _, is_such = Image.OPEN[kind]
+            if is_such(start):
+                advice = "is damaged or of a kind that cannot be read: export it as PNG or JPEG"
+                raise UserError(f"this {kind} file {advice}") from None
+        known = ", ".join(FORMATS)
+        raise UserError(f"is no picture of a known format: give one of {known}") from None
     except (Image.DecompressionBombError, MemoryError):
         raise UserError("has too many pixels: scale it down first") from None
-    except Exception as error:  # Pillow reports damage as one of many types, SyntaxError and struct.error among them
+    except Exception as error:  # Pillow reports damage as one of many types, such as SyntaxError and struct.error
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"cannot be read ({reason.splitlines()[0]}): use another copy") from error
-    if not is_deep:
-        return pixels[..., :3] / 255, pixels[..., 3] / 255
-    # The file does not say which value is white: the lowest usual one that no pixel exceeds.
-    white = next(white for white in (1, 255, 65535, np.inf) if not highest > white)
-    return np.stack([np.clip(np.nan_to_num(pixels) / white, 0, 1)] * 3, axis=-1), np.ones_like(pixels)
+        reason = reason.splitlines()[0]
+        advice = "use another copy, or export it as PNG or JPEG"
+        raise UserError(f"cannot be read ({reason}): {advice}") from error
+    if frame.mode == "F":
+        values, note = scale_to_white(pixels)
+        return np.stack([values] * 3, axis=-1), np.ones_like(values), note
+    colors, opacity, note = pixels[..., :3] / 255, pixels[..., 3] / 255, ""
+    if is_deep:  # Pillow keeps the upper 8 of the 16 bits of colours
+        colors, note = scale_to_white(pixels[..., :3] * 257)
+    return colors, opacity, note
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """The rows and columns from the first True of a mask, bool (H, W), to its last."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+
+
+def shrink(picture: np.ndarray) -> np.ndarray:
+    """A picture, float32 (H, W) or (H, W, 3), at most 256 pixels a side."""
+    scale = min(1, WORKING_SIZE / max(picture.shape[:2]))
+    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def bar_width(colors: np.ndarray) -> int:
+    """How many of the first lines of a picture, float32 RGB (H, W, 3), are an even bar: at most a fifth.
+
+    A bar ends in a jump of colour along nearly its whole length; a garment does not.
+    """
+    lines = np.ascontiguousarray(colors[: len(colors) // 5 + 2])
+    lab = cv2.cvtColor(lines, cv2.COLOR_RGB2LAB)
+    low, high = np.quantile(lab, (0.05, 0.95), axis=1)
+    is_even = np.logical_and.accumulate((high - low).max(axis=1) < 8)
+    change = np.abs(lab[2:] - lab[:-2]).max(axis=2)  # two lines on: edges are blurred
+    is_jump = np.quantile(change, 0.1, axis=1) > 8
+    ends = np.flatnonzero(is_even[:-2] & is_jump)
+    return ends[-1] + 2 if len(ends) else 0
 
 
 def strip_frame(colors: np.ndarray) -> np.ndarray:
     """Cut even bars off opposite sides of a picture, float32 RGB (H, W, 3), up to a fifth of it each."""
-    for turn in (1, -1):  # a bar ends in a jump of colour along nearly its whole length; a garment does not
-        colors, widths = np.rot90(colors, turn), []
-        for half in (colors, colors[::-1]):
-            lab = cv2.cvtColor(np.ascontiguousarray(half[: len(half) // 5 + 2]), cv2.COLOR_RGB2LAB)
-            is_even = np.ptp(np.quantile(lab, (0.05, 0.95), axis=1), axis=0).max(axis=1) < 8
-            jump = np.quantile(np.abs(lab[2:] - lab[:-2]).max(axis=2), 0.1, axis=1)  # two lines on: edges are blurred
-            widths.append(max(np.flatnonzero(np.logical_and.accumulate(is_even)[:-2] & (jump > 8)), default=-2) + 2)
-        if all(widths):  # only one may be the table that a shoe stands on
-            colors = colors[widths[0] : -widths[1]]
+    for turn in (1, -1):  # the sides, and then above and below
+        colors = np.rot90(colors, turn)
+        first, last = bar_width(colors), bar_width(colors[::-1])
+        if first and last:  # only one may be the table that a shoe stands on
+            colors = colors[first:-last]
     return np.ascontiguousarray(colors)
 
 
@@ -71,7 +148,8 @@ def fit_surface(values: np.ndarray, keep: np.ndarray, start: np.ndarray) -> np.n
     inputs, wanted = terms[keep][some], values[keep][some]
     error = np.linalg.norm(wanted - start, axis=1)
     for _ in range(6):  # outliers, such as a garment that reaches the edge, hardly count (Cauchy weights)
-        weight = 1 / (1 + (error / (1 + np.quantile(error, 0.3))) ** 2)[:, None]
+        scale = 1 + np.quantile(error, 0.3)
+        weight = 1 / (1 + (error / scale) ** 2)[:, None]
         factors = np.linalg.lstsq(inputs * weight, wanted * weight, rcond=None)[0]
         error = np.linalg.norm(wanted - inputs @ factors, axis=1)
     near = wanted[error <= 1 + 4 * np.quantile(error, 0.3)]
@@ -82,23 +160,28 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     """A picture's garment, bool (H, W), its background's grey, float32 (H, W), and whether to doubt them."""
     pixel = max(colors.shape) / WORKING_SIZE
     blurred = cv2.GaussianBlur(colors, (0, 0), pixel)
-    lab, n = cv2.cvtColor(blurred, cv2.COLOR_RGB2LAB), max(1, round(8 * pixel))
+    lab = cv2.cvtColor(blurred, cv2.COLOR_RGB2LAB)
+    n = max(1, round(8 * pixel))
     border = np.ones(lab.shape[:2], bool)
     border[n:-n, n:-n] = False
-    corners = np.stack([np.median(x, axis=(0, 1)) for x in (lab[:n, :n], lab[:n, -n:], lab[-n:, :n], lab[-n:, -n:])])
-    start, keep, others = np.median(corners, axis=0), border, []
+    corners = [lab[:n, :n], lab[:n, -n:], lab[-n:, :n], lab[-n:, -n:]]
+    corners = np.stack([np.median(corner, axis=(0, 1)) for corner in corners])
+    start = np.median(corners, axis=0)
+    others = []
     if np.linalg.norm(corners - start, axis=1).max() > 5:  # then what continues from edge to edge is background, too
         start = np.median(lab[border], axis=0)
         for axis in (0, 1):
             turned = lab.swapaxes(0, axis)
             line = np.linspace(np.median(turned[:n], axis=0), np.median(turned[-n:], axis=0), len(turned))
             others.append(np.linalg.norm(turned - line, axis=2).swapaxes(0, axis))
+    keep = border
     for _ in range(2):  # at first from the border, then from all that is not garment
         surface = fit_surface(lab, keep, start)
         smooth = np.linalg.norm(lab - surface, axis=2)
         distance = np.minimum.reduce([smooth, *others])
         cut = max(FAINT, 0.06 * np.quantile(distance, 0.995))
-        if is_busy := np.quantile(smooth[border], 0.6) > BUSY:
+        is_busy = np.quantile(smooth[border], 0.6) > BUSY
+        if is_busy:
             otsu, _ = cv2.threshold((2 * distance).clip(0, 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
             cut = max(cut, 0.3 * otsu)
         garment = distance > cut
@@ -109,12 +192,30 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
         cv2.setRNGSeed(0)  # it draws random numbers: a picture's result is the same beside any others
         cv2.grabCut((blurred * 255).astype(np.uint8), labels, None, *np.zeros((2, 1, 65)), 3, cv2.GC_INIT_WITH_MASK)
         better = labels == cv2.GC_PR_FGD
-        garment = better if 0.3 < better.sum() / garment.sum() < 3 else garment  # it may lose its way
+        if 0.3 < better.sum() / garment.sum() < 3:  # it may lose its way
+            garment = better
     _, pieces, statistics, _ = cv2.connectedComponentsWithStats(garment.astype(np.uint8))
-    sizes = np.where(np.arange(len(statistics)) > 0, statistics[:, cv2.CC_STAT_AREA], 0)  # the first is the background
+    sizes = statistics[:, cv2.CC_STAT_AREA]
+    sizes[0] = 0  # the background
     garment &= (sizes >= 0.05 * sizes.max())[pieces]
     background = cv2.cvtColor(cv2.cvtColor(surface.astype(np.float32), cv2.COLOR_LAB2RGB), cv2.COLOR_RGB2GRAY)
     return garment, background, bool(is_busy or garment[border].mean() > 0.25)
+
+
+def to_data_set(gray: np.ndarray, opacity: np.ndarray, background: np.ndarray | float) -> np.ndarray:
+    """The image, uint8 (28, 28), of a garment, given its grey, its opacity and the grey behind it, (H, W), 0 to 1."""
+    is_lighter = ((gray - background) * opacity).sum() > 0
+    room = is_lighter - background  # up to white, or down to black
+    value = (gray - background) / np.where(room == 0, 1, room)
+    is_faint = np.quantile(value[opacity > 0.5], 0.9) < 0.2
+    if is_faint or (is_lighter and np.median(background) > 0.3):
+        value = 1 - gray  # as on white; on black, garments are as light as the data set's
+    value = np.clip(value, 0.1, 1) * opacity  # no part of it vanishes
+    value = value[bounding_box(opacity > 0.5)].astype(np.float32)
+    side = max(value.shape)
+    square = np.pad(value, [((side - n) // 2, (side - n + 1) // 2) for n in value.shape])
+    image = cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
+    return np.rint(image * 255).astype(np.uint8)
 
 
 def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
@@ -123,29 +224,23 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     Returns the image, uint8 (28, 28); the picture, uint8 RGB (H, W, 3), at most 1024 pixels a side, transparent parts
     white; and a reason to doubt the image, or "". Raises a UserError where `decode` does, and if there is no garment.
     """
-    colors, opacity = decode(path)
-    if not opacity.any():
-        raise UserError("is transparent all over, so there is nothing to classify: use another picture")
-    picture, background, note = 1 - (1 - colors) * opacity[..., None], None, ""
-    if np.median(np.concatenate([opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]])) > 0.5:
-        size = [max(1, round(side * min(1, WORKING_SIZE / max(opacity.shape)))) for side in opacity.shape[::-1]]
-        colors = strip_frame(cv2.resize(picture, size, interpolation=cv2.INTER_AREA))
+    colors, opacity, note = decode(path)
+    notes = [note]
+    opaque = opacity > 0.5
+    if not opaque.any():
+        raise UserError("is transparent all over: use another picture")
+    picture = 1 - (1 - colors) * opacity[..., None]
+    background = None
+    border = np.concatenate([opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]])
+    if np.median(border) > 0.5:
+        colors = strip_frame(shrink(picture))
         opacity, background, is_doubtful = find_garment(colors)
-        note = "the background is not even, or the garment reaches the edges" if is_doubtful else ""
+        if not opacity.any():
+            raise UserError("is of one even colour or pattern: use another picture")
+        if is_doubtful:
+            notes.append("the background is not even, or the garment reaches the edges")
     gray = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_RGB2GRAY)
-    if background is None:  # as the data set's garments were, photographed on white, unless it would vanish there
+    if background is None:  # white, as the data set's garments had, unless it would vanish there
         background = float((gray * opacity).sum() <= 0.8 * opacity.sum())
-    rows, columns = (np.flatnonzero((opacity > 0.5).any(axis=axis)) for axis in (1, 0))
-    if not rows.size:
-        raise UserError("is of one even colour, so there is nothing to classify: use another picture")
-    is_lighter = ((gray - background) * opacity).sum() > 0
-    room = is_lighter - background  # up to white, or down to black
-    value = (gray - background) / np.where(room == 0, 1, room)
-    if (is_lighter and np.median(background) > 0.3) or np.quantile(value[opacity > 0.5], 0.9) < 0.2:
-        value = 1 - gray  # as it would be on white; on black garments are as light as the data set's
-    value = np.clip(value, 0.1, 1) * opacity  # no part of it vanishes
-    value = value[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.float32)
-    side = max(value.shape)
-    square = np.pad(value, [((side - n) // 2, (side - n + 1) // 2) for n in value.shape])
-    image = cv2.resize(square, (IMAGE_SIZE, IMAGE_SIZE), interpolation=cv2.INTER_AREA)
-    return np.rint(image * 255).astype(np.uint8), np.rint(picture * 255).astype(np.uint8), note
+    image = to_data_set(gray, opacity, background)
+    return image, np.rint(picture * 255).astype(np.uint8), "; ".join(filter(None, notes))
