@@ -108,6 +108,31 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
+def edges(values: np.ndarray) -> np.ndarray:
+    """The outermost values of a picture, (H, W), in one row."""
+    return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+
+
+def has_shape_of_photograph(opaque: np.ndarray) -> bool:
+    """Whether what is opaque in a picture, bool (H, W), has the shape of a photograph rather than of a garment.
+
+    It then covers most of the edges, or hardly differs from its mirror images, as a disc or a rounded rectangle.
+    """
+    part = opaque[bounding_box(opaque)]
+    asymmetry = max((part != part[::-1]).mean(), (part != part[:, ::-1]).mean())
+    return edges(opaque).mean() > 0.5 or asymmetry < 0.02
+
+
+def fill_transparent(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+    """Give what is transparent in a picture, float32 (H, W, 3), the colour of the nearest opaque pixel."""
+    opaque = opacity > opacity.max() - 0.01  # not the edges, which are mixed with white
+    clear = (~opaque).astype(np.uint8)
+    _, nearest = cv2.distanceTransformWithLabels(clear, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
+    palette = np.zeros((nearest.max() + 1, 3), np.float32)
+    palette[nearest[opaque]] = colors[opaque]
+    return palette[nearest]
+
+
 def shrink(picture: np.ndarray) -> np.ndarray:
     """A picture, float32 (H, W) or (H, W, 3), at most 256 pixels a side."""
     scale = min(1, WORKING_SIZE / max(picture.shape[:2]))
@@ -231,14 +256,26 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
         raise UserError("is transparent all over: use another picture")
     picture = 1 - (1 - colors) * opacity[..., None]
     background = None
-    border = np.concatenate([opacity[0], opacity[-1], opacity[:, 0], opacity[:, -1]])
-    if np.median(border) > 0.5:
+    if opaque.all():
         colors = strip_frame(shrink(picture))
         opacity, background, is_doubtful = find_garment(colors)
         if not opacity.any():
             raise UserError("is of one even colour or pattern: use another picture")
         if is_doubtful:
             notes.append("the background is not even, or the garment reaches the edges")
+    elif has_shape_of_photograph(opaque):
+        box = bounding_box(opaque)
+        part, opacity_of_part = shrink(picture[box]), shrink(opacity[box])
+        part = fill_transparent(part, opacity_of_part)
+        garment, surface, _ = find_garment(part)
+        reaches_edges = edges(garment).mean() > 0.25
+        garment &= opacity_of_part > 0.5
+        extent = max(garment.any(axis=0).mean(), garment.any(axis=1).mean())
+        if extent > 0.5 and not reaches_edges:  # less may be a print
+            colors, opacity, background = part, garment, surface
+            notes.append("taken for a photograph, not for a garment that was cut out")
+        elif garment.any():
+            notes.append("taken for a garment that was cut out, not for a photograph")
     gray = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_RGB2GRAY)
     if background is None:  # white, as the data set's garments had, unless it would vanish there
         background = float((gray * opacity).sum() <= 0.8 * opacity.sum())

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from PIL import Image, ImageDraw, features
 
 from common.files import UserError
 
@@ -26,6 +26,8 @@ EXPECTED[:7, 7:14] = 100
 
 
 OPAQUE = 255 * np.uint8(GARMENT > 0)
+CUT_OUT = "taken for a garment that was cut out, not for a photograph"
+PHOTOGRAPH = "taken for a photograph, not for a garment that was cut out"
 
 
 def read(folder, gray, opacity=None):
@@ -136,6 +138,39 @@ def test_12_bits_of_16_in_colour(tmp_path):
     cv2.imwrite(str(tmp_path / "a.png"), np.dstack([GARMENT.astype(np.uint16) * 16] * 3))
     image, _, note = read_image(tmp_path / "a.png")
     assert np.abs(image - EXPECTED).max() <= 16 and note == ""  # Pillow keeps 4 of the 12
+
+
+@pytest.mark.parametrize("shape", ["ellipse", "rounded_rectangle", "rectangle", "polygon"])
+def test_a_photograph_may_be_transparent_around(tmp_path, shape):
+    opacity = Image.new("L", (60, 60))
+    where = dict(radius=15) if shape == "rounded_rectangle" else {}
+    corners = [(-40, 60), (20, 0), (60, 0), (60, 60)] if shape == "polygon" else (0, 0, 59, 59)
+    getattr(ImageDraw.Draw(opacity), shape)(corners, fill=255, **where)
+    margin = 0 if shape == "polygon" else ((14, 16), (3, 17))
+    image, note = read(tmp_path, np.pad(255 - GARMENT, margin), np.pad(opacity, margin))
+    assert np.abs(image - EXPECTED).max() <= 1 and note == PHOTOGRAPH
+
+
+def test_a_garment_ends_where_the_photograph_does(tmp_path):
+    y, x = np.mgrid[-1:1:60j, -1:1:60j]
+    is_garment = (y > 0.1) & (np.abs(x) < 0.55)  # whose lower corners are outside of the disc
+    image, note = read(tmp_path, 255 * np.uint8(~is_garment), 255 * np.uint8(x**2 + y**2 < 1))
+    assert image[24, 14] == 255 and image[24, 0] == image[24, 27] == 0 and note == PHOTOGRAPH
+
+
+@pytest.mark.parametrize("kind, note", [("plain", ""), ("flap", CUT_OUT), ("print", CUT_OUT), ("notch", "")])
+def test_a_garment_that_was_cut_out_stays_whole(tmp_path, kind, note):
+    pixels, opacity, expected = np.full((60, 60), 90, np.uint8), OPAQUE.copy(), EXPECTED > 0
+    if kind == "flap":
+        pixels[12:48, 15:28] = 250  # at 36 of the edges' 120 pixels
+    elif kind == "print":
+        pixels[26:29, 20:28] = 250  # less than half as wide
+    elif kind == "notch":  # no photograph has this shape
+        pixels[25:45, 20:30] = 250
+        opacity[10:14, 15:25] = 0
+        expected[:2, 7:14] = False
+    image, found = read(tmp_path, pixels, opacity)
+    assert np.array_equal(image > 0, expected) and found == note
 
 
 def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
