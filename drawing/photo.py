@@ -141,44 +141,49 @@ def shrink(picture: np.ndarray) -> np.ndarray:
 
 
 def bar_width(colors: np.ndarray) -> int:
-    """How many of the first lines of a picture, float32 RGB (H, W, 3), are an even bar: at most a fifth.
+    """How many of the first lines of a picture, float32 RGB (H, W, 3), are a bar: at most a fifth.
 
     A bar ends in a jump of colour along nearly its whole length; a garment does not.
     """
-    lines = np.ascontiguousarray(colors[: len(colors) // 5 + 2])
+    lines = np.ascontiguousarray(colors[: len(colors) // 5 + 1])
     lab = cv2.cvtColor(lines, cv2.COLOR_RGB2LAB)
-    low, high = np.quantile(lab, (0.05, 0.95), axis=1)
-    is_even = np.logical_and.accumulate((high - low).max(axis=1) < 8)
-    change = np.abs(lab[2:] - lab[:-2]).max(axis=2)  # two lines on: edges are blurred
-    is_jump = np.quantile(change, 0.1, axis=1) > 8
-    ends = np.flatnonzero(is_even[:-2] & is_jump)
-    return ends[-1] + 2 if len(ends) else 0
+    change = np.abs(np.diff(lab, axis=0)).max(axis=2)
+    jumps = np.flatnonzero(np.quantile(change, 0.1, axis=1) > 8)
+    return jumps[-1] + 1 if len(jumps) else 0
 
 
 def strip_frame(colors: np.ndarray) -> np.ndarray:
-    """Cut even bars off opposite sides of a picture, float32 RGB (H, W, 3), up to a fifth of it each."""
+    """Cut bars off opposite sides of a picture, float32 RGB (H, W, 3), up to a fifth of it each."""
     for turn in (1, -1):  # the sides, and then above and below
         colors = np.rot90(colors, turn)
         first, last = bar_width(colors), bar_width(colors[::-1])
-        if first and last:  # only one may be the table that a shoe stands on
+        if first and last:  # one alone may be what is below a wide shoe
             colors = colors[first:-last]
     return np.ascontiguousarray(colors)
 
 
-def fit_surface(values: np.ndarray, keep: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The quadratic surface near `start`, (C,), through most of the values (H, W, C) where `keep`, bool (H, W)."""
-    y, x = np.mgrid[-1 : 1 : keep.shape[0] * 1j, -1 : 1 : keep.shape[1] * 1j].astype(np.float32)
+def fit_surface(values: np.ndarray, border: np.ndarray) -> np.ndarray:
+    """The quadratic surface, (H, W, C), through most of the values (H, W, C) at the border, bool (H, W).
+
+    Those far from their median, as of a garment that reaches the edge, hardly count (Cauchy weights).
+    """
+    y, x = np.mgrid[-1 : 1 : border.shape[0] * 1j, -1 : 1 : border.shape[1] * 1j].astype(np.float32)
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
-    some = slice(None, None, max(1, keep.sum() // 2000))  # more do not make it better
-    inputs, wanted = terms[keep][some], values[keep][some]
-    error = np.linalg.norm(wanted - start, axis=1)
-    for _ in range(6):  # outliers, such as a garment that reaches the edge, hardly count (Cauchy weights)
-        scale = 1 + np.quantile(error, 0.3)
-        weight = 1 / (1 + (error / scale) ** 2)[:, None]
-        factors = np.linalg.lstsq(inputs * weight, wanted * weight, rcond=None)[0]
-        error = np.linalg.norm(wanted - inputs @ factors, axis=1)
-    near = wanted[error <= 1 + 4 * np.quantile(error, 0.3)]
-    return np.clip(terms @ factors, near.min(axis=0) - 5, near.max(axis=0) + 5)  # it may go anywhere between them
+    inputs, wanted = terms[border], values[border]
+    error = np.linalg.norm(wanted - np.median(wanted, axis=0), axis=1)
+    scale = 1 + np.quantile(error, 0.3)
+    weight = 1 / (1 + (error / scale) ** 2)[:, None]
+    factors = np.linalg.lstsq(inputs * weight, wanted * weight, rcond=None)[0]
+    return (terms @ factors).astype(np.float32)
+
+
+def refine(garment: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    """Find a garment, bool (H, W), anew by its colours and those of the rest: GrabCut (Rother et al. 2004)."""
+    labels = np.where(garment, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
+    models = np.zeros((2, 1, 65))
+    cv2.setRNGSeed(0)  # a picture's result is the same after any others
+    cv2.grabCut((colors * 255).astype(np.uint8), labels, None, *models, 3, cv2.GC_INIT_WITH_MASK)
+    return labels == cv2.GC_PR_FGD
 
 
 def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -189,41 +194,33 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     n = max(1, round(8 * pixel))
     border = np.ones(lab.shape[:2], bool)
     border[n:-n, n:-n] = False
+    surface = fit_surface(lab, border)
+    smooth = np.linalg.norm(lab - surface, axis=2)
+    distance = smooth
     corners = [lab[:n, :n], lab[:n, -n:], lab[-n:, :n], lab[-n:, -n:]]
     corners = np.stack([np.median(corner, axis=(0, 1)) for corner in corners])
-    start = np.median(corners, axis=0)
-    others = []
-    if np.linalg.norm(corners - start, axis=1).max() > 5:  # then what continues from edge to edge is background, too
-        start = np.median(lab[border], axis=0)
+    spread = np.linalg.norm(corners - np.median(corners, axis=0), axis=1).max()
+    if spread > 5:  # then what continues from edge to edge is background, too
         for axis in (0, 1):
             turned = lab.swapaxes(0, axis)
-            line = np.linspace(np.median(turned[:n], axis=0), np.median(turned[-n:], axis=0), len(turned))
-            others.append(np.linalg.norm(turned - line, axis=2).swapaxes(0, axis))
-    keep = border
-    for _ in range(2):  # at first from the border, then from all that is not garment
-        surface = fit_surface(lab, keep, start)
-        smooth = np.linalg.norm(lab - surface, axis=2)
-        distance = np.minimum.reduce([smooth, *others])
-        cut = max(FAINT, 0.06 * np.quantile(distance, 0.995))
-        is_busy = np.quantile(smooth[border], 0.6) > BUSY
-        if is_busy:
-            otsu, _ = cv2.threshold((2 * distance).clip(0, 255).astype(np.uint8), 0, 255, cv2.THRESH_OTSU)
-            cut = max(cut, 0.3 * otsu)
-        garment = distance > cut
-        rest = cv2.dilate(garment.astype(np.uint8), np.ones((1 + 2 * round(4 * pixel),) * 2)) == 0
-        keep = rest if rest.mean() > 0.1 else keep
-    if is_busy and 0 < garment.mean() < 1:  # GrabCut (Rother et al. 2004) refines it, using the colours of both
-        labels = np.where(garment, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
-        cv2.setRNGSeed(0)  # it draws random numbers: a picture's result is the same beside any others
-        cv2.grabCut((blurred * 255).astype(np.uint8), labels, None, *np.zeros((2, 1, 65)), 3, cv2.GC_INIT_WITH_MASK)
-        better = labels == cv2.GC_PR_FGD
-        if 0.3 < better.sum() / garment.sum() < 3:  # it may lose its way
-            garment = better
+            first, last = np.median(turned[:n], axis=0), np.median(turned[-n:], axis=0)
+            line = np.linspace(first, last, len(turned))
+            to_line = np.linalg.norm(turned - line, axis=2).swapaxes(0, axis)
+            distance = np.minimum(distance, to_line)
+    cut = max(FAINT, 0.06 * distance.max())
+    is_busy = np.quantile(smooth[border], 0.6) > BUSY
+    if is_busy:
+        levels = (2 * distance).clip(0, 255).astype(np.uint8)
+        otsu, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_OTSU)
+        cut = max(cut, 0.3 * otsu)
+    garment = distance > cut
+    if is_busy and 0 < garment.mean() < 1:
+        garment = refine(garment, blurred)
     _, pieces, statistics, _ = cv2.connectedComponentsWithStats(garment.astype(np.uint8))
     sizes = statistics[:, cv2.CC_STAT_AREA]
     sizes[0] = 0  # the background
     garment &= (sizes >= 0.05 * sizes.max())[pieces]
-    background = cv2.cvtColor(cv2.cvtColor(surface.astype(np.float32), cv2.COLOR_LAB2RGB), cv2.COLOR_RGB2GRAY)
+    background = cv2.cvtColor(cv2.cvtColor(surface, cv2.COLOR_LAB2RGB), cv2.COLOR_RGB2GRAY)
     return garment, background, bool(is_busy or garment[border].mean() > 0.25)
 
 

@@ -64,7 +64,6 @@ def variants():
     gray = Image.fromarray(GARMENT)
     sideways = Image.Exif()
     sideways[0x112] = 6  # the camera was held on its side: to be turned by 90 degrees
-    cut_off = b"Exif\0\0MM\0*\0\0\0\b\0\1\1\x12\0\3\0\0\0\1\0\6"
     wide = Image.new("RGB", (90, 70), "white")
     wide.paste(Image.fromarray(255 - GARMENT).convert("RGB"), (30, 10))
     clear = Image.fromarray(np.dstack([255 - GARMENT, OPAQUE]))
@@ -86,7 +85,8 @@ def variants():
     yield "CMYK", gray.convert("RGB").convert("CMYK"), "tiff", {}
     yield "off-centre, in colour, on white", wide, "png", {}
     yield "turned by the camera", gray.rotate(90), "png", dict(exif=sideways)
-    yield "JPEG with a damaged note", gray, "jpg", dict(exif=cut_off, quality=100)
+    yield "PNG with a damaged note", gray, "png", dict(exif=b"Exif\0\0MM")
+    yield "JPEG with a damaged note", gray, "jpg", dict(exif=b"Exif\0\0MM", quality=100)
     if features.check("avif"):
         yield "AVIF", gray, "avif", dict(quality=100)
 
@@ -173,6 +173,32 @@ def test_a_garment_that_was_cut_out_stays_whole(tmp_path, kind, note):
     assert np.array_equal(image > 0, expected) and found == note
 
 
+@pytest.mark.parametrize("width, is_doubtful", [(20, False), (48, True)])
+def test_a_garment_may_reach_from_edge_to_edge(tmp_path, width, is_doubtful):
+    pixels = np.zeros((56, 100), np.uint8)
+    pixels[:, 30 : 30 + width] = 200  # a ninth or a third of the outermost 3 pixels
+    image, note = read(tmp_path, pixels)
+    expected = np.zeros((28, 28), int)
+    expected[:, 14 - width // 4 : 14 + width // 4] = 200
+    assert np.abs(image - expected).max() <= 1 and bool(note) == is_doubtful
+
+
+def test_no_frame_is_seen_around_a_wide_garment(tmp_path):
+    pixels = np.full((100, 100), 240, np.uint8)
+    pixels[45:88, 1:99] = 60
+    found = read(tmp_path, pixels)[0] > 0
+    assert (found.any(axis=1).sum(), found.any(axis=0).sum()) == (13, 28)  # 43 rows of 98 pixels, scaled
+
+
+def test_fine_grain_is_even_and_coarse_grain_is_not(tmp_path):
+    grain = np.uint8(np.indices((256, 256)).sum(axis=0) % 2)
+    fine = 120 + 16 * grain
+    fine[64:192, 96:160] = 0
+    image, note = read(tmp_path, fine)
+    assert note == "" and np.array_equal(np.flatnonzero(image[14] > 127), np.arange(7, 21))
+    assert read(tmp_path, 255 * grain[:31, :29])[1].startswith("the background is not even")
+
+
 def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
     Image.fromarray(GARMENT).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
@@ -194,6 +220,8 @@ def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
     even = Image.new("L", (9, 9), 77)
     even.save(tmp_path / "long.tiff", save_all=True, append_images=[even] * 99 + [Image.fromarray(GARMENT)])
     even.save(tmp_path / "even.png")
+    tiles = np.indices((64, 64)) // 8
+    Image.fromarray(np.uint8(120 + tiles.sum(axis=0) % 2 * 8)).save(tmp_path / "tiles.png")
     os.mkfifo(tmp_path / "pipe.png")
     reasons = {name: reason for name, (_, reason) in contents.items()} | {
         "missing.png": "is not a file",
@@ -204,6 +232,7 @@ def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
         "clear.png": "transparent all over",
         "even.png": "of one even colour",
         "long.tiff": "of one even colour",  # in its first hundred pages
+        "tiles.png": "of one even colour",  # nearly
     }
     for name, reason in reasons.items():
         with pytest.raises(UserError, match=reason) as error:
