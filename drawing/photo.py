@@ -25,11 +25,10 @@ BUSY = 1.0  # a background that differs by this from a smooth one gets a closer 
 
 
 def read_frame(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """The first frame or page that is not blank, and whether it is deep, of more than 8 bits a
-    value.
+    """The first frame or page that is not blank, and whether it has more than 8 bits a value.
 
     Blank is what has one colour or is transparent all over. The frame is upright, and of mode "F"
-    if it is deep and grey, "RGBA" otherwise.
+    if it is grey and has more than 8 bits, "RGBA" otherwise.
     """
     for number in range(MAX_FRAMES):
         try:
@@ -50,7 +49,7 @@ def read_frame(picture: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def scale_to_white(values: np.ndarray) -> tuple[np.ndarray, str]:
-    """Deep values as fractions of white, 0 to 1, and a reason to doubt them, or "".
+    """Values of more than 8 bits as fractions of white, 0 to 1, and a reason for doubt, or "".
 
     The file does not say which value is white. It is taken to be that of the lowest usual depth
     that holds all values.
@@ -67,8 +66,7 @@ def scale_to_white(values: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """The colours of a picture of any size and depth, float32 RGB (H, W, 3), and its opacity, (H,
-    W), both 0 to 1.
+    """A picture's colours, float32 RGB (H, W, 3), and its opacity, (H, W), both 0 to 1.
 
     The third value is a reason to doubt them, or "". Raises a UserError if the file cannot be read.
     """
@@ -102,6 +100,8 @@ def decode(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
         return np.stack([values] * 3, axis=-1), np.ones_like(values), note
     colors, opacity, note = pixels[..., :3] / 255, pixels[..., 3] / 255, ""
     if is_deep:  # Pillow keeps the upper 8 of the 16 bits of colours
+        if pixels[..., :3].max() < 4:
+            raise UserError("uses 10 or less of its 16 bits, too few in colour: export it with 8")
         colors, note = scale_to_white(pixels[..., :3] * 257)
     return colors, opacity, note
 
@@ -118,8 +118,7 @@ def edges(values: np.ndarray) -> np.ndarray:
 
 
 def has_shape_of_photograph(opaque: np.ndarray) -> bool:
-    """Whether what is opaque in a picture, bool (H, W), has the shape of a photograph rather than
-    of a garment.
+    """Whether what is opaque, bool (H, W), has the shape of a photograph, not of a garment.
 
     It then covers most of the edges, or hardly differs from its mirror images, as a disc or a
     rounded rectangle.
@@ -130,9 +129,7 @@ def has_shape_of_photograph(opaque: np.ndarray) -> bool:
 
 
 def fill_transparent(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """Give what is transparent in a picture, float32 (H, W, 3), the colour of the nearest opaque
-    pixel.
-    """
+    """Give what is transparent in colours (H, W, 3) the colour of the nearest opaque pixel."""
     opaque = opacity > opacity.max() - 0.01  # not the edges, which are mixed with white
     clear = (~opaque).astype(np.uint8)
     _, nearest = cv2.distanceTransformWithLabels(
@@ -173,8 +170,7 @@ def strip_frame(colors: np.ndarray) -> np.ndarray:
 
 
 def fit_surface(values: np.ndarray, border: np.ndarray) -> np.ndarray:
-    """The quadratic surface, (H, W, C), through most of the values (H, W, C) at the border, bool
-    (H, W).
+    """The quadratic surface through most of the values (H, W, C) at the border, bool (H, W).
 
     Those far from their median, as of a garment that reaches the edge, hardly count (Cauchy
     weights).
@@ -190,9 +186,7 @@ def fit_surface(values: np.ndarray, border: np.ndarray) -> np.ndarray:
 
 
 def refine(garment: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    """Find a garment, bool (H, W), anew by its colours and those of the rest: GrabCut (Rother et
-    al. 2004).
-    """
+    """Find a garment, bool (H, W), anew by its colours: GrabCut (Rother et al. 2004)."""
     labels = np.where(garment, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)
     models = np.zeros((2, 1, 65))
     cv2.setRNGSeed(0)  # a picture's result is the same after any others
@@ -201,9 +195,7 @@ def refine(garment: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """A picture's garment, bool (H, W), its background's grey, float32 (H, W), and whether to doubt
-    them.
-    """
+    """A garment, bool (H, W), its background's grey, float32 (H, W), and whether to doubt them."""
     pixel = max(colors.shape) / WORKING_SIZE
     blurred = cv2.GaussianBlur(colors, (0, 0), pixel)
     lab = cv2.cvtColor(blurred, cv2.COLOR_RGB2LAB)
@@ -243,9 +235,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
 def to_data_set(
     gray: np.ndarray, opacity: np.ndarray, background: np.ndarray | float
 ) -> np.ndarray:
-    """The image, uint8 (28, 28), of a garment, given its grey, its opacity and the grey behind it,
-    (H, W), 0 to 1.
-    """
+    """A garment's image, uint8 (28, 28), of its grey, its opacity and the grey behind it, (H, W)."""
     is_lighter = ((gray - background) * opacity).sum() > 0
     room = is_lighter - background  # up to white, or down to black
     value = (gray - background) / np.where(room == 0, 1, room)
@@ -261,12 +251,11 @@ def to_data_set(
 
 
 def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Bring a picture to the data set's form, much as its paper does (Xiao et al. 2017, section 2),
-    but unsharpened.
+    """Bring a picture to the data set's form, as its paper does (Xiao et al. 2017, section 2).
 
-    Returns the image, uint8 (28, 28); the picture, uint8 RGB (H, W, 3), at most 1024 pixels a side,
-    transparent parts white; and a reason to doubt the image, or "". Raises a UserError where
-    `decode` does, and if there is no garment.
+    But it is not sharpened. Returns the image, uint8 (28, 28); the picture, uint8 RGB (H, W, 3), at
+    most 1024 pixels a side, transparent parts white; and a reason to doubt the image, or "".
+    Raises a UserError where `decode` does, and if there is no garment.
     """
     colors, opacity, note = decode(path)
     notes = [note]

@@ -64,9 +64,7 @@ def test_a_garment_may_be_lighter_or_darker_than_any_background(
 
 
 def variants():
-    """The garment in many kinds of files: what kind, the picture, the file's ending, and how to
-    save it.
-    """
+    """The garment in many kinds of files: the kind, the picture, the ending, and how to save it."""
     gray = Image.fromarray(GARMENT)
     sideways = Image.Exif()
     sideways[0x112] = 6  # the camera was held on its side: to be turned by 90 degrees
@@ -155,10 +153,14 @@ def test_which_value_is_white_is_guessed(tmp_path, values, white, doubt):
     assert note.endswith(doubt) and bool(note) == bool(doubt)
 
 
-def test_12_bits_of_16_in_colour(tmp_path):
-    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([GARMENT.astype(np.uint16) * 16] * 3))
+def test_12_of_16_bits_are_enough_in_colour_and_10_are_not(tmp_path):
+    colors = np.dstack([GARMENT.astype(np.uint16)] * 3)
+    cv2.imwrite(str(tmp_path / "a.png"), colors * 16)
     image, _, note = read_image(tmp_path / "a.png")
     assert np.abs(image - EXPECTED).max() <= 16 and note == ""  # Pillow keeps 4 of the 12
+    cv2.imwrite(str(tmp_path / "a.png"), colors * 4)
+    with pytest.raises(UserError, match="10 or less of its 16 bits"):
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("shape", ["ellipse", "rounded_rectangle", "rectangle", "polygon"])
@@ -274,8 +276,7 @@ def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
 
 # ---- Backgrounds, simulated as benchmarks/photographs.py does ------------------------------------
 
-# how much of the garment has to be found again, on average of three images, and whether there is a
-# doubt
+# How much of the garment has to be found again, on average, and whether there is a doubt.
 KINDS = {
     "coloured paper": (0.9, False),
     "gradient sideways, to 0.8": (0.9, False),
