@@ -65,6 +65,7 @@ UNUSED = dict(  # the flags that another one makes useless
     index=("classes", *CHOICE),
     worst=("target_class", "compare_layers", *CHOICE),
     average=("target_class", "versus", "compare_layers", *CHOICE, "html"),
+    compare_layers=("num_images",),
 )
 # A folder's files that are taken; HEIC is not read, but the message says what to do.
 ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
@@ -366,6 +367,8 @@ def parse_arguments() -> Namespace:
         unused = [flag(other) for other in others if other in given]
         if name in given and unused:
             parser.error(f"{flag(name)} has no use for {' and '.join(unused)}: leave it out")
+    if args.compare_layers and len(given.get("classes", ())) > 1:
+        parser.error("--compare-layers draws one image: name one class")
     args.classes = args.classes or range(len(CLASS_NAMES))
     for name in ("index", "classes", "target_layer"):  # each once, in the order given
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or ())))

@@ -281,7 +281,10 @@ class GradCAM:
         if not isinstance(images, torch.Tensor) or images.ndim != 4:
             found = described(images)
             raise ValueError(f"give the images as one tensor (N, channels, H, W), not {found}")
-        activations, gradients = self._backward(images, target_class, versus)
+        try:
+            activations, gradients = self._backward(images, target_class, versus)
+        finally:
+            self._activations = {}  # until the next call, the caller may run the model
         shares = []
         for layer, *outputs in zip(self.target_layers, activations, gradients, strict=True):
             activation, gradient = (self._grid(layer, x.detach(), images) for x in outputs)
@@ -332,7 +335,6 @@ class GradCAM:
                 "no gradient reaches the target layer: the logits do not depend on it, or no_grad "
                 "or detach cuts it off"
             )
-        self._activations = {}
         return activations, gradients
 
     def _chosen_runs(self) -> list[torch.Tensor]:

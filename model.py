@@ -221,8 +221,8 @@ class HybridClassifier(nn.Module):
 
 # What `save_checkpoint` may be given besides the weights.
 CONTENTS = dict(train_config=dict, history=list, epoch=int)
-# How the names of a history's numbers end.
-COLUMNS = ("epoch", "lr", "seconds", "_loss", "_accuracy")
+# Numbers of a history that are read again.
+COLUMNS = ("epoch", "lr", "seconds", "train_accuracy", "val_accuracy")
 # The number changes when older files can no longer be read.
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"
 
@@ -292,9 +292,8 @@ def load_checkpoint(
                 f"{path} is damaged ({name} is no {kind.__name__}): name another one"
             )
     for row in checkpoint.get("history", ()):
-        numbers = [None]  # an epoch at least
-        if isinstance(row, dict) and "epoch" in row:
-            numbers = [row[column] for column in row if str(column).endswith(COLUMNS)]
+        is_row = isinstance(row, dict) and "epoch" in row
+        numbers = [row[name] for name in COLUMNS if name in row] if is_row else [None]
         if not all(isinstance(number, int | float) for number in numbers):
             raise CheckpointError(f"{path} is damaged (history has a wrong row): name another one")
     try:

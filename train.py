@@ -164,7 +164,8 @@ RECIPES = dict(  # values that replace the defaults above; flags override both
         teacher=("checkpoints/teacher/best.pt",),
     ),
 )
-MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet")
+# A teacher may have moved; its checksum is compared.
+MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet", "teacher")
 EVALUATION_USES = ("data_dir", "device", "threads")
 REFINES = dict(  # settings that change nothing where another one is off
     alternate_flip="flip",
@@ -355,8 +356,8 @@ def training_step(
 
 
 def refuse_infinity(run: Run, logits: torch.Tensor, epoch: int) -> None:
-    """End a run whose logits or averaged weights are no longer finite, before they are saved."""
-    if all(tensor.isfinite().all() for tensor in (logits, *run.ema.parameters())):
+    """End a run whose logits or averaged weights are no longer finite, before it is saved."""
+    if all(tensor.isfinite().all() for tensor in (logits, *run.ema.state_dict().values())):
         return
     advice = f"lower --lr from {run.config.lr:g}"
     if run.config.precision != "float32":
@@ -515,7 +516,10 @@ def train_command(given: dict[str, Any], resume: bool) -> None:
             raise
     if is_first:
         evaluate(best, config.data_dir, processes.choose_device(config.device))
-        print(f"heatmaps: python Visulization.py --checkpoint {shlex.quote(str(best))}")
+        command = f"python Visulization.py --checkpoint {shlex.quote(str(best))}"
+        if config.data_dir != SETTINGS["data_dir"][0]:
+            command += f" --data-dir {shlex.quote(config.data_dir)}"
+        print(f"heatmaps: {command}")
 
 
 def print_useless(given: dict[str, Any], config: SimpleNamespace) -> None:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import dataset
 from common.files import UserError, checksum, whole_file
-from model import HybridClassifier
+from model import CheckpointError, HybridClassifier
 
 SAMPLE = 2000  # images that are measured: enough for a covariance, and quick
 FLAGGED = 0.015  # share of the images that set the limit beyond it; of new ones, about 2 %
@@ -47,6 +47,8 @@ def measure(
     """
     known = images[:SAMPLE]
     tokens, others = embed(model, torch.cat([known, others[:SAMPLE]])).tensor_split([len(known)])
+    if not tokens.isfinite().all():
+        raise CheckpointError("the model's answer is not finite: use another checkpoint")
     classes, members = labels[:SAMPLE].unique(return_inverse=True)
     means = torch.stack([tokens[members == k].mean(dim=0) for k in range(len(classes))])
     covariance = LedoitWolf(assume_centered=True).fit((tokens - means[members]).numpy())

@@ -128,6 +128,16 @@ def has_shape_of_photograph(opaque: np.ndarray) -> bool:
     return edges(opaque).mean() > 0.5 or asymmetry < 0.02
 
 
+def is_stripe(found: np.ndarray, opaque: np.ndarray) -> bool:
+    """Whether most rows, or columns, of what was found, bool (H, W), cross all that is opaque."""
+    for axis in (0, 1):
+        lines = found.any(axis=axis)
+        crossed = found.sum(axis=axis) > 0.95 * opaque.sum(axis=axis)
+        if crossed[lines].mean() > 0.5:
+            return True
+    return False
+
+
 def fill_transparent(colors: np.ndarray, opacity: np.ndarray) -> np.ndarray:
     """Give what is transparent in colours (H, W, 3) the colour of the nearest opaque pixel."""
     opaque = opacity > opacity.max() - 0.01  # not the edges, which are mixed with white
@@ -195,7 +205,7 @@ def refine(garment: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
-    """A garment, bool (H, W), its background's grey, float32 (H, W), and whether to doubt them."""
+    """A garment, bool (H, W), its background's grey, float (H, W), and whether to doubt them."""
     pixel = max(colors.shape) / WORKING_SIZE
     blurred = cv2.GaussianBlur(colors, (0, 0), pixel)
     lab = cv2.cvtColor(blurred, cv2.COLOR_RGB2LAB)
@@ -235,7 +245,7 @@ def find_garment(colors: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
 def to_data_set(
     gray: np.ndarray, opacity: np.ndarray, background: np.ndarray | float
 ) -> np.ndarray:
-    """A garment's image, uint8 (28, 28), of its grey, its opacity and the grey behind it, (H, W)."""
+    """A garment's image, uint8 (28, 28), of its grey, its opacity and the grey behind, (H, W)."""
     is_lighter = ((gray - background) * opacity).sum() > 0
     room = is_lighter - background  # up to white, or down to black
     value = (gray - background) / np.where(room == 0, 1, room)
@@ -278,8 +288,9 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
         garment, surface, _ = find_garment(part)
         reaches_edges = edges(garment).mean() > 0.25
         garment &= opacity_of_part > 0.5
+        is_print = not garment.any() or is_stripe(garment, opacity_of_part > 0.5)
         extent = max(garment.any(axis=0).mean(), garment.any(axis=1).mean())
-        if extent > 0.5 and not reaches_edges:  # less may be a print
+        if extent > 0.5 and not reaches_edges and not is_print:
             colors, opacity, background = part, garment, surface
             notes.append("taken for a photograph, not for a garment that was cut out")
         elif garment.any():

@@ -260,7 +260,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_and_never_executed(small_m
 
 
 def test_what_a_checkpoint_says_of_its_training_has_to_be_of_the_right_type(small_model, tmp_path):
-    row = dict(epoch=1, val_accuracy=0.9, seconds=1.5, my_own="words")
+    row = dict(epoch=1, val_accuracy=0.9, seconds=1.5, my_accuracy=[0.1])
     save_checkpoint(tmp_path / "good.pt", small_model, train_config={}, history=[row], epoch=1)
     assert load_checkpoint(tmp_path / "good.pt")[1]["history"] == [row]
     for contents, words in (

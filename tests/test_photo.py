@@ -163,6 +163,15 @@ def test_12_of_16_bits_are_enough_in_colour_and_10_are_not(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_cut_out_bag_with_a_stripe_is_no_photograph(tmp_path, turn):
+    gray, opacity = np.full((200, 300), 40, np.uint8), np.zeros((200, 300), np.uint8)
+    opacity[20:180, 20:280] = 255
+    gray[80:110, 20:280] = 220
+    image, note = read(tmp_path, np.rot90(gray, turn), np.rot90(opacity, turn))
+    assert (image > 0).mean() == pytest.approx(160 / 260, abs=0.03) and note == CUT_OUT
+
+
 @pytest.mark.parametrize("shape", ["ellipse", "rounded_rectangle", "rectangle", "polygon"])
 def test_a_photograph_may_be_transparent_around(tmp_path, shape):
     opacity = Image.new("L", (60, 60))

@@ -524,6 +524,19 @@ def test_a_test_file_that_is_missing_is_found_before_the_training(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_column_of_the_history_may_be_a_list_or_an_array(run_config, monkeypatch, tmp_path):
+    train_epoch = train.train_epoch
+
+    def with_columns(run, epoch):
+        own = dict(class_accuracy=[0.1, 0.2], norms=torch.ones(2), norm=torch.tensor(0.5))
+        return train_epoch(run, epoch) | own
+
+    monkeypatch.setattr(train, "train_epoch", with_columns)
+    best = load_checkpoint(train.train(run_config(epochs=1)))[1]
+    columns = [best["history"][0][name] for name in ("class_accuracy", "norms", "norm")]
+    assert columns == [[0.1, 0.2], [1.0, 1.0], 0.5]
+
+
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -839,7 +852,8 @@ def test_another_teacher_in_its_place_is_refused_on_resume(run_config, stop, tmp
     ):
         train.train(config, resume=True)
     teacher.write_bytes(first)
-    train.train(config, resume=True)
+    teacher.rename(tmp_path / "moved.pt")
+    train.train(run_config(teacher=(str(tmp_path / "moved.pt"),)), resume=True)
 
 
 def test_a_teacher_that_says_nonsense_of_its_training_is_refused(run_config, small_model, tmp_path):
@@ -1113,7 +1127,13 @@ def test_a_run_that_contradicts_itself_is_not_resumed(main, flags, tmp_path):
     assert main(*flags, "--epochs", 1) == 0
     last = tmp_path / "checkpoints" / "last.pt"
     good = torch.load(last, weights_only=True)
-    for changes in (dict(training=5), dict(train_config=good["train_config"] | dict(depth=1))):
+    deeper = good["train_config"] | dict(depth=1)
+    for changes in (
+        dict(training=5),
+        dict(train_config=deeper),
+        dict(history=[]),
+        dict(history=[dict(epoch=1)]),
+    ):
         torch.save(good | changes, last)
         assert "last.pt does not fit its own settings: start without" in main("--resume")
 
@@ -1125,7 +1145,6 @@ def test_a_run_with_other_settings_is_not_resumed(main, flags, monkeypatch, tmp_
         ["--threads", 3],
         ["--stem-dims", 4, 16],
         ["--no-flip"],
-        ["--teacher", "a.pt"],
     ):
         assert f"{change[0].replace('--no-', '--')} " in main("--resume", *change)
     (tmp_path / "moved").symlink_to(flags[-1])

@@ -115,12 +115,11 @@ def make_optimizers(
     weights = {id(layer.weight) for layer in layers.values()}
     matrices = [p for p in model.parameters() if id(p) in weights]
     others = [p for p in model.parameters() if id(p) not in weights]
-    # All parameters, for an optimiser of your own:
-    # return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
     groups = [
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
+    # An optimiser of your own: return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
     if kind == "adamw":
         return [adamw(groups)]
     first_and_last = {

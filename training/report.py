@@ -101,7 +101,9 @@ def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
             points = [(row["epoch"], scale * row[name]) for row in history if name in row]
             if points:
                 axes.plot(*zip(*points, strict=True), ".-", label=label, color=f"C{color}")
-    lr.plot([row["epoch"] for row in history], [row["lr"] for row in history], ".-", color="black")
+    rates = [(row["epoch"], row["lr"]) for row in history if "lr" in row]
+    if rates:
+        lr.plot(*zip(*rates, strict=True), ".-", color="black")
     titles = ("cross-entropy", "accuracy (%)", "learning rate of the epoch's last step")
     for axes, title in zip((loss, accuracies, lr), titles, strict=True):
         axes.set(title=title, xlabel="epoch")

@@ -199,7 +199,8 @@ def save_best(run: Run) -> None:
 
 def save_run(run: Run, row: dict[str, Any]) -> None:
     """Add an epoch's row to the history, and save best.pt, history.csv and last.pt."""
-    row = {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+    # Tensors and arrays as numbers and lists.
+    row = {n: value.tolist() if hasattr(value, "tolist") else value for n, value in row.items()}
     run.history.append(row)
     epoch = len(run.history)
     if epoch == 1:
@@ -229,12 +230,15 @@ def resume_run(run: Run) -> None:
     try:
         run.load_state_dict(checkpoint["training"])
         run.ema.load_state_dict(checkpoint["model"])
+        run.history = checkpoint["history"]
+        if [row["epoch"] for row in run.history] != list(range(1, checkpoint["epoch"] + 1)):
+            raise ValueError("the history is another run's")
+        run.history[-1]["seconds"] + 0
     except UserError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         what = f"{run.folder / 'last.pt'} does not fit its own settings"
         raise UserError(f"{what}: start without --resume") from error
-    run.history = checkpoint["history"]
     if processes.is_first():
         done = f"after epoch {checkpoint['epoch']} of {run.config.epochs}"
         print(f"going on with {run.folder / 'last.pt'} {done}")
