@@ -4,7 +4,6 @@ do.
 
 import itertools
 import json
-import platform
 import re
 import signal
 import subprocess
@@ -70,25 +69,6 @@ def test_choices_are_measured_in_turns_and_by_the_time_that_they_took(monkeypatc
     monkeypatch.setattr(processes, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     assert processes.measure(prepare, ["slow", "fast"], seconds=0.8) == {"slow": 2.0, "fast": 4.0}
     assert turns == ["slow", "fast", "slow", "fast"]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
-def test_freed_memory_is_kept_for_the_next_step():
-    code = """
-import resource, torch
-from training.processes import keep_freed_memory
-keep_freed_memory()
-for _ in range(30):  # it settles within ten
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(20_000_000)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    faults = list(map(int, done.stdout.split()))
-    # 80 MB are 20,000 pages of 4 KiB, or 40 large ones
-    assert faults[0] > 30 and sum(faults[-5:]) < 10
 
 
 @pytest.mark.parametrize("asked", [1, 2, 3])

@@ -1,13 +1,11 @@
 """CPU threads, the device and its precision, several processes."""
 
 import atexit
-import ctypes
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,18 +15,6 @@ import torch.nn as nn
 from common.files import UserError
 
 ALL_THREADS = torch.get_num_threads()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep the memory that a step frees for the next one (see mallopt(3)).
-
-    Otherwise it returns large blocks to the kernel, which hands them out again page by page: a
-    sixth of a step's time.
-    """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    with suppress(AttributeError, OSError, TypeError):  # another C library, which has no mallopt
-        ctypes.CDLL(None).mallopt(trim_threshold, -1)  # gives nothing back from the end of the heap
-        ctypes.CDLL(None).mallopt(mmap_max, 0)  # and takes no block outside of it
 
 
 def measure(
@@ -61,7 +47,6 @@ def set_threads(threads: int = 0) -> int:
     lag, and in a container show the host, so this measures for 0.4 s. It leaves a user's own
     OMP_NUM_THREADS alone, and returns the number of threads.
     """
-    keep_freed_memory()
     is_mac = sys.platform == "darwin"  # its matrix products have threads of their own
     if not threads:
         is_given = ALL_THREADS == 1 or "OMP_NUM_THREADS" in os.environ or is_mac
