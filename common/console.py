@@ -1,6 +1,4 @@
-"""How a script begins and what it prints to: Ctrl-C while the libraries load, output that gets
-lost.
-"""
+"""How a script begins, and what it prints to: early Ctrl-C, and output that gets lost."""
 
 import getpass
 import os
@@ -41,10 +39,7 @@ class LosableStream:
     def write(self, text: str) -> int:
         try:
             self.stream.write(text)
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # a full disk, a terminal or a reader that is gone; a closed stream
+        except (OSError, ValueError) as error:  # a full disk, a reader that is gone, a closed stream
             self.failure = error
         return len(text)
 
