@@ -39,7 +39,7 @@ class LosableStream:
     def write(self, text: str) -> int:
         try:
             self.stream.write(text)
-        except (OSError, ValueError) as error:  # a full disk, a reader that is gone, a closed stream
+        except (OSError, ValueError) as error:  # a full disk, a reader that is gone
             self.failure = error
         return len(text)
 
