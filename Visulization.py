@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 try:
-    import cv2  # noqa: F401 - for drawing/
+    import cv2  # noqa: F401 - for explaining/
 except ImportError as error:  # libGL.so.1, which opencv-python needs, is missing on most servers
     advice = "pip uninstall -y opencv-python && pip install opencv-python-headless"
     raise SystemExit(
@@ -34,11 +34,11 @@ except ImportError as error:  # libGL.so.1, which opencv-python needs, is missin
 import dataset
 from common.files import UserError, errors_in_one_line, printable, whole_file
 from dataset import CLASS_NAMES, IMAGE_SIZE
-from drawing.explanation import Explanation, classify, explain
-from drawing.features import familiarity_note, feature_statistics
-from drawing.gallery import save_gallery
-from drawing.photo import FORMATS, read_image
-from drawing.sheets import (
+from explaining.explanation import Explanation, classify, explain
+from explaining.features import familiarity_note, feature_statistics
+from explaining.gallery import save_gallery
+from explaining.photo import FORMATS, read_image
+from explaining.sheets import (
     SCALE,
     SCALES,
     Cell,

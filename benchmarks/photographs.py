@@ -3,7 +3,7 @@
     python benchmarks/photographs.py    300 images on each background, 1,000 strange pictures
 
 An image is inverted, enlarged, made opaque, given a colour, and put on a background. The thresholds
-of `drawing/photo.py` were chosen on training images, and not on grass. Life is harder: no garment
+of `explaining/photo.py` were chosen on training images, and not on grass. Life is harder: no garment
 here is worn, folded or seen from the side, and none has more detail than 28x28 pixels hold.
 """
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 import dataset
 import train
-from drawing.features import familiarity_note, feature_statistics
-from drawing.photo import read_image
+from explaining.features import familiarity_note, feature_statistics
+from explaining.photo import read_image
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 
 Random = np.random.Generator

@@ -12,8 +12,8 @@ from sklearn.covariance import ledoit_wolf
 import dataset
 import train
 from common.files import checksum
-from drawing import features
-from drawing.features import distance, embed, familiarity_note, feature_statistics, measure
+from explaining import features
+from explaining.features import distance, embed, familiarity_note, feature_statistics, measure
 from model import SHIPPED_CHECKPOINT, load_checkpoint, save_checkpoint
 
 

@@ -23,8 +23,8 @@ from model import load_checkpoint
 
 pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
 import Visulization
-from drawing.explanation import Explanation
-from drawing.gallery import save_gallery
+from explaining.explanation import Explanation
+from explaining.gallery import save_gallery
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

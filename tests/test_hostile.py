@@ -151,7 +151,7 @@ def test_code_in_a_checkpoint_is_never_run(good, main, small_data, tmp_path):
 
 @pytest.mark.slow
 def test_a_damaged_picture_is_read_or_refused(draw, test_split, tmp_path):
-    photo = pytest.importorskip("drawing.photo", exc_type=SystemExit)
+    photo = pytest.importorskip("explaining.photo", exc_type=SystemExit)
     picture = Image.fromarray(255 - test_split[0][0, 0].numpy()).resize((280, 280))
     for kind in ("png", "jpeg", "webp"):
         picture.save(tmp_path / "good", kind)

@@ -14,7 +14,7 @@ pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
 import cv2
 from photographs import photograph, read_back, strange_pictures
 
-from drawing.photo import read_image
+from explaining.photo import read_image
 
 # 40 pixels tall and 20 wide, one quarter of it darker: scaled by 0.7 it is 28 tall, 14 wide, and 7
 # from the left.

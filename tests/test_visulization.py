@@ -29,8 +29,8 @@ try:
 except SystemExit as missing:  # OpenCV without libGL.so.1: the message says what to install
     pytest.skip(str(missing), allow_module_level=True)
 from common.files import UserError
-from drawing.explanation import explain, heatmaps
-from drawing.sheets import Cell, paint, save_sheet
+from explaining.explanation import explain, heatmaps
+from explaining.sheets import Cell, paint, save_sheet
 
 
 @pytest.fixture(scope="module")

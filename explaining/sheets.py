@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from common.files import whole_file
 from dataset import CLASS_NAMES
-from drawing.explanation import Explanation
+from explaining.explanation import Explanation
 
 # By whether the heatmap is signed. Equal steps of evidence look equally large; "berlin" goes from
 # blue for one class through black to red for the other.

@@ -12,8 +12,8 @@ from matplotlib import colormaps
 
 from common.files import whole_file
 from dataset import CLASS_NAMES
-from drawing.explanation import Explanation
-from drawing.sheets import COLOR_MAPS, SCALES, colorize, on_one_scale
+from explaining.explanation import Explanation
+from explaining.sheets import COLOR_MAPS, SCALES, colorize, on_one_scale
 
 PAGE = Template(Path(__file__).with_name("gallery.html").read_text(encoding="utf-8"))
 PANEL = Template(
