@@ -16,8 +16,7 @@ from photographs import photograph, read_back, strange_pictures
 
 from explaining.photo import read_image
 
-# 40 pixels tall and 20 wide, one quarter of it darker: scaled by 0.7 it is 28 tall, 14 wide, and 7
-# from the left.
+# 40 pixels tall and 20 wide: scaled by 0.7 it is 28 tall, 14 wide, and 7 from the left.
 GARMENT = np.zeros((60, 60), np.uint8)
 GARMENT[10:50, 15:35] = 200
 GARMENT[10:20, 15:25] = 100
@@ -46,11 +45,9 @@ def read(folder, gray, opacity=None):
     [
         (255, 230, False, 26),  # white on white: dark, as in the data set, but at least a tenth
         (200, 110, False, 55),  # as it would be on white: 255 - 200
-        # on black, where garments are as light as the data set's: (200 - 40) / (255 - 40)
-        (200, 40, False, 190),
+        (200, 40, False, 190),  # on black: (200 - 40) / (255 - 40)
         (20, 110, False, 209),  # (110 - 20) / 110
         (100, 110, False, 155),  # too faint for that: 255 - 100
-        (0, 255, False, 255),
         (255, 0, True, 255),  # white and cut out: on black
         (0, 0, True, 255),  # black and cut out: on white
     ],
@@ -63,56 +60,47 @@ def test_a_garment_may_be_lighter_or_darker_than_any_background(
     assert np.abs(found - np.where(EXPECTED > 0, expected, 0)).max() <= 1
 
 
+def frames(*pictures):
+    return dict(save_all=True, append_images=pictures)
+
+
 def variants():
-    """The garment in many kinds of files: the kind, the picture, the ending, and how to save it."""
+    """The garment in many kinds of files: the picture, the file's name, and how to save it."""
     gray = Image.fromarray(GARMENT)
     sideways = Image.Exif()
     sideways[0x112] = 6  # the camera was held on its side: to be turned by 90 degrees
     wide = Image.new("RGB", (90, 70), "white")
     wide.paste(Image.fromarray(255 - GARMENT).convert("RGB"), (30, 10))
-    clear = Image.fromarray(np.dstack([255 - GARMENT, OPAQUE]))
-    yield "8 bits", gray, "png", {}
-    yield "moving", gray, "gif", dict(save_all=True, append_images=[gray.rotate(90)])
     for bits in (8, 10, 12, 14, 16):
         values = GARMENT / 255 * (2**bits - 1)
-        yield f"{bits} of 16 bits", Image.fromarray(values.round().astype(np.uint16)), "png", {}
-    blank = Image.new("L", gray.size, 70)
-    yield (
-        "after blank frames",
-        blank,
-        "gif",
-        dict(save_all=True, append_images=[Image.new("L", gray.size, 9), gray]),
-    )
-    hidden = Image.fromarray(np.dstack([GARMENT, 0 * GARMENT]))
-    yield "after a clear frame", hidden, "png", dict(save_all=True, append_images=[clear])
-    big_endian = (GARMENT.astype(">u2") * 257).astype(">u2").tobytes()
-    yield (
-        "16 bits with the big end first",
-        Image.frombytes("I;16B", gray.size, big_endian),
-        "tiff",
-        {},
-    )
+        yield Image.fromarray(values.round().astype(np.uint16)), f"{bits} of 16 bits.png", {}
+    big_endian = (GARMENT.astype(np.uint16) * 257).astype(">u2").tobytes()
+    yield Image.frombytes("I;16B", gray.size, big_endian), "big end first.tiff", {}
     holes = GARMENT.astype(np.float32) / 255
     holes[0, :2] = np.nan, np.inf
-    yield "floating point", Image.fromarray(holes), "tiff", {}
-    yield "floating point to 255", Image.fromarray(GARMENT.astype(np.float32)), "tiff", {}
-    yield "CMYK", gray.convert("RGB").convert("CMYK"), "tiff", {}
-    yield "off-centre, in colour, on white", wide, "png", {}
-    yield "turned by the camera", gray.rotate(90), "png", dict(exif=sideways)
-    yield "PNG with a damaged note", gray, "png", dict(exif=b"Exif\0\0MM")
-    yield "JPEG with a damaged note", gray, "jpg", dict(exif=b"Exif\0\0MM", quality=100)
+    yield Image.fromarray(holes), "floating point.tiff", {}
+    yield gray, "moving.gif", frames(gray.rotate(90))
+    blank, other = (Image.new("L", gray.size, value) for value in (70, 9))
+    yield blank, "after blank frames.gif", frames(other, gray)
+    clear = Image.fromarray(np.dstack([255 - GARMENT, OPAQUE]))
+    hidden = Image.fromarray(np.dstack([GARMENT, 0 * GARMENT]))
+    yield hidden, "after a clear frame.png", frames(clear)
+    yield gray.convert("RGB").convert("CMYK"), "CMYK.tiff", {}
+    yield wide, "off-centre, in colour, on white.png", {}
+    yield gray.rotate(90), "turned by the camera.png", dict(exif=sideways)
+    yield gray, "a damaged note.png", dict(exif=b"Exif\0\0MM")
+    yield gray, "photo.jpg", dict(exif=b"Exif\0\0MM", quality=100)
     if features.check("avif"):
-        yield "AVIF", gray, "avif", dict(quality=100)
+        yield gray, "photo.avif", dict(quality=100)
 
 
 @pytest.mark.parametrize(
-    "kind, picture, ending, options", [pytest.param(*case, id=case[0]) for case in variants()]
+    "picture, name, options", [pytest.param(*case, id=case[1]) for case in variants()]
 )
-def test_files_of_every_kind_come_out_alike(tmp_path, kind, picture, ending, options):
-    path = tmp_path / f"a.{ending}"
-    picture.save(path, **options)
-    found = read_image(path)[0].astype(int)
-    tolerance = {"jpg": 8, "avif": 12}.get(ending, 1)
+def test_files_of_every_kind_come_out_alike(tmp_path, picture, name, options):
+    picture.save(tmp_path / name, **options)
+    found = read_image(tmp_path / name)[0].astype(int)
+    tolerance = {"photo.jpg": 8, "photo.avif": 12}.get(name, 1)
     assert found.shape == (28, 28) and np.abs(found - EXPECTED).max() <= tolerance
 
 
@@ -131,10 +119,7 @@ def test_what_is_as_faint_as_a_shadow_is_background(tmp_path, lightest, haze, is
     pixels = GARMENT // (200 // lightest)
     expected, _ = read(tmp_path, pixels)
     pixels[10:50, 40:50] = haze
-    found, _ = read(tmp_path, pixels)
-    assert np.array_equal(found, expected) == is_background
-    # 35 wide: 24.5 pixels, from 2 on
-    assert is_background or (found[0, 2] == 100 and 20 < found[0, 25] <= 26)
+    assert np.array_equal(read(tmp_path, pixels)[0], expected) == is_background
 
 
 @pytest.mark.parametrize(
@@ -159,7 +144,7 @@ def test_12_of_16_bits_are_enough_in_colour_and_10_are_not(tmp_path):
     image, _, note = read_image(tmp_path / "a.png")
     assert np.abs(image - EXPECTED).max() <= 16 and note == ""  # Pillow keeps 4 of the 12
     cv2.imwrite(str(tmp_path / "a.png"), colors * 4)
-    with pytest.raises(UserError, match="10 or less of its 16 bits"):
+    with pytest.raises(UserError, match="too few of its 16 bits"):
         read_image(tmp_path / "a.png")
 
 
@@ -234,58 +219,39 @@ def test_fine_grain_is_even_and_coarse_grain_is_not(tmp_path):
     assert read(tmp_path, 255 * grain[:31, :29])[1].startswith("the background is not even")
 
 
-def test_what_is_no_picture_of_a_garment_is_refused_in_one_line(tmp_path):
+def is_refused(path, reason):
+    with pytest.raises(UserError, match=reason) as error:
+        read_image(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
     Image.fromarray(GARMENT).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     header = whole[:16] + struct.pack(">II", 30_000, 30_000) + whole[24:29]
     bomb = header + struct.pack(">I", zlib.crc32(header[12:])) + whole[33:]
-    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100)
-    contents = {
-        "empty.png": (b"", "of a known format"),
-        "photo.heic": (heic, "this is HEIC: export it as JPEG"),
-        "rare.tiff": (
-            b"II*\0\x08\0\0\0" + bytes(6),
-            "TIFF file is damaged or of a kind that cannot be read: export",
-        ),
-        "damaged.jpg": (b"\xff\xd8\xff\xe0" + bytes(50), "JPEG file is damaged"),
-        "cut.png": (whole[: len(whole) * 3 // 4], "cannot be read"),
-        "bomb.png": (bomb, "too many pixels"),
-    }
-    for name, (content, _) in contents.items():
-        (tmp_path / name).write_bytes(content)
-    Image.new("RGB", (9, 9)).save(tmp_path / "program.eps")
-    Image.new("RGBA", (9, 9)).save(tmp_path / "clear.png")
-    even = Image.new("L", (9, 9), 77)
-    even.save(
-        tmp_path / "long.tiff",
-        save_all=True,
-        append_images=[even] * 99 + [Image.fromarray(GARMENT)],
-    )
-    even.save(tmp_path / "even.png")
-    tiles = np.indices((64, 64)) // 8
-    Image.fromarray(np.uint8(120 + tiles.sum(axis=0) % 2 * 8)).save(tmp_path / "tiles.png")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.eps")  # Ghostscript would run it
+    program = (tmp_path / "a.eps").read_bytes()
+    for content in (b"", b"II*\0\x08\0\0\0" + bytes(6), whole[:-40], bomb, program):
+        (tmp_path / "a.png").write_bytes(content)
+        is_refused(tmp_path / "a.png", "cannot be read .*: export it as PNG or JPEG")
     os.mkfifo(tmp_path / "pipe.png")
-    reasons = {name: reason for name, (_, reason) in contents.items()} | {
-        "missing.png": "is not a file",
-        "": "is not a file",  # the folder
-        "pipe.png": "is not a file",
-        "c" * 300: "is not a file",
-        "program.eps": "of a known format",  # Ghostscript would run it
-        "clear.png": "transparent all over",
-        "even.png": "of one even colour",
-        "long.tiff": "of one even colour",  # in its first hundred pages
-        "tiles.png": "of one even colour",  # nearly
-    }
-    for name, reason in reasons.items():
-        with pytest.raises(UserError, match=reason) as error:
-            read_image(tmp_path / name)
-            pytest.fail(f"{name} was read")
-        assert "\n" not in str(error.value)
+    for name in ("missing.png", "", "pipe.png", "c" * 300):
+        is_refused(tmp_path / name, "is not a file")
 
 
-# ---- Backgrounds, simulated as benchmarks/photographs.py does ------------------------------------
+def test_a_picture_without_a_garment_is_refused(tmp_path):
+    path, even = tmp_path / "a.tiff", Image.new("L", (9, 9), 77)
+    Image.new("RGBA", (9, 9)).save(path)
+    is_refused(path, "transparent all over")
+    even.save(path, **frames(*[even] * 99, Image.fromarray(GARMENT)))  # after a hundred pages
+    is_refused(path, "of one even colour")
+    tiles = np.indices((64, 64)).sum(axis=0) // 8 % 2
+    Image.fromarray(np.uint8(120 + tiles)).save(path)
+    is_refused(path, "of one even colour")
 
-# How much of the garment has to be found again, on average, and whether there is a doubt.
+
+# Least mean overlap with the garment, and whether there is a doubt.
 KINDS = {
     "coloured paper": (0.9, False),
     "gradient sideways, to 0.8": (0.9, False),
@@ -305,20 +271,21 @@ def test_a_garment_is_found_on_every_kind_of_background(test_split, tmp_path, ki
     for i in (1, 2, 7):  # a Pullover, a Trouser, a Shirt
         image = test_split[0][i, 0].numpy()
         large = np.pad(image.repeat(10, 0).repeat(10, 1), 60)
-        expected, _ = read_back(np.dstack([255 - large] * 3), tmp_path)
+        expected = read(tmp_path, 255 - large)[0] > 0
         found, note = read_back(photograph(image, kind, np.random.default_rng(i)), tmp_path)
-        overlaps.append(((found > 0) & (expected > 0)).sum() / ((found > 0) | (expected > 0)).sum())
+        overlaps.append(((found > 0) & expected).sum() / ((found > 0) | expected).sum())
         notes.add(note != "")
     least, is_doubtful = KINDS[kind]
     assert np.mean(overlaps) > least and notes == {is_doubtful}
 
 
 def test_a_picture_is_the_same_after_other_pictures(test_split, tmp_path):
-    picture, images = photograph(test_split[0][1, 0].numpy(), "grass", np.random.default_rng(0)), []
+    picture = photograph(test_split[0][1, 0].numpy(), "grass", np.random.default_rng(0))
+    images = []
     for seed in range(8):  # of OpenCV's random numbers, which other pictures use up
         cv2.setRNGSeed(seed)
         images.append(read_back(picture, tmp_path)[0])
-    assert all(np.array_equal(image, images[0]) for image in images)
+    assert np.ptp(images, axis=0).max() == 0
 
 
 def test_a_crumb_beside_the_garment_does_not_count(tmp_path):
@@ -342,17 +309,12 @@ def test_the_photograph_is_kept_as_a_person_sees_it(tmp_path):
 
 def test_strange_pictures_are_turned_drawn_cut_and_drawn_by_lot(test_split):
     images = test_split[0][:40]
-    left, down, right, strokes, crops, noise = [
-        *strange_pictures(images, np.random.default_rng(0)).values()
-    ][1:]
+    made = strange_pictures(images, np.random.default_rng(0))
+    _, left, down, right, strokes, crops, noise = made.values()
     for turned, quarters in ((left, 1), (down, 2), (right, 3)):
         assert np.array_equal(turned[5, 0], np.rot90(images[5, 0], quarters))
     lit = (strokes > 127).double().mean(dim=(1, 2, 3))
     assert 0.02 < lit.min() < lit.max() < 0.4 and (strokes[:, 0, 0] == 0).all()
     # A crop has no more values than its image has, give or take what enlarging it makes.
-    assert (crops.amax(dim=(1, 2, 3)) <= images.amax(dim=(1, 2, 3))).all() and (
-        crops.amin(dim=(2, 3)) > 0
-    ).any()
-    assert noise.double().mean() == pytest.approx(
-        127.5, abs=2
-    ) and noise.double().std() == pytest.approx(73.9, abs=2)
+    assert (crops.amax(dim=(1, 2, 3)) <= images.amax(dim=(1, 2, 3))).all()
+    assert noise.double().mean() == pytest.approx(127.5, abs=2)
