@@ -89,7 +89,7 @@ def small_model():
 
 @pytest.fixture
 def run_config(small_data, tmp_path):
-    """Makes the configuration of a run of half a second; it saves in the folder "run"."""
+    """Makes the configuration of a run that saves in the folder "run"."""
 
     def make(**changes):
         given = SMALL_RUN | dict(data_dir=str(small_data), output_dir=str(tmp_path / "run"))

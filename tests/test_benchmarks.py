@@ -33,7 +33,7 @@ def test_saved_figures_are_printed_and_say_where_they_are_from(table_of, name):
     assert all(row["commit"] and row["machine"] for row in rows)
 
 
-def test_a_row_is_added_or_takes_the_place_of_one_alike(tmp_path, capsys):
+def test_a_row_takes_the_place_of_one_alike(tmp_path, capsys):
     path = tmp_path / "a.csv"
     for name, share in (("a", 0.5), ("b", 0.25), ("a", 0.125)):
         results.add(path, dict(name=name, share=share), "name")

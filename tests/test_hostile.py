@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_is_refused_or_has_the_same_weights(good, draw):
 
 
 class Trap:
-    """Unpickling it creates a file: what code in a checkpoint would do."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -155,7 +155,7 @@ def test_a_full_disk_and_a_read_only_one_lose_nothing(main, small_data, tmp_path
 
 
 def run_in(folder, data_dir):
-    """Begin a run of ten epochs, or go on with it; for a process of its own."""
+    """Begin a run of ten epochs, or go on with it."""
     flags = flags_of(SMALL_RUN | dict(epochs=10, data_dir=str(data_dir)))
     if (folder / "last.pt").exists():
         flags = ["--resume"]
@@ -164,7 +164,7 @@ def run_in(folder, data_dir):
 
 
 def kill(process, folder, number):
-    """Send the signal at any moment, or about when a file is being saved."""
+    """Send the signal at any moment, or about while a file is saved."""
     saves, before = random.randint(0, 8), set()  # three in an epoch
     if not saves:
         process.join(random.uniform(0, 3))

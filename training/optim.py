@@ -107,7 +107,7 @@ def make_optimizers(
         outer = [name for name in matrices if name.startswith(FIRST_AND_LAST)]
         groups[0]["params"] = [matrices.pop(name) for name in outer]
         optimizers = [Muon(list(matrices.values()), lr=0.0, weight_decay=weight_decay)]
-    # Capturable: for a CUDA graph.
+    # Capturable: for CUDA graphs.
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True, capturable=True)
     return [adamw, *optimizers]
 
@@ -163,7 +163,7 @@ def take_step(
     decay: float | Tensor,
     grad_clip: float,
 ) -> None:
-    """Clip the gradients (0: do not), take a step, and update the average."""
+    """Clip the gradients (0: not), step, and update the average."""
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

@@ -19,7 +19,7 @@ ALL_THREADS = torch.get_num_threads()
 
 
 def rate(work: Callable[[], Any]) -> float:
-    """How many times a second a piece of work gets done, measured for 0.1 s."""
+    """How often a second some work gets done, measured for 0.1 s."""
     work()  # starts threads, picks algorithms
     start, spent, done = time.perf_counter(), 0.0, 0
     while spent < 0.1:
@@ -33,11 +33,11 @@ def set_threads(threads: int = 0) -> int:
     """Use and return a number of CPU threads; 0 takes one per core, or fewer.
 
     Threads wait for each other, so where other programs keep cores busy, fewer are faster
-    (`benchmarks/speed.py busy`). OMP_NUM_THREADS is left alone.
+    (`benchmarks/speed.py busy`).
     """
     if not threads:
         threads = ALL_THREADS
-        is_mac = sys.platform == "darwin"  # its matrix products have threads of their own
+        is_mac = sys.platform == "darwin"  # its matrix products have their own
         if "OMP_NUM_THREADS" not in os.environ and not is_mac:
             threads = choose_threads(ALL_THREADS)
     torch.set_num_threads(threads)
@@ -45,7 +45,7 @@ def set_threads(threads: int = 0) -> int:
 
 
 def choose_threads(most: int) -> int:
-    """All of the threads, or one, half, all but one, if these do clearly more for their number.
+    """All threads, or one, half, all but one, if these do clearly more for their number.
 
     Twice the threads have to do 1.4 times as much; idle cores do 1.6 to 1.9, half busy ones 1.1.
     """
@@ -56,7 +56,7 @@ def choose_threads(most: int) -> int:
     best = max(score, key=score.get)
     if score[best] <= 1.1 * score[most]:
         return most
-    print(f"note: other work keeps the CPU busy: using {best} of {most} threads")
+    print(f"note: some cores are busy: using {best} of {most} threads")
     return best
 
 
@@ -80,14 +80,14 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type == "cpu":
-        has = torch.cpu.get_capabilities().get  # without, it is some hundred times slower
+        has = torch.cpu.get_capabilities().get  # else a hundred times slower
         is_faster = (has("avx512_bf16") or has("amx_bf16")) and bfloat16_speed_up() > 1.1
     return "bfloat16" if is_faster else "float32"
 
 
 def bfloat16_speed_up() -> float:
     """How many times faster this CPU trains a convolution in bfloat16 than in float32."""
-    convolution = nn.Conv2d(32, 32, kernel_size=3, padding=1).to(memory_format=torch.channels_last)
+    convolution = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
     images = torch.rand(64, 32, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
 
     def train(is_low: bool) -> None:
@@ -106,7 +106,7 @@ def environment(device: str, precision: str, threads: int) -> str:
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """The number of this process."""
     return int(os.environ["RANK"]) if dist.is_torchelastic_launched() else 0
 
 
@@ -149,7 +149,7 @@ def of_the_first(value: Any) -> Any:
 
 
 def own_part(rows: Tensor) -> Tensor:
-    """Of rows (N, ...) those of this process, (N / processes, ...)."""
+    """The process's part of rows (N, ...)."""
     return rows if count() == 1 else rows[rank() :: count()]
 
 
