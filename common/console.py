@@ -1,6 +1,5 @@
-"""How a script begins, and what it prints to: early Ctrl-C, and output that gets lost."""
+"""A script's start, and output that gets lost."""
 
-import getpass
 import os
 import signal
 import sys
@@ -10,44 +9,38 @@ from typing import Any, TextIO
 
 
 def prepare(script: str) -> None:
-    """Settle what libraries stumble over while they load; to be called before."""
+    """Settle what libraries stumble over, before they load."""
 
     def stop(*_: Any) -> None:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # an exception might be caught inside a library
+        os._exit(130)  # a library might catch an exception
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)  # until `errors_in_one_line`
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's own backend is not to be had outside of it
-    try:
-        getpass.getuser()  # as PyTorch does
-    except (ImportError, KeyError, OSError):  # a container's user without an account
-        os.environ["LOGNAME"] = "nobody"
-    # What is opened next takes the number of a closed stream: not a file that libraries print into.
-    for name, mode in dict(stdin="r", stdout="w", stderr="w").items():
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own fails outside it
+    # PyTorch needs a name; a container's user may have none.
+    os.environ.setdefault("LOGNAME", os.environ.get("USER", "nobody"))
+    # Else a file takes a closed stream's number, and what libraries print.
+    for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 class LosableStream:
-    """A text stream whose failures are not exceptions: what cannot be written is lost."""
+    """A stream that loses what it cannot write."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.failure: Exception | None = None
+        self.stream, self.failure = stream, None
 
-    def write(self, text: str) -> int:
+    def write(self, text: str) -> None:
         try:
             self.stream.write(text)
-        except (OSError, ValueError) as error:  # a full disk, a reader that is gone
+            self.stream.flush()
+        except (OSError, ValueError) as error:  # a full disk
             self.failure = error
-        return len(text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except (OSError, ValueError) as error:
-            self.failure = error
+        self.write("")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -55,18 +48,16 @@ class LosableStream:
 
 @contextmanager
 def outlive_output(script: str) -> Iterator[None]:
-    """Let the body run on when its output can no longer be written; say so on stderr at its end."""
+    """Run on when output cannot be written, and say so at the end."""
     output, errors = LosableStream(sys.stdout), LosableStream(sys.stderr)
     try:
         with redirect_stdout(output), redirect_stderr(errors):
             yield
     finally:
         for stream in (output, errors):
-            stream.flush()
-            if stream.failure:  # Python would try again at its end, and fail
+            if stream.failure:  # Python would try again at exit
                 with suppress(OSError, ValueError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        if output.failure and not errors.failure:
-            errors.write(
-                f"{script}: note: some of the output could not be written: {output.failure}\n"
-            )
+        if output.failure:
+            what = "some of the output could not be written"
+            errors.write(f"{script}: note: {what}: {output.failure}\n")
