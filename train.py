@@ -2,7 +2,6 @@
 
     python train.py                                  train with the defaults below, then test once
     python train.py --recipe fast                    minutes on two CPU cores
-    python train.py --epochs 5 --lr 1e-3             every default is also a flag; see --help
     python train.py --resume                         go on with an interrupted run
     python train.py --evaluate checkpoints/best.pt   test a checkpoint, train nothing
 
@@ -17,7 +16,6 @@ if __name__ == "__main__":
 
 import copy
 import random
-import shlex
 import signal
 import sys
 import time
@@ -50,17 +48,17 @@ from training.replay import ReplayedStep
 from training.runs import Run
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
-# ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims) -----------
+# ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims) ----
 
 # name=(default, what is allowed: a range, words or None for anything, meaning)
 # A row that you add is `config.NAME`.
 SETTINGS: Table = dict(
     recipe=("default", None, "default, fast, teacher or record"),
     # data
-    data_dir=("data", None, "folder with the data set's four files, or to fetch them into"),
+    data_dir=("data", None, "folder of the data set, which is fetched if it is missing"),
     val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
-    train_size=(0, (0, INF), "train on only this many of the others, for a try; 0: on all"),
-    skip_easy=(0.0, (0.0, 1.0), "pruned share of the easiest 60 % of the images, from epoch 2 on"),
+    train_size=(0, (0, INF), "train on only this many of the others; 0: on all"),
+    skip_easy=(0.0, (0.0, 1.0), "pruned share of the easiest 60 % of images after epoch 1"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
     alternate_flip=(False, None, "mirror each image in every other epoch, not at random"),
@@ -88,23 +86,23 @@ SETTINGS: Table = dict(
     lr=(8e-3, (0.0, INF), "peak learning rate"),
     schedule=("cosine", ("cosine", "linear"), "how the learning rate falls to 0"),
     warmup_epochs=(1.0, (0.0, INF), "linear warm-up, at most a quarter of the run"),
-    weight_decay=(0.05, (0.0, INF), "decoupled weight decay of matrices and filters"),
+    weight_decay=(0.05, (0.0, INF), "decoupled decay of matrices and filters"),
     label_smoothing=(0.0, (0.0, 0.99), "share of the target spread over all classes"),
     ema_decay=(0.999, (0.0, 0.999999), "decay of the averaged weights; 0: no average"),
     grad_clip=(1.0, (0.0, INF), "maximum gradient norm; 0: no limit"),
     # distillation
     teacher=((), None, "checkpoints whose mean prediction is learnt, too"),
     teacher_weight=(0.9, (0.0, 1.0), "weight of the teachers in the loss"),
-    temperature=(1.0, (0.01, INF), "softens the predictions of teachers and model"),
+    temperature=(1.0, (0.01, INF), "softens the predictions of both"),
     # system
     seed=(0, (0, 2**32 - 1), "seed of split, weights, order and augmentation"),
     device=("auto", ("auto", "cpu", "cuda", "mps"), "auto: an accelerator if there is one"),
     precision=("auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 where it is faster"),
-    threads=(0, (0, 1024), "CPU threads; 0: one per core, fewer if some cores are busy"),
-    compile=(False, None, "use torch.compile, which takes a minute: for long runs"),
-    cuda_graph=(False, None, "on one GPU, record a step and replay it without Python"),
+    threads=(0, (0, 1024), "CPU threads; 0: one per idle core"),
+    compile=(False, None, "use torch.compile, for long runs"),
+    cuda_graph=(False, None, "on one GPU, record a step and replay it"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
-    quiet=(False, None, "one line an epoch: no bars, no reports"),
+    quiet=(False, None, "one line an epoch"),
 )
 # What the record and its teacher share.
 BIG = dict(
@@ -119,9 +117,9 @@ BIG = dict(
     mlp_ratio=1.0,
     cuda_graph=True,
 )
-RECIPES = dict(  # values that replace the defaults above; flags override both
+RECIPES = dict(  # they replace defaults; flags override both
     default={},
-    # Minutes on two CPU cores: a smaller model, too few epochs to overfit.
+    # Minutes on two CPU cores.
     fast=dict(
         val_size=0,
         skip_easy=0.95,
@@ -162,14 +160,14 @@ RECIPES = dict(  # values that replace the defaults above; flags override both
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 
 
-# ---- Data ----------------------------------------------------------------------------------------
+# ---- Data ----
 
 
 def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     """Put the training images on the device, and hold some out for validation.
 
-    Returns images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), the indices to train on, int64
-    (N,), and the images and labels of "val", if there are any.
+    Returns images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), indices to train on, int64
+    (N,), and the images and labels of "val", if any.
     """
     images, labels = (part.to(device) for part in dataset.load(config.data_dir, train=True))
     dataset.load(config.data_dir, train=False)  # if it is missing, that is said now
@@ -178,7 +176,7 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
         if config.train_size:
             some = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
             train_index = train_index[some]
-    except ValueError as error:  # scikit-learn's
+    except ValueError as error:
         raise UserError(f"change --val-size or --train-size: {error}") from error
     held_out = {}
     if config.val_size:
@@ -203,7 +201,7 @@ def augmented_batch(
     return dataset.normalize(images), labels
 
 
-# ---- The loss ------------------------------------------------------------------------------------
+# ---- The loss ----
 
 
 def training_loss(
@@ -245,14 +243,11 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
     return logits
 
 
-# ---- The training loop ---------------------------------------------------------------------------
+# ---- The training loop ----
 
 
 def train(config: SimpleNamespace, resume: bool = False) -> Path:
-    """Train, or go on from last.pt in `config.output_dir`, with its own settings.
-
-    Takes settings of `choose_settings`; returns the path of best.pt.
-    """
+    """Train, or go on from last.pt in `config.output_dir`; returns the path of best.pt."""
     run = start_run(config, resume)
     if processes.is_first():
         pprint(vars(run.config), sort_dicts=False)
@@ -297,7 +292,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         decay = min(config.ema_decay, start_up_decay(step))
         loss, logits = run.step(index, lr, decay)
         outputs.append(logits)
-        if step % 20 == 0:  # not always, since it waits for the GPU
+        if step % 20 == 0:  # it waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
 
     logits = processes.gather(torch.cat(outputs))
@@ -305,7 +300,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     tensors = [logits, *run.ema.state_dict().values()]
     if not all(tensor.isfinite().all() for tensor in tensors):
         what = f"epoch {epoch + 1} has infinite or NaN weights"
-        raise UserError(f"{what} and is not saved: lower --lr, or give --precision float32")
+        raise UserError(f"{what}: lower --lr, or give --precision float32")
     row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
     if processes.is_first():
         row |= report.summary("train", logits, run.labels[seen], config.quiet)
@@ -332,13 +327,13 @@ def seed_for(*numbers: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed what draws without a generator: stochastic depth, and code of your own."""
+    """Seed what draws without a generator: stochastic depth, your own code."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
-# ---- The start of a run --------------------------------------------------------------------------
+# ---- The start of a run ----
 
 
 def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | None = None) -> Run:
@@ -410,7 +405,7 @@ def make_model(config: SimpleNamespace) -> HybridClassifier:
     return HybridClassifier(ModelConfig(**shape))
 
 
-# ---- The command line ----------------------------------------------------------------------------
+# ---- The command line ----
 
 
 def main() -> None:
@@ -445,11 +440,10 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
         best = train(config, resume)
     if processes.is_first():
         evaluate(best, config)
-        print(f"heatmaps: python Visulization.py --checkpoint {shlex.quote(str(best))}")
 
 
 def evaluate_command(checkpoint: str, given: dict[str, Any]) -> None:
-    """Test a checkpoint; flags that would change nothing are refused."""
+    """Test a checkpoint; other flags are refused."""
     for name in given.keys() - {"data_dir", "device", "threads"}:
         raise UserError(f"--evaluate does not use {flag(name)}: leave it out")
     config = choose_settings(SETTINGS, RECIPES, given)
@@ -463,7 +457,7 @@ def evaluate(path: Path, config: SimpleNamespace) -> None:
     model, checkpoint = load_checkpoint(path, device)
     images, labels = dataset.load(config.data_dir, train=False)
     logits = predict(model, images.to(device)).cpu()
-    print(f"\n{printable(path)} (epoch {checkpoint.get('epoch')})")
+    print(f"\n{printable(path)}")
     row = report.summary("test", logits, labels, quiet=False)
     print(f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}", end=", ")
     print(f"{model.num_parameters():,} parameters, {len(labels):,} images")

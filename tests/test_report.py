@@ -43,8 +43,8 @@ def test_the_line_of_an_epoch_gives_pace_and_time_left():
     # the epoch took 20 seconds, 3 like it are left
     line = report.epoch_line(HISTORY, steps=[10, 4, 4, 4, 4])
     assert line == (
-        "epoch 2/5  train loss 1.0000 accuracy 0.7500  "
-        "val loss 1.5000 accuracy 0.6250  "
+        "epoch 2/5  train_loss 1.0000  train_accuracy 0.7500  "
+        "val_loss 1.5000  val_accuracy 0.6250  "
         "16 images/s  elapsed 0:00:30  remaining 0:01:00"
     )
     # 10 steps took 10 seconds; 16 are left

@@ -325,13 +325,6 @@ def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, tmp_path):
 # ---- Seeds ---------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_weights(run_config, tmp_path):
-    for name in ("one", "two"):
-        torch.rand(3)  # whatever happens in between
-        train.train(run_config(output_dir=str(tmp_path / name), train_size=48, epochs=1))
-    assert_identical(state_of(tmp_path / "one"), state_of(tmp_path / "two"))
-
-
 def test_another_seed_has_another_split_and_another_start(run_config, watch):
     parts, models = watch(train, "load_data"), watch(train, "make_optimizers")
     for seed in (0, 1):
@@ -369,22 +362,11 @@ def teacher(run_config, tmp_path):
     return train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
 
 
-def test_a_model_learns_from_labels_and_another_from_it_alone(run_config, tmp_path):
-    options = dict(train_size=0, batch_size=40, epochs=6, drop_path=0.0, erase=0.0, ema_decay=0.9)
-    teacher = train.train(run_config(output_dir=str(tmp_path / "teacher"), **options))
-    config = run_config(teacher=(str(teacher),), teacher_weight=1.0, **options)
-    images, labels = splits_of(config)[2:]
-    models = [load_checkpoint(path)[0] for path in (teacher, train.train(config))]
-    answers = [train.predict(model, images).argmax(dim=1) for model in models]
-    assert all((answer == labels).float().mean() > 0.3 for answer in answers)  # guessing gives 0.1
-    assert (answers[0] == answers[1]).float().mean() > 0.6
-
-
 def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path, teacher):
     everything = dict(epochs=1, val_size=0, output_dir=str(tmp_path / "all"))
     saw_all = train.train(run_config(**everything))
     for path, changes in ((teacher, dict(seed=1)), (teacher, dict(val_size=150)), (saw_all, {})):
-        with pytest.raises(UserError, match="trained on images that this run validates on"):
+        with pytest.raises(UserError, match="trained on images to validate on"):
             train.start_run(run_config(teacher=(str(path),), **changes))
     for path, changes in ((teacher, {}), (saw_all, dict(val_size=0))):
         train.start_run(run_config(teacher=(str(path),), **changes))
@@ -459,19 +441,6 @@ def test_a_weight_that_an_edited_optimizer_leaves_out_is_named(run_config, monke
     monkeypatch.setattr(train, "make_optimizers", edited)
     with pytest.raises(UserError, match="pos_embed"):
         train.train(run_config())
-
-
-@pytest.mark.parametrize(
-    "words, expected",
-    [
-        (["--epochs", "0"], "--epochs 0 is not of type int, from 1 to inf"),
-        (["--recipe", "slow"], "--recipe slow: give one of default, fast, teacher, record"),
-        (["--num-heads", "5"], "embed_dim 16 is not a multiple of num_heads 5"),
-    ],
-)
-def test_what_a_user_can_mend_is_one_line(main, flags, words, expected):
-    error = main(*flags, *words)
-    assert error.startswith("train.py: error: ") and expected in error and "\n" not in error
 
 
 def test_a_bug_keeps_its_traceback(main, flags, monkeypatch):

@@ -14,7 +14,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, classification_report
 from common.files import printable, whole_file
 from dataset import CLASS_NAMES
 
-Row = dict[str, float]  # of the history: the numbers of an epoch
+Row = dict[str, float]  # the numbers of an epoch
 
 
 def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
@@ -24,7 +24,7 @@ def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
 
 
 def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool) -> Row:
-    """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints the report by class."""
+    """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints a report."""
     predictions = logits.argmax(dim=1)
     if not quiet:
         print(f"\n{split} split")
@@ -36,16 +36,15 @@ def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool)
 
 
 def epoch_line(history: list[Row], steps: list[int]) -> str:
-    """One line for the latest epoch; `steps` is the number of steps of every epoch of the run."""
+    """One line for the latest epoch; `steps` are the numbers of steps of all epochs."""
     done, row = len(history), history[-1]
     seconds = row["seconds"]
     if done > 1:
         seconds -= history[-2]["seconds"]
     words = [f"epoch {done}/{len(steps)}"]
-    for split in ("train", "val"):
-        if f"{split}_loss" in row:
-            loss, accuracy = row[f"{split}_loss"], row[f"{split}_accuracy"]
-            words.append(f"{split} loss {loss:.4f} accuracy {accuracy:.4f}")
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        if name in row:
+            words.append(f"{name} {row[name]:.4f}")
     elapsed = timedelta(seconds=round(row["seconds"]))
     remaining = timedelta(seconds=round(seconds * sum(steps[done:]) / steps[done - 1]))
     words.append(f"{row['images'] / max(seconds, 0.01):.0f} images/s")
@@ -54,7 +53,7 @@ def epoch_line(history: list[Row], steps: list[int]) -> str:
 
 
 def write_history(history: list[Row], path: Path) -> None:
-    """Write a table with a row for each epoch; the old file is replaced whole."""
+    """Write a table with a row for each epoch."""
     columns = dict.fromkeys(name for row in history for name in row)  # a resumed run may add some
     text = io.StringIO()
     writer = csv.DictWriter(text, list(columns))
@@ -64,11 +63,11 @@ def write_history(history: list[Row], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-@style.context("default")  # whatever a matplotlibrc of one's own says
+@style.context("default")  # not a reader's own
 def save_pictures(
     checkpoint: Path, history: list[Row] | None, labels: torch.Tensor, predictions: torch.Tensor
 ) -> None:
-    """Draw a checkpoint's curves and its confusion matrix on the test split beside it."""
+    """Draw curves and confusion matrix beside a checkpoint."""
     pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions))
     if history:
         pictures["curves"] = draw_curves(history)
@@ -91,8 +90,8 @@ def draw_curves(history: list[Row]) -> Figure:
         for name in names:
             rows = [row for row in history if name in row]
             if rows:
-                epochs, values = zip(*((row["epoch"], row[name]) for row in rows), strict=True)
-                axes.plot(epochs, values, ".-", label=name)
+                epochs = [row["epoch"] for row in rows]
+                axes.plot(epochs, [row[name] for row in rows], ".-", label=name)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         axes.legend()

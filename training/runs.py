@@ -1,4 +1,4 @@
-"""A run and what it leaves on the disk: `last.pt` to go on from, `best.pt` to keep, the history."""
+"""A run and what it leaves on the disk: `last.pt` to go on from, `best.pt`, the history."""
 
 import copy
 import fcntl
@@ -27,13 +27,13 @@ FILES_OF_A_RUN += ["last_curves.png", "last_confusion_matrix.png"]
 
 @dataclass
 class Run:
-    """A training run: what it looks at, and what its steps change."""
+    """A run: what it looks at, and what its steps change."""
 
     config: SimpleNamespace
     images: Tensor  # all training images, uint8 (60000, 1, 28, 28), on the device
     labels: Tensor  # int64 (60000,)
     train_index: Tensor  # those to train on, int64 (N,)
-    held_out: dict[str, tuple[Tensor, Tensor]]  # images and labels of "val", if there are any
+    held_out: dict[str, tuple[Tensor, Tensor]]  # images and labels of "val", if any
     steps: list[int]  # of each epoch
     pruned: int  # images that each later epoch leaves out
     warmup_steps: int
@@ -41,14 +41,14 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     teachers: list[nn.Module]
     history: list[dict[str, float]] = field(default_factory=list)  # a row for each epoch
-    step: Callable | None = None  # `train.training_step` of this run, or its recording
+    step: Callable | None = None  # `train.training_step`, or its recording
 
     def __post_init__(self) -> None:
         self.originals = self.images.clone()  # `alternate_flip` changes the others
         self.compiled = self.model  # or what torch.compile makes of it
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # averaged weights
         self.best = copy.deepcopy(self.ema)  # those of the best epoch
-        # The loss of each image when last seen; one that was not is hard.
+        # The loss of each image when last seen.
         self.losses = torch.full_like(self.labels, 100, dtype=torch.float32)
         self.generator = torch.Generator(self.images.device)  # for order and augmentation
         self.teacher_checksums = [checksum(path) for path in paths_of_teachers(self.config)]
@@ -58,15 +58,12 @@ class Run:
         return Path(self.config.output_dir).expanduser()
 
 
-# ---- The folder ----------------------------------------------------------------------------------
+# ---- The folder ----
 
 
 @contextmanager
 def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
-    """Make the folder of a run and keep others out; if the run is stopped, say how to go on.
-
-    The lock says when an earlier run's last.pt was written, for `has_saved`.
-    """
+    """Make the folder of a run and keep others out; if the run is stopped, say how to go on."""
     if not processes.is_first():
         yield
         return
@@ -76,10 +73,10 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
         if is_taken(lock):
             raise UserError(f"another run is writing to {folder}: give another --output-dir")
         if not processes.is_restart():
-            (folder / ".lock").write_text(time_of_last(folder))
+            (folder / ".lock").touch()  # for `has_saved`
     except OSError as error:
-        what = f"cannot write to {folder}: {error.strerror}"
-        raise UserError(f"{what}; give another --output-dir") from error
+        reason = f"{error.strerror}; give another --output-dir"
+        raise UserError(f"cannot write to {folder}: {reason}") from error
     for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
         part.unlink()
     try:
@@ -88,13 +85,17 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         advice = "no epoch was finished, so nothing was saved"
         if resumed or has_saved(folder):
-            advice = f"go on from the last whole epoch with: {command_to_resume(folder)}"
+            launcher = "python"
+            if processes.count() > 1:
+                launcher = f"torchrun --nproc-per-node={processes.count()}"
+            command = f"{launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
+            advice = f"go on from the last whole epoch with: {command}"
         print(f"\nstopping; {advice}", flush=True)
         raise
 
 
 def is_taken(lock: TextIO) -> bool:
-    """Whether another process has locked this file; if not, it is locked until it is closed."""
+    """Lock this file until it is closed; returns whether another run has done so."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -104,24 +105,11 @@ def is_taken(lock: TextIO) -> bool:
     return False
 
 
-def time_of_last(folder: Path) -> str:
-    """When last.pt was written, in nanoseconds; "" if there is none."""
-    last = folder / "last.pt"
-    return str(last.stat().st_mtime_ns) if last.exists() else ""
-
-
 def has_saved(folder: Path) -> bool:
-    """Whether this command has written last.pt, also before torchrun started it again."""
-    lock, time = folder / ".lock", time_of_last(folder)
-    return time != "" and lock.exists() and lock.read_text() != time
-
-
-def command_to_resume(folder: Path) -> str:
-    """What a person types to go on with a run."""
-    launcher = "python"
-    if processes.count() > 1:
-        launcher = f"torchrun --nproc-per-node={processes.count()}"
-    return f"{launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
+    """Whether this command has written last.pt, maybe before torchrun restarted it."""
+    lock, last = folder / ".lock", folder / "last.pt"
+    is_there = lock.exists() and last.exists()
+    return is_there and last.stat().st_mtime_ns > lock.stat().st_mtime_ns
 
 
 def put_aside(folder: Path) -> None:
@@ -134,31 +122,31 @@ def put_aside(folder: Path) -> None:
         print(f"an earlier run's files are now {folder}/previous-{number}-*")
 
 
-# ---- Saving and resuming -------------------------------------------------------------------------
+# ---- Saving and resuming ----
 
 
 def best_epoch(run: Run) -> int:
-    """The first epoch of the highest validation accuracy, from 1; without such, the last one."""
+    """The first of highest validation accuracy, from 1, or else the last."""
     return max(run.history, key=lambda row: row.get("val_accuracy", row["epoch"]))["epoch"]
 
 
 def contents_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint of a run says besides the weights."""
+    """What a checkpoint holds besides the weights."""
     config = run.config
     environment = processes.environment(config.device, config.precision, config.threads)
     return dict(train_config=vars(config), history=run.history, environment=environment)
 
 
 def save_best(run: Run) -> None:
-    """Save the averaged weights of the best epoch as best.pt, and the history as a table."""
+    """Save the best epoch's averaged weights, and the history as a table."""
     epoch = best_epoch(run)
     save_checkpoint(run.folder / "best.pt", run.best, epoch=epoch, **contents_of(run))
     write_history(run.history, run.folder / "history.csv")
 
 
 def save_run(run: Run, row: dict[str, Any]) -> None:
-    """Add an epoch's row to the history, and save best.pt, history.csv and last.pt."""
-    # A number of your own may be a tensor or an array.
+    """Add an epoch's row to the history, and save all files."""
+    # Your own may be a tensor.
     row = {n: value.tolist() if hasattr(value, "tolist") else value for n, value in row.items()}
     run.history.append(row)
     epoch = len(run.history)
@@ -175,7 +163,7 @@ def save_run(run: Run, row: dict[str, Any]) -> None:
         teachers=run.teacher_checksums,
         processes=processes.count(),
     )
-    # It comes last, so a run that is killed before that repeats this epoch, bit for bit.
+    # It comes last: a run that is killed before repeats this epoch, bit for bit.
     contents = dict(epoch=epoch, training=state) | contents_of(run)
     save_checkpoint(run.folder / "last.pt", run.ema, **contents)
 
@@ -189,54 +177,53 @@ def load_run(folder: Path) -> dict[str, Any]:
 
 
 def resume_run(run: Run) -> None:
-    """Bring a new run to where the one in its folder stopped; a UserError if they differ."""
+    """Bring a new run to where the one in its folder stopped."""
     checkpoint = load_run(run.folder)
     state, count = checkpoint["training"], processes.count()
     if state["processes"] != count:  # batch norm would see other batches
         what = f"the run to resume had {state['processes']} processes, not {count}"
         raise UserError(f"{what}: start as many again")
     if state["teachers"] != run.teacher_checksums:
-        raise UserError("the teacher has changed since the run began: put the first one back")
+        raise UserError("the teacher has changed since the run began: put it back")
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
     except ValueError as error:
-        raise UserError("the run to resume had another optimizer: start a new run") from error
+        raise UserError("the run to resume had another optimizer: start anew") from error
     run.model.load_state_dict(state["model"])
     run.best.load_state_dict(state["best"])
     run.losses.copy_(state["losses"])
     run.ema.load_state_dict(checkpoint["model"])
     run.history = checkpoint["history"]
     if processes.is_first():
-        done = f"after epoch {len(run.history)} of {run.config.epochs}"
-        print(f"going on with {run.folder / 'last.pt'} {done}")
+        print(f"going on after epoch {len(run.history)} of {run.config.epochs}")
         save_best(run)  # it may be lost, or of the next epoch
 
 
-# ---- Teachers ------------------------------------------------------------------------------------
+# ---- Teachers ----
 
 
 def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
-    """The checkpoints that a run learns from; an edited default may be one word."""
+    """The checkpoints that a run learns from; a default may be one word."""
     paths = [config.teacher] if isinstance(config.teacher, str) else config.teacher
     return [Path(path).expanduser() for path in paths]
 
 
 def load_teachers(config: SimpleNamespace, labels: Tensor, device: torch.device) -> list[nn.Module]:
-    """Load the teachers; a UserError for one that this run must not learn from."""
+    """Load the teachers, or refuse them."""
     val_index = dataset.split_indices(labels, config.val_size, config.seed)[1]
     teachers = []
     for path in paths_of_teachers(config):
         if not path.exists():
-            command = f"train.py --recipe teacher --output-dir {shlex.quote(str(path.parent))}"
+            command = f"train.py --recipe teacher --output-dir {path.parent}"
             raise UserError(f"there is no teacher {path}: first run {command}")
         teacher, checkpoint = load_checkpoint(path, device)
         saw = checkpoint.get("train_config", {})
         if len(checkpoint.get("history", ())) < saw.get("epochs", 0):
-            raise UserError(f"{path} is of an unfinished run: finish it with train.py --resume")
+            raise UserError(f"{path} is of an unfinished run: finish it with --resume")
         val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
         if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
-            advice = "give --val-size 0, or the --val-size and --seed of the teacher"
-            raise UserError(f"{path} was trained on images that this run validates on: {advice}")
+            advice = "give --val-size 0, or the teacher's --val-size and --seed"
+            raise UserError(f"{path} was trained on images to validate on: {advice}")
         teachers.append(teacher.requires_grad_(False))
     return teachers

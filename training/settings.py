@@ -1,8 +1,7 @@
-"""One table of settings, one check of them: for flags, edited defaults and resumed runs alike.
+"""One table of settings, one check of them.
 
-A table has a row for each setting, `name=(default, allowed, meaning)`. `allowed` is a range
-(lowest, highest) of numbers, a tuple of words to choose from, or None for anything of the default's
-type.
+A row is `name=(default, allowed, meaning)`. `allowed` is a range (lowest, highest), a tuple of
+words to choose from, or None for anything of the default's type.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def element_type(default: Any, allowed: Any) -> type:
 
 
 def is_allowed(value: Any, kind: type, allowed: Any) -> bool:
-    """Whether a single value has the type, and is in the range or among the words."""
+    """Whether a single value has the type, and is in the range or a word allowed."""
     kinds = (float, int) if kind is float else (kind,)
     if type(value) not in kinds:
         return False
@@ -44,7 +43,7 @@ def is_allowed(value: Any, kind: type, allowed: Any) -> bool:
 
 
 def check(table: Table, name: str, value: Any) -> None:
-    """Refuse a value that its row does not allow; the UserError says what it may be."""
+    """Refuse a value that its row does not allow, by a UserError."""
     default, allowed, _ = table[name]
     kind = element_type(default, allowed)
     what = f"of type {kind.__name__}"
@@ -64,7 +63,7 @@ def check(table: Table, name: str, value: Any) -> None:
 def choose_settings(
     table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]
 ) -> SimpleNamespace:
-    """Every setting, checked: the value given, else the recipe's, else the default."""
+    """Every setting, checked: as given, else the recipe's, else the default."""
     settings = {name: default for name, (default, _, _) in table.items()}
     recipe = given.get("recipe", settings["recipe"])
     if recipe not in recipes:
@@ -79,11 +78,11 @@ def choose_settings(
 
 
 def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
-    """A parser with a flag for each setting; it returns only the flags that were given."""
+    """A parser with a flag for each setting; it returns only those given."""
     parser = argparse.ArgumentParser(
         description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
-    # One line, without a page of usage.
+    # One line, without the usage.
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     for name, (default, allowed, meaning) in table.items():
         kind = element_type(default, allowed)
@@ -102,7 +101,7 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
 def resumed_settings(
     table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The settings of a run to resume, with those given that may change; others are refused."""
+    """A run's own settings, and those given that may change."""
     if other := sorted(saved.keys() ^ table.keys()):
         raise UserError(f"the run to resume had other settings ({', '.join(other)}): start anew")
     for name, value in given.items():
