@@ -2,15 +2,11 @@
 
     python train.py                                  train with the defaults below, then test once
     python train.py --recipe fast                    minutes on two CPU cores
-    python train.py --recipe record --compile        the most accurate, on a GPU; first its teacher
-    python train.py --epochs 5 --lr 1e-3             every default is also a flag; --help lists them
     python train.py --resume                         go on with an interrupted run
-    torchrun --nproc-per-node=2 train.py             in two processes, on GPUs or CPU cores
     python train.py --evaluate checkpoints/best.pt   test a checkpoint, train nothing
 
-The best epoch by validation accuracy, or the last one without a validation split, is kept as
-`checkpoints/best.pt`, the state of the run as `checkpoints/last.pt`. The test split is evaluated
-once, at the end, and chooses nothing.
+The epoch of the highest validation accuracy, or else the last one, is kept in
+`checkpoints/best.pt`. The test split chooses nothing.
 """
 
 from common.console import outlive_output, prepare
@@ -19,28 +15,26 @@ if __name__ == "__main__":
     prepare("train.py")
 
 import copy
-import os
 import random
-import shlex
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from pprint import pprint
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import dataset
-from common.files import UserError, checksum, errors_in_one_line, printable
-from model import MAX_PARAMETERS, HybridClassifier, ModelConfig, load_checkpoint
+from common.files import UserError, errors_in_one_line, printable
+from model import HybridClassifier, ModelConfig, load_checkpoint
 from training import processes, report, runs
 from training.optim import (
     check_optimizers,
@@ -54,64 +48,63 @@ from training.replay import ReplayedStep
 from training.runs import Run
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
-# ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims) -----------
+# ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims) ----
 
-# name=(default, what is allowed: a range, words or anything (None), meaning)
+# name=(default, what is allowed: a range, words or None for anything, meaning)
 # A row that you add is `config.NAME`.
 SETTINGS: Table = dict(
-    recipe=("default", None, "default, fast, teacher or record: values that go together"),
+    recipe=("default", None, "default, fast, teacher or record"),
     # data
-    data_dir=("data", None, "folder with the four files of Fashion-MNIST, or where to fetch them"),
-    val_size=(5000, (0, INF), "images held out of the 60,000 to choose the best epoch; 0: none"),
-    train_size=(0, (0, INF), "train on only this many of the other images, for a try; 0: on all"),
-    skip_easy=(0.0, (0.0, 1.0), "pruned share of the 60 % lowest-loss images, from epoch 2 on"),
+    data_dir=("data", None, "folder of the data set, which is fetched if it is missing"),
+    val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
+    train_size=(0, (0, INF), "train on only this many of the others; 0: on all"),
+    skip_easy=(0.0, (0.0, 1.0), "pruned share of the easiest 60 % of images after epoch 1"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
-    alternate_flip=(False, None, "flip each image in every other epoch instead of at random"),
-    shift=(2, (0, 27), "move every image by up to this many pixels each way"),
-    erase=(0.25, (0.0, 1.0), "probability that a rectangle of an image is replaced by noise"),
-    erase_area=(0.33, (0.02, 1.0), "the largest such rectangle, as a fraction of the image"),
-    cutmix=(0.3, (0.0, 1.0), "probability that a rectangle, with its label, is another image's"),
+    alternate_flip=(False, None, "mirror each image in every other epoch, not at random"),
+    shift=(2, (0, 27), "move an image by up to this many pixels each way"),
+    erase=(0.25, (0.0, 1.0), "probability that a rectangle is replaced by noise"),
+    erase_area=(0.33, (0.02, 1.0), "largest such part of an image"),
+    cutmix=(0.3, (0.0, 1.0), "probability that a rectangle is another image's, with its label"),
     rotate=(0.0, (0.0, 180.0), "rotate an eighth of the images by up to this many degrees"),
-    noise=(0.0, (0.0, 1.0), "add noise to an eighth, of up to this standard deviation"),
+    noise=(0.0, (0.0, 1.0), "add noise to an eighth, of up to this deviation"),
     # model
-    stem_dims=((16, 32), (1, INF), "channels of the convolutional stem at 28x28 and at 14x14"),
-    stem_blocks=((2, 2, 2), (0, INF), "residual blocks of the stem at 28x28, at 14x14 and at 7x7"),
-    embed_dim=(96, (1, INF), "channels at 7x7, which is the width of a token"),
+    stem_dims=((16, 32), (1, INF), "channels of the stem at 28x28 and at 14x14"),
+    stem_blocks=((2, 2, 2), (0, INF), "residual blocks at 28x28, at 14x14 and at 7x7"),
+    embed_dim=(96, (1, INF), "channels at 7x7: the width of a token"),
     depth=(1, (0, INF), "number of Transformer blocks"),
-    num_heads=(3, (1, INF), "attention heads of a block; divides embed_dim"),
-    mlp_ratio=(2.0, (0.01, INF), "hidden width of a block's MLP, as a multiple of embed_dim"),
+    num_heads=(3, (1, INF), "attention heads; divides embed_dim"),
+    mlp_ratio=(2.0, (0.01, INF), "hidden width of an MLP, as a multiple of embed_dim"),
     pool=("attention", ("attention", "mean"), "how 49 tokens become one"),
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet: norm first, no ReLU last"),
-    whiten=(False, None, "frozen PCA-whitening layer as the first one, of at most 18 filters"),
+    whiten=(False, None, "frozen PCA-whitening layer first, of at most 18 filters"),
     # optimisation
-    epochs=(30, (1, INF), "passes over the training images, see --skip-easy"),
+    epochs=(30, (1, INF), "passes over the training images"),
     batch_size=(256, (1, INF), "images per step, of all processes together"),
     optimizer=("muon", ("muon", "adamw"), "muon: for hidden matrices and filters, with adamw"),
     lr=(8e-3, (0.0, INF), "peak learning rate"),
-    schedule=("cosine", ("cosine", "linear"), "how the learning rate falls from there to 0"),
-    warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
-    weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
-    label_smoothing=(0.0, (0.0, 0.99), "share of the target spread evenly over all classes"),
-    ema_decay=(0.999, (0.0, 0.999999), "decay of the averaged weights, which are kept; 0 is off"),
-    grad_clip=(1.0, (0.0, INF), "maximum gradient norm; 0 disables clipping"),
+    schedule=("cosine", ("cosine", "linear"), "how the learning rate falls to 0"),
+    warmup_epochs=(1.0, (0.0, INF), "linear warm-up, at most a quarter of the run"),
+    weight_decay=(0.05, (0.0, INF), "decoupled decay of matrices and filters"),
+    label_smoothing=(0.0, (0.0, 0.99), "share of the target spread over all classes"),
+    ema_decay=(0.999, (0.0, 0.999999), "decay of the averaged weights; 0: no average"),
+    grad_clip=(1.0, (0.0, INF), "maximum gradient norm; 0: no limit"),
     # distillation
-    teacher=((), None, "checkpoints whose mean prediction is learnt, besides the labels"),
-    teacher_weight=(0.9, (0.0, 1.0), "weight of the teachers in the loss, where there are any"),
-    temperature=(1.0, (0.01, INF), "softens the predictions of teachers and model"),
+    teacher=((), None, "checkpoints whose mean prediction is learnt, too"),
+    teacher_weight=(0.9, (0.0, 1.0), "weight of the teachers in the loss"),
+    temperature=(1.0, (0.01, INF), "softens the predictions of both"),
     # system
-    seed=(0, (0, 2**32 - 1), "random seed of the split, the weights, the order, the augmentation"),
-    device=("auto", ("auto", "cpu", "cuda", "mps"), "auto uses an accelerator if there is one"),
-    precision=("auto", ("auto", "float32", "bfloat16"), "auto uses bfloat16 where it is faster"),
-    threads=(0, (0, 1024), "CPU threads; 0: one per core, or fewer if some cores are busy"),
-    compile=(False, None, "use torch.compile: a minute of compilation first, so for long runs"),
-    cuda_graph=(False, None, "on one GPU, record a step and replay it without Python"),
-    output_dir=("checkpoints", None, "where checkpoints, history and pictures are written"),
-    report_test=(False, None, "report on the test split after every epoch too; chooses nothing"),
-    quiet=(False, None, "one line an epoch: no bars, no reports"),
+    seed=(0, (0, 2**32 - 1), "seed of split, weights, order and augmentation"),
+    device=("auto", ("auto", "cpu", "cuda", "mps"), "auto: an accelerator if there is one"),
+    precision=("auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 where it is faster"),
+    threads=(0, (0, 1024), "CPU threads; 0: one per idle core"),
+    compile=(False, None, "use torch.compile, for long runs"),
+    cuda_graph=(False, None, "on one GPU, record a step and replay it"),
+    output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
+    quiet=(False, None, "one line an epoch"),
 )
-# What the record and its teacher, a model seven times as large, share.
+# What the record and its teacher share.
 BIG = dict(
     val_size=0,
     shift=3,
@@ -124,9 +117,9 @@ BIG = dict(
     mlp_ratio=1.0,
     cuda_graph=True,
 )
-RECIPES = dict(  # values that replace the defaults above; flags override both
+RECIPES = dict(  # they replace defaults; flags override both
     default={},
-    # Minutes on two CPU cores: a smaller model, too few epochs to overfit.
+    # Minutes on two CPU cores.
     fast=dict(
         val_size=0,
         skip_easy=0.95,
@@ -164,58 +157,39 @@ RECIPES = dict(  # values that replace the defaults above; flags override both
         teacher=("checkpoints/teacher/best.pt",),
     ),
 )
-# A teacher may have moved; its checksum is compared.
-MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet", "teacher")
-EVALUATION_USES = ("data_dir", "device", "threads")
-REFINES = dict(  # settings that change nothing where another one is off
-    alternate_flip="flip",
-    erase_area="erase",
-    num_heads="depth",
-    mlp_ratio="depth",
-    drop_path="depth",
-    teacher_weight="teacher",
-    temperature="teacher",
-)
+MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 
 
-# ---- Data ----------------------------------------------------------------------------------------
+# ---- Data ----
 
 
 def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
-    """Put the data on the device, and set validation images aside.
+    """Put the training images on the device, and hold some out for validation.
 
-    Returns images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), the indices of those to train
-    on, int64 (N,), and the images and labels of the splits to report on, "val" and "test".
+    Returns images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), indices to train on, int64
+    (N,), and the images and labels of "val", if any.
     """
-    images, labels = dataset.load(config.data_dir, train=True)
-    test_split = dataset.load(config.data_dir, train=False)  # if it is missing, that is said now
-    classes = len(dataset.CLASS_NAMES)
-    left = len(labels) - config.val_size
-    for name, most in (("val_size", len(labels) - classes), ("train_size", left - classes)):
-        size = getattr(config, name)
-        if size and not classes <= size <= most:
-            raise UserError(f"{flag(name)} {size}: give 0, or {classes} to {max(most, 0):,}")
-    train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
-    if config.train_size:
-        some = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
-        train_index = train_index[some]
+    images, labels = (part.to(device) for part in dataset.load(config.data_dir, train=True))
+    dataset.load(config.data_dir, train=False)  # if it is missing, that is said now
+    try:
+        train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
+        if config.train_size:
+            some = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
+            train_index = train_index[some]
+    except ValueError as error:
+        raise UserError(f"change --val-size or --train-size: {error}") from error
     held_out = {}
     if config.val_size:
-        held_out["val"] = images[val_index].to(device), labels[val_index].to(device)
-    if config.report_test:
-        held_out["test"] = test_split[0].to(device), test_split[1].to(device)
-    return images.to(device), labels.to(device), train_index.to(device), held_out
+        held_out["val"] = images[val_index], labels[val_index]
+    return images, labels, train_index.to(device), held_out
 
 
 def augmented_batch(
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    generator: torch.Generator,
-    config: SimpleNamespace,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random variants of uint8 images (N, 1, 28, 28), normalised, and their targets.
+    images: Tensor, labels: Tensor, generator: torch.Generator, config: SimpleNamespace
+) -> tuple[Tensor, Tensor]:
+    """Normalised random variants of uint8 images (N, 1, 28, 28), and their targets.
 
-    The targets are the labels, int64 (N,), or with CutMix the share of each class, (N, 10).
+    These are the labels, int64 (N,), or with CutMix the share of each class, (N, 10).
     """
     names = ("shift", "erase", "erase_area", "rotate", "noise")
     options = {name: getattr(config, name) for name in names}
@@ -227,25 +201,20 @@ def augmented_batch(
     return dataset.normalize(images), labels
 
 
-# ---- The loss ------------------------------------------------------------------------------------
+# ---- The loss ----
 
 
 def training_loss(
-    model: nn.Module,
-    teachers: list[nn.Module],
-    x: torch.Tensor,
-    targets: torch.Tensor,
-    config: SimpleNamespace,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy against the smoothed labels (Szegedy et al. 2016), and the teachers' part.
+    model: nn.Module, teachers: list[nn.Module], x: Tensor, targets: Tensor, config: SimpleNamespace
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with label smoothing (Szegedy et al. 2016), and distillation.
 
-    That is the Kullback-Leibler divergence of the softened predictions, times temperature squared,
-    so that its gradient keeps its size (Hinton et al. 2015, arXiv 1503.02531, section 2). Teachers
-    see the very same variants of the images (Beyer et al. 2022, arXiv 2106.05237).
+    That is the Kullback-Leibler divergence from the teachers' mean softened prediction, times
+    temperature squared (Hinton et al. 2015, arXiv 1503.02531). Teachers see the same variants of
+    the images (Beyer et al. 2022, arXiv 2106.05237).
 
-    Takes normalised images (N, 1, 28, 28) and targets: labels, int64 (N,), or probabilities,
-    (N, 10). Returns the mean loss, and logits, float32 (N, 10). Only the forward passes compute in
-    `config.precision`.
+    Takes normalised images (N, 1, 28, 28) and labels, int64 (N,), or probabilities, (N, 10).
+    Returns the mean loss, and logits, float32 (N, 10).
     """
     is_low = config.precision == "bfloat16"
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=is_low):
@@ -264,8 +233,8 @@ def training_loss(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 100) -> torch.Tensor:
-    """Logits, float32 (N, 10), of uint8 images (N, 1, 28, 28), in evaluation mode, in float32."""
+def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
+    """Logits, float32 (N, 10), of uint8 images (N, 1, 28, 28), in evaluation mode."""
     was_training = model.training
     model.eval()
     chunks = images.split(batch_size)
@@ -274,51 +243,48 @@ def predict(model: nn.Module, images: torch.Tensor, batch_size: int = 100) -> to
     return logits
 
 
-# ---- The training loop ---------------------------------------------------------------------------
+# ---- The training loop ----
 
 
 def train(config: SimpleNamespace, resume: bool = False) -> Path:
-    """Train, or go on from last.pt in `config.output_dir`, and return the best checkpoint's path.
-
-    The settings are made by `choose_settings(SETTINGS, RECIPES, {...})`; to resume, they must be
-    those of last.pt.
-    """
+    """Train, or go on from last.pt in `config.output_dir`; returns the path of best.pt."""
     run = start_run(config, resume)
     if processes.is_first():
-        print_settings(run)
-    seconds_before = run.history[-1]["seconds"] if run.history else 0.0
+        pprint(vars(run.config), sort_dicts=False)
+        numbers = f"{run.model.num_parameters():,} parameters, {len(run.train_index):,} training"
+        print(f"{numbers} images, processes: {processes.count()}")
     started = time.perf_counter()
-    for epoch in range(len(run.history), run.config.epochs):
+    if run.history:
+        started -= run.history[-1]["seconds"]
+    for epoch in range(len(run.history), config.epochs):
         row = train_epoch(run, epoch)
         if not processes.is_first():
             continue  # the first process reports and saves
         for split, (images, labels) in run.held_out.items():
-            row |= report.summary(split, predict(run.ema, images), labels, run.config.quiet)
-        row["seconds"] = round(seconds_before + time.perf_counter() - started, 2)
+            row |= report.summary(split, predict(run.ema, images), labels, config.quiet)
+        row["seconds"] = round(time.perf_counter() - started, 2)
         runs.save_run(run, row)
         print(report.epoch_line(run.history, run.steps), flush=True)
     return run.folder / "best.pt"
 
 
 def train_epoch(run: Run, epoch: int) -> dict[str, float]:
-    """Train for an epoch, counted from 0, and return its row of the history.
+    """Train for an epoch, counted from 0; returns its row of the history.
 
-    All randomness follows from the seed and the epoch, and that of a process from its rank, too.
+    All randomness follows from the seed, the epoch and the process.
     """
     config = run.config
     if config.flip and config.alternate_flip:
-        run.generator.manual_seed(seed_for(config.seed))  # the same in each epoch
+        run.generator.manual_seed(seed_for(config.seed))  # the same in every epoch
         run.images.copy_(dataset.alternate_flip(run.originals, run.generator, epoch))
     run.generator.manual_seed(seed_for(config.seed, epoch))  # the same in every process
     seed_everything(seed_for(config.seed, epoch, 1 + processes.rank()))
     pruned = run.pruned if epoch else 0
     order = dataset.epoch_order(run.losses[run.train_index], run.generator, pruned)
-    order = order[: run.steps[epoch] * config.batch_size]  # the others wait for the next epoch's
-    seen = run.train_index[order]
+    seen = run.train_index[order][: run.steps[epoch] * config.batch_size]
 
     is_silent = config.quiet or not processes.is_first()
-    batches = seen.split(config.batch_size)
-    bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=is_silent)
+    bar = tqdm(seen.split(config.batch_size), f"epoch {epoch + 1}", leave=False, disable=is_silent)
     outputs = []
     run.model.train()
     for step, index in enumerate(bar, start=sum(run.steps[:epoch])):
@@ -326,12 +292,15 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         decay = min(config.ema_decay, start_up_decay(step))
         loss, logits = run.step(index, lr, decay)
         outputs.append(logits)
-        if step % 20 == 0:  # rarely, since it has to wait for the GPU
-            bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
+        if step % 20 == 0:  # it waits for the GPU
+            bar.set_postfix(loss=f"{loss.item():.4f}")
 
     logits = processes.gather(torch.cat(outputs))
     run.losses[seen] = F.cross_entropy(logits, run.labels[seen], reduction="none")
-    refuse_infinity(run, logits, epoch)
+    tensors = [logits, *run.ema.state_dict().values()]
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        what = f"epoch {epoch + 1} has infinite or NaN weights"
+        raise UserError(f"{what}: lower --lr, or give --precision float32")
     row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
     if processes.is_first():
         row |= report.summary("train", logits, run.labels[seen], config.quiet)
@@ -340,12 +309,9 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
 
 
 def training_step(
-    run: Run, index: torch.Tensor, lr: float | torch.Tensor, decay: float | torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step on the images of these indices, int64 (N,); returns loss and logits, (N, 10).
-
-    With several processes each takes its part of the batch.
-    """
+    run: Run, index: Tensor, lr: float | Tensor, decay: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step on the images of these indices, int64 (N,); returns loss and logits, (N, 10)."""
     x, y = augmented_batch(run.images[index], run.labels[index], run.generator, run.config)
     x, y = processes.own_part(x), processes.own_part(y)
     loss, logits = training_loss(run.compiled, run.teachers, x, y, run.config)
@@ -355,46 +321,35 @@ def training_step(
     return loss.detach(), logits.detach()
 
 
-def refuse_infinity(run: Run, logits: torch.Tensor, epoch: int) -> None:
-    """End a run whose logits or averaged weights are no longer finite, before it is saved."""
-    if all(tensor.isfinite().all() for tensor in (logits, *run.ema.state_dict().values())):
-        return
-    advice = f"lower --lr from {run.config.lr:g}"
-    if run.config.precision != "float32":
-        advice += ", or try --precision float32"
-    what = f"the loss or a weight became infinite or NaN in epoch {epoch + 1}"
-    raise UserError(f"{what}, not saved: {advice}")
-
-
 def seed_for(*numbers: int) -> int:
-    """A seed from a row of numbers, by NumPy's SeedSequence; zeros at its end change nothing."""
+    """A seed from a row of numbers; zeros at its end change nothing."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def seed_everything(seed: int) -> None:
-    """Seed what draws without a generator: stochastic depth, and what a loss of your own uses."""
+    """Seed what draws without a generator: stochastic depth, your own code."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
 
 
-# ---- The start of a run --------------------------------------------------------------------------
+# ---- The start of a run ----
 
 
 def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | None = None) -> Run:
     """A run with its data, model, optimisers and teachers, new or where last.pt stopped.
 
-    What the settings mean by "auto" is in its own `config`. Another model may be given.
+    Its `config` has what "auto" came to. Another model may be given.
     """
+    config = copy.copy(config)
     device = processes.choose_device(config.device)
+    config.device = device.type
     processes.join(device)
     threads = processes.set_threads(config.threads)
     precision = processes.choose_precision(config.precision, device)
     # All processes, and a resumed run, have to compute alike.
-    threads, precision = processes.of_the_first((threads, precision))
-    torch.set_num_threads(threads)
-    chosen = dict(device=device.type, threads=threads, precision=precision)
-    config = SimpleNamespace(**vars(config) | chosen)
+    config.threads, config.precision = processes.of_the_first((threads, precision))
+    torch.set_num_threads(config.threads)
 
     images, labels, train_index, held_out = load_data(config, device)
     steps, pruned = steps_of_epochs(config, len(train_index))
@@ -414,18 +369,14 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         pruned=pruned,
         warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
         model=model,
-        ema=copy.deepcopy(model).eval().requires_grad_(False),
         optimizers=optimizers,
         teachers=runs.load_teachers(config, labels, device),
-        teacher_checksums=[checksum(path) for path in runs.paths_of_teachers(config)],
-        losses=torch.full((len(labels),), 100.0, device=device),  # unseen images are hard
-        generator=torch.Generator(device),
     )
     if resume:
         runs.resume_run(run)
     if config.compile:
-        networks = [torch.compile(net, dynamic=False) for net in (model, *run.teachers)]
-        run.compiled, run.teachers = networks[0], networks[1:]
+        run.compiled = torch.compile(model, dynamic=False)
+        run.teachers = [torch.compile(teacher, dynamic=False) for teacher in run.teachers]
     run.step = partial(training_step, run)
     if config.cuda_graph and device.type == "cuda" and processes.count() == 1:
         run.step = ReplayedStep(run.step, run.generator)
@@ -434,46 +385,27 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
 def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
     """The steps of each epoch on that many images, and how many of them later epochs prune."""
-    pruned = 0
-    if config.epochs > 1:
-        pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
-    first, later = size // config.batch_size, (size - pruned) // config.batch_size
-    steps = [first] + [later] * (config.epochs - 1)
-    shared = ""
-    if processes.count() > 1:
-        shared = f", divisible by the {processes.count()} processes"
+    pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
+    later = (size - pruned) // config.batch_size
+    steps = [size // config.batch_size] + [later] * (config.epochs - 1)
     if not steps[-1] or config.batch_size % processes.count():
-        most = f"at most {size - pruned:,}{shared}"
-        raise UserError(f"--batch-size {config.batch_size}: give {most}")
+        advice = f"give at most {size - pruned:,}"
+        if processes.count() > 1:
+            advice += f", divisible by the {processes.count()} processes"
+        raise UserError(f"--batch-size {config.batch_size}: {advice}")
     return steps, pruned
 
 
 def make_model(config: SimpleNamespace) -> HybridClassifier:
     """A model of these settings; every field of `ModelConfig` is one of them."""
-    names = [field.name for field in fields(ModelConfig)]
-    for name in names:
-        if not hasattr(config, name):
-            advice = "give it a row of this name in SETTINGS of train.py"
-            raise UserError(f"ModelConfig has the field {name}: {advice}")
-    return HybridClassifier(ModelConfig(**{name: getattr(config, name) for name in names}))
+    try:
+        shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
+    except AttributeError as error:
+        raise UserError(f"ModelConfig has {error.name}: give it a row in SETTINGS") from error
+    return HybridClassifier(ModelConfig(**shape))
 
 
-def print_settings(run: Run) -> None:
-    """Print every setting of a run, its size, and what a person may not expect."""
-    for name, value in vars(run.config).items():
-        print(f"{name:16} {printable(value)}")
-    parameters, images = run.model.num_parameters(), len(run.train_index)
-    print(f"\n{parameters:,} parameters, {images:,} training images", end=", ")
-    print(f"processes: {processes.count()}")
-    if parameters > MAX_PARAMETERS:
-        print(f"note: this project allows itself at most {MAX_PARAMETERS:,} parameters")
-    limit = start_up_decay(sum(run.steps) - 1)
-    if limit < run.config.ema_decay:
-        what = f"an --ema-decay above {limit:.4f} changes nothing"
-        print(f"note: in a run of {sum(run.steps):,} steps {what}: the average starts short")
-
-
-# ---- The command line ----------------------------------------------------------------------------
+# ---- The command line ----
 
 
 def main() -> None:
@@ -481,84 +413,58 @@ def main() -> None:
     parser = make_parser(SETTINGS, __doc__.splitlines()[0])
     add = parser.add_argument
     add("--resume", action="store_true", help="go on with the run in --output-dir, or start one")
-    add("--evaluate", metavar="CHECKPOINT", help="evaluate on the test split, train nothing")
+    add("--evaluate", metavar="CHECKPOINT", help="test a checkpoint, train nothing")
     given = vars(parser.parse_args())
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     with errors_in_one_line("train.py"), outlive_output("train.py"):
         if "evaluate" in given:
-            evaluate_command(given)
+            evaluate_command(given.pop("evaluate"), given)
         else:
-            train_command(given, resume=given.pop("resume", False))
+            train_command(given.pop("resume", False), given)
 
 
-def train_command(given: dict[str, Any], resume: bool) -> None:
+def train_command(resume: bool, given: dict[str, Any]) -> None:
     """Train, or go on with the run in the folder, then test."""
-    is_first = processes.is_first()
-    folder = Path(os.path.expanduser(given.get("output_dir", SETTINGS["output_dir"][0])))
+    config = choose_settings(SETTINGS, RECIPES, given)
+    folder = Path(config.output_dir).expanduser()
     if resume and not (folder / "last.pt").exists():
         resume = False
-        if is_first:
-            print(f"there is no run to resume in {folder}: starting one")
-    resume = resume or (processes.is_restart() and runs.has_saved(folder))
-    if resume:
-        given.setdefault("output_dir", SETTINGS["output_dir"][0])  # it may have been moved
+        print(f"there is no run to resume in {folder}: starting one")
+    if resume or (processes.is_restart() and runs.has_saved(folder)):
+        resume = True
         saved = runs.load_run(folder)["train_config"]
+        given = {name: getattr(config, name) for name in given}
+        given["output_dir"] = config.output_dir  # the folder may have been moved
         given = resumed_settings(SETTINGS, saved, given, MAY_CHANGE_ON_RESUME)
-    config = choose_settings(SETTINGS, RECIPES, given)
-    if is_first and not resume:
-        print_useless(given, config)
-    with runs.reserve_folder(folder) if is_first else nullcontext():
-        try:
-            best = train(config, resume)
-        except (KeyboardInterrupt, SystemExit):
-            if is_first:
-                print(f"\nstopping; {runs.advice_to_resume(folder, resume)}", flush=True)
-            raise
-    if is_first:
-        evaluate(best, config.data_dir, processes.choose_device(config.device))
-        command = f"python Visulization.py --checkpoint {shlex.quote(str(best))}"
-        if config.data_dir != SETTINGS["data_dir"][0]:
-            command += f" --data-dir {shlex.quote(config.data_dir)}"
-        print(f"heatmaps: {command}")
+        config = choose_settings(SETTINGS, RECIPES, given)
+    with runs.reserve_folder(folder, resume):
+        best = train(config, resume)
+    if processes.is_first():
+        evaluate(best, config)
 
 
-def print_useless(given: dict[str, Any], config: SimpleNamespace) -> None:
-    """Say which of the flags change nothing, since what they refine is off."""
-    for name, other in REFINES.items():
-        if name in given and not getattr(config, other):
-            print(f"note: {flag(name)} changes nothing without {flag(other)}")
-
-
-def evaluate_command(given: dict[str, Any]) -> None:
-    """Test the checkpoint of `--evaluate`; other flags are refused."""
-    checkpoint = given.pop("evaluate")
-    if unused := [flag(name) for name in given if name not in EVALUATION_USES]:
-        raise UserError(f"--evaluate does not use {', '.join(unused)}: leave it out")
+def evaluate_command(checkpoint: str, given: dict[str, Any]) -> None:
+    """Test a checkpoint; other flags are refused."""
+    for name in given.keys() - {"data_dir", "device", "threads"}:
+        raise UserError(f"--evaluate does not use {flag(name)}: leave it out")
     config = choose_settings(SETTINGS, RECIPES, given)
     processes.set_threads(config.threads)
-    if processes.is_first():
-        evaluate(checkpoint, config.data_dir, processes.choose_device(config.device))
+    evaluate(Path(checkpoint).expanduser(), config)
 
 
-def evaluate(path: str | Path, data_dir: str, device: torch.device) -> float:
-    """Test a checkpoint: print the report, and draw curves and confusion matrix beside it.
-
-    Returns the accuracy, 0 to 1.
-    """
-    path = Path(os.path.expanduser(path))
+def evaluate(path: Path, config: SimpleNamespace) -> None:
+    """Print a checkpoint's report on the test split, and draw its pictures beside it."""
+    device = processes.choose_device(config.device)
     model, checkpoint = load_checkpoint(path, device)
-    images, labels = (tensor.to(device) for tensor in dataset.load(data_dir, train=False))
-    print(f"\n{printable(path)} (epoch {checkpoint.get('epoch', 'unknown')})")
-    logits = predict(model, images)
+    images, labels = dataset.load(config.data_dir, train=False)
+    logits = predict(model, images.to(device)).cpu()
+    print(f"\n{printable(path)}")
     row = report.summary("test", logits, labels, quiet=False)
     print(f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}", end=", ")
-    print(f"{model.num_parameters():,} parameters", end=", ")
-    print(f"{len(labels):,} images, one forward pass each")
+    print(f"{model.num_parameters():,} parameters, {len(labels):,} images")
     try:
         report.save_pictures(path, checkpoint.get("history"), labels, logits.argmax(dim=1))
     except UserError as error:  # the folder may be read-only
         print(f"note: no pictures: {error}")
-    return row["test_accuracy"]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ TABLE = dict(  # a row of each type
     switch=(True, None, "on or off"),
     count=(3, (1, INF), "a whole number, 100% of it"),
     rate=(0.5, (0.0, 1.0), "a number"),
+    pace=(1.0, (0.0, INF), "a number"),
     name=("x", None, "any word"),
     kind=("a", ("a", "b"), "one of two words"),
     sizes=((16, 32), (1, INF), "two whole numbers"),
@@ -26,13 +27,9 @@ def parse(*flags):
 def test_every_type_of_row_has_a_flag():
     flags = "--no-switch --count 5 --rate 1 --name y --kind b --sizes 4 8 --files a b".split()
     given = parse(*flags)
-    expected = dict(
-        switch=False, count=5, rate=1.0, name="y", kind="b", sizes=[4, 8], files=["a", "b"]
-    )
-    assert given == expected
-    assert {name: type(value) for name, value in given.items()} == {
-        name: type(v) for name, v in expected.items()
-    }
+    row = dict(kind="b", sizes=[4, 8], files=["a", "b"])
+    assert given == dict(switch=False, count=5, rate=1.0, name="y") | row
+    assert type(given["rate"]) is float
     assert parse("--switch", "--files") == dict(switch=True, files=[])
     assert parse() == {}
 
@@ -55,48 +52,42 @@ def test_a_flag_that_cannot_be_read_is_one_line(capsys, flags, words):
 
 def test_help_explains_every_row_and_its_default():
     text = " ".join(make_parser(TABLE, "a script").format_help().split())
-    for words in (
-        "--rate X a number (default: 0.5)",
-        "--sizes N N two whole numbers (default: (16, 32))",
-    ):
+    for words in ("--rate float a number (default: 0.5)", "--sizes int int two whole numbers"):
         assert words in text
     assert "--switch, --no-switch on or off" in text and "100% of it" in text
 
 
 WRONG = [
-    ("count", 0, "--count 0: give a whole number of at least 1"),
-    ("count", 2.5, "--count 2.5: give a whole number of at least 1"),
-    ("count", True, "--count True: give a whole number"),
-    ("rate", -0.1, "--rate -0.1: give a number from 0.0 to 1.0"),
-    ("rate", 1.1, "--rate 1.1: give a number from 0.0 to 1.0"),
-    ("rate", math.nan, "--rate nan: give a number from 0.0 to 1.0"),
-    ("rate", "0.5", "--rate '0.5': give a number"),
-    ("kind", "c", "--kind 'c': give one of a, b"),
-    ("sizes", (4, 0), "--sizes (4, 0): give 2 values, each a whole number of at least 1"),
-    ("sizes", (4, 8.0), "--sizes (4, 8.0): give 2 values, each a whole number"),
-    ("switch", 1, "--switch 1: give a value of type bool"),
-    ("name", 3, "--name 3: give a value of type str"),
-    ("sizes", (4,), "--sizes (4,): give 2 values"),
-    ("sizes", 4, "--sizes 4: give 2 values"),
-    ("files", "a", "--files 'a': give words in parentheses, with a comma after each"),
-    ("rate", None, "--rate None: give a number"),
+    ("count", 0, "is not of type int, from 1 to inf"),
+    ("count", 2.5, "is not of type int"),
+    ("count", True, "is not of type int"),
+    ("rate", -0.1, "is not of type float, from 0.0 to 1.0"),
+    ("rate", 1.1, "is not of type float, from 0.0 to 1.0"),
+    ("rate", math.nan, "is not of type float, from 0.0 to 1.0"),
+    ("pace", math.inf, "is not of type float"),
+    ("rate", "0.5", "is not of type float"),
+    ("rate", None, "is not of type float"),
+    ("kind", "c", "is not one of a, b"),
+    ("switch", 1, "is not of type bool"),
+    ("name", 3, "is not of type str"),
+    ("sizes", (4, 0), "is not a tuple like (16, 32), each of type int, from 1 to inf"),
+    ("sizes", (4,), "is not a tuple like (16, 32)"),
+    ("sizes", 4, "is not a tuple like (16, 32)"),
+    ("files", "a", "is not a tuple like (), each of type str"),
 ]
 
 
 @pytest.mark.parametrize("name, value, words", WRONG)
-def test_a_value_that_is_not_allowed_is_refused_as_a_flag_and_in_a_recipe(name, value, words):
+def test_a_value_that_is_not_allowed_is_refused_wherever_it_is_given(name, value, words):
     for recipes, given in ((RECIPES, {name: value}), ({"default": {name: value}}, {})):
         with pytest.raises(UserError) as error:
             choose_settings(TABLE, recipes, given)
-        assert str(error.value).startswith(words) and "\n" not in str(error.value)
+        assert str(error.value).startswith(f"--{name} {value!r} {words}")
 
 
-def test_an_edited_default_and_a_run_to_resume_are_checked_as_well():
-    with pytest.raises(UserError, match=r"^--count 0: give a whole number of at least 1"):
+def test_an_edited_default_is_checked_as_well():
+    with pytest.raises(UserError, match=r"^--count 0 is not of type int"):
         choose_settings(TABLE | dict(count=(0, *TABLE["count"][1:])), RECIPES, {})
-    saved = vars(choose_settings(TABLE, RECIPES, {})) | dict(count=0)
-    with pytest.raises(UserError, match=r"^--count 0: give a whole number of at least 1"):
-        choose_settings(TABLE, RECIPES, resumed_settings(TABLE, saved, {}, may_change=()))
 
 
 def test_what_is_at_the_edge_of_its_range_is_allowed():
@@ -108,12 +99,7 @@ def test_what_is_at_the_edge_of_its_range_is_allowed():
 
 def test_flags_count_over_the_recipe_and_the_recipe_over_the_defaults():
     settings = choose_settings(TABLE, RECIPES, dict(recipe="quick", rate=0.75))
-    assert (settings.recipe, settings.count, settings.rate, settings.sizes) == (
-        "quick",
-        1,
-        0.75,
-        (16, 32),
-    )
+    assert (settings.count, settings.rate, settings.sizes) == (1, 0.75, (16, 32))
     edited = TABLE | dict(recipe=("quick", None, "a row of RECIPES"))
     assert choose_settings(edited, RECIPES, {}).count == 1
 
@@ -123,8 +109,6 @@ def test_a_name_that_there_is_not_is_refused():
         choose_settings(TABLE, RECIPES, dict(recipe="slow"))
     with pytest.raises(UserError, match="there is no setting coutn: correct the name"):
         choose_settings(TABLE, dict(default=dict(coutn=1)), {})
-    with pytest.raises(UserError, match="there is no setting pace, speed"):
-        choose_settings(TABLE, RECIPES, dict(speed=1, pace=2))
 
 
 def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change():
@@ -133,25 +117,15 @@ def test_a_resumed_run_keeps_its_settings_but_for_those_that_may_change():
     given = dict(sizes=(4, 8), name="y", switch=False)
     resumed = resumed_settings(TABLE, saved, given, may_change=("name", "switch"))
     assert resumed == saved | dict(name="y", switch=False)
-    table = TABLE | dict(kind=("auto", ("auto", "a", "b"), "auto chooses one of the others"))
-    # what it chose was saved
-    assert resumed_settings(table, saved, dict(kind="auto"), may_change=()) == saved
-    with pytest.raises(UserError, match="--name auto differs from the run to resume, which has x"):
-        resumed_settings(TABLE, saved, dict(name="auto"), may_change=())
-    with pytest.raises(
-        UserError, match=r"^--count 8 differs from the run to resume, which has 7: leave it out"
-    ):
+    with pytest.raises(UserError, match="the run to resume has --count 7: leave yours out"):
         resumed_settings(TABLE, saved, dict(count=8), may_change=("name",))
 
 
 def test_a_run_of_a_table_with_other_rows_is_not_resumed():
     saved = vars(choose_settings(TABLE, RECIPES, {}))
-    larger, smaller = (
-        TABLE | dict(more_of_it=(1, None, "")),
-        {k: v for k, v in TABLE.items() if k != "rate"},
-    )
-    for table, name in ((larger, "--more-of-it"), (smaller, "--rate")):
-        with pytest.raises(UserError, match=f"differ in their settings, {name}: start a new run"):
+    smaller = {name: row for name, row in TABLE.items() if name != "rate"}
+    for table, name in ((TABLE | dict(more=(1, None, "")), "more"), (smaller, "rate")):
+        with pytest.raises(UserError, match=f"had other settings .{name}.: start anew"):
             resumed_settings(table, saved, {}, may_change=())
 
 

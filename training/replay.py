@@ -1,10 +1,10 @@
-"""A training step on a GPU, recorded once and then replayed: one launch in place of a thousand."""
+"""A training step on a GPU, recorded once and then replayed."""
 
 from collections.abc import Callable
 
 import torch
 
-WARM_UP = 3  # steps that run as they are: they make the optimiser's state, and compile
+WARM_UP = 3  # steps that run as they are: they make the optimiser's state
 
 Step = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -13,10 +13,8 @@ class ReplayedStep:
     """`step(index, *numbers)` as a CUDA graph
     (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
 
-    A step of a small model is a thousand operations of a few microseconds each, less than Python
-    takes to launch one. The step gets its numbers as tensors and must read none on the CPU. It may
-    draw random numbers from `generator` and from PyTorch's default one; whatever else Python does
-    in it is not repeated. cuDNN may try which algorithms are fastest.
+    A small model's thousand operations take less time than Python does to launch them. The step may
+    draw from `generator` and PyTorch's default one; what else Python does in it is not repeated.
     """
 
     def __init__(self, step: Step, generator: torch.Generator) -> None:
@@ -28,24 +26,21 @@ class ReplayedStep:
     def __call__(self, index: torch.Tensor, *numbers: float) -> tuple[torch.Tensor, ...]:
         """Take a step; the index must have the same shape each time."""
         if self.calls == 0:
-            self.inputs = [
-                torch.empty_like(index),
-                *(torch.zeros((), device=index.device) for _ in numbers),
-            ]
+            scalars = [torch.zeros((), device=index.device) for _ in numbers]
+            self.inputs = [torch.empty_like(index), *scalars]
         self.inputs[0].copy_(index)
         for tensor, number in zip(self.inputs[1:], numbers, strict=True):
             tensor.fill_(number)
         self.calls += 1
-        if self.calls <= WARM_UP:  # on the stream that records, as PyTorch asks for
+        if self.calls <= WARM_UP:  # on the stream that records
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.outputs = self.step(*self.inputs)
             torch.cuda.current_stream().wait_stream(self.stream)
         else:
             if self.calls == WARM_UP + 1:
-                with torch.cuda.graph(
-                    self.graph, stream=self.stream, capture_error_mode="thread_local"
-                ):
+                options = dict(stream=self.stream, capture_error_mode="thread_local")
+                with torch.cuda.graph(self.graph, **options):
                     self.outputs = self.step(*self.inputs)
             self.graph.replay()
         return tuple(output.clone() for output in self.outputs)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,106 +9,92 @@ import torch
 import torch.nn.functional as F
 from matplotlib import style
 from matplotlib.figure import Figure
-from sklearn.metrics import ConfusionMatrixDisplay, accuracy_score, classification_report
+from sklearn.metrics import ConfusionMatrixDisplay, classification_report
 
 from common.files import printable, whole_file
 from dataset import CLASS_NAMES
 
+Row = dict[str, float]  # the numbers of an epoch
+
 
 def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
     """scikit-learn's classification report with the class names."""
-    classes = range(len(CLASS_NAMES))
-    options = dict(labels=classes, target_names=CLASS_NAMES, digits=4, zero_division=0)
-    return classification_report(labels.cpu(), predictions.cpu(), **options)
+    options = dict(labels=range(len(CLASS_NAMES)), target_names=CLASS_NAMES, zero_division=0)
+    return classification_report(labels.cpu(), predictions.cpu(), digits=4, **options)
 
 
-def summary(
-    split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool
-) -> dict[str, float]:
-    """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints the report by class."""
+def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool) -> Row:
+    """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints a report."""
     predictions = logits.argmax(dim=1)
     if not quiet:
-        print(f"\n{'train split, as augmented' if split == 'train' else f'{split} split'}")
+        print(f"\n{split} split")
         print(class_report(labels, predictions))
-    loss = F.cross_entropy(logits, labels).item()
     return {
-        f"{split}_loss": loss,
-        f"{split}_accuracy": accuracy_score(labels.cpu(), predictions.cpu()),
+        f"{split}_loss": F.cross_entropy(logits, labels).item(),
+        f"{split}_accuracy": (predictions == labels).sum().item() / len(labels),
     }
 
 
-def epoch_line(history: Sequence[dict[str, float]], steps: Sequence[int]) -> str:
-    """One line for the latest epoch; `steps` is the number of steps of every epoch of the run."""
-    row, seconds = (
-        history[-1],
-        history[-1]["seconds"] - (history[-2]["seconds"] if len(history) > 1 else 0),
-    )
-    words = [f"epoch {len(history)}/{len(steps)}"]
-    for split, name in (
-        ("train", "train"),
-        ("val", "val (averaged weights)"),
-        ("test", "test (chooses nothing)"),
-    ):
-        if f"{split}_loss" in row:
-            words.append(
-                f"{name} loss {row[f'{split}_loss']:.4f} accuracy {row[f'{split}_accuracy']:.4f}"
-            )
-    words += [f"last lr {row['lr']:.3g}", f"{row['images'] / max(seconds, 0.01):.0f} images/s"]
-    left = seconds * sum(steps[len(history) :]) / steps[len(history) - 1]
-    elapsed, remaining = (timedelta(seconds=round(s)) for s in (row["seconds"], left))
-    return "  ".join([*words, f"elapsed {elapsed}", f"remaining {remaining}"])
+def epoch_line(history: list[Row], steps: list[int]) -> str:
+    """One line for the latest epoch; `steps` are the numbers of steps of all epochs."""
+    done, row = len(history), history[-1]
+    seconds = row["seconds"]
+    if done > 1:
+        seconds -= history[-2]["seconds"]
+    words = [f"epoch {done}/{len(steps)}"]
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+        if name in row:
+            words.append(f"{name} {row[name]:.4f}")
+    elapsed = timedelta(seconds=round(row["seconds"]))
+    remaining = timedelta(seconds=round(seconds * sum(steps[done:]) / steps[done - 1]))
+    words.append(f"{row['images'] / max(seconds, 0.01):.0f} images/s")
+    words.append(f"elapsed {elapsed}  remaining {remaining}")
+    return "  ".join(words)
 
 
-def write_history(history: Sequence[dict[str, float]], path: Path) -> None:
-    """Write a table with a row for each epoch; the old file is replaced whole."""
-    # they may come and go on --resume
-    columns = dict.fromkeys(name for row in history for name in row)
+def write_history(history: list[Row], path: Path) -> None:
+    """Write a table with a row for each epoch."""
+    columns = dict.fromkeys(name for row in history for name in row)  # a resumed run may add some
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(columns), restval="")
+    writer = csv.DictWriter(text, list(columns))
     writer.writeheader()
     writer.writerows(history)
     with whole_file(path) as file:
         file.write(text.getvalue().encode())
 
 
-@style.context("default")  # whatever a matplotlibrc of one's own says
+@style.context("default")  # not a reader's own
 def save_pictures(
-    checkpoint: Path,
-    history: Sequence[dict[str, float]],
-    labels: torch.Tensor,
-    predictions: torch.Tensor,
+    checkpoint: Path, history: list[Row] | None, labels: torch.Tensor, predictions: torch.Tensor
 ) -> None:
-    """Draw a checkpoint's curves and its confusion matrix on the test split beside it."""
-    pictures = {"curves": draw_curves(history)} if history else {}
-    pictures["confusion_matrix"] = draw_confusion_matrix(labels, predictions)
+    """Draw curves and confusion matrix beside a checkpoint."""
+    pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions))
+    if history:
+        pictures["curves"] = draw_curves(history)
     for name, figure in pictures.items():
-        with whole_file(path := checkpoint.with_name(f"{checkpoint.stem}_{name}.png")) as file:
+        path = checkpoint.with_name(f"{checkpoint.stem}_{name}.png")
+        with whole_file(path) as file:
             figure.savefig(file, format="png", dpi=120)
         print(f"wrote {printable(path)}")
 
 
-def draw_curves(history: Sequence[dict[str, float]]) -> Figure:
+def draw_curves(history: list[Row]) -> Figure:
     """Cross-entropy, accuracy and learning rate over the epochs."""
     figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, accuracies, lr = figure.subplots(1, 3)
-    labels = dict(train="training (as augmented)", val="validation", test="test")
-    for color, (split, label) in enumerate(labels.items()):
-        for axes, name, scale in (
-            (loss, f"{split}_loss", 1),
-            (accuracies, f"{split}_accuracy", 100),
-        ):
-            points = [(row["epoch"], scale * row[name]) for row in history if name in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), ".-", label=label, color=f"C{color}")
-    rates = [(row["epoch"], row["lr"]) for row in history if "lr" in row]
-    if rates:
-        lr.plot(*zip(*rates, strict=True), ".-", color="black")
-    titles = ("cross-entropy", "accuracy (%)", "learning rate of the epoch's last step")
-    for axes, title in zip((loss, accuracies, lr), titles, strict=True):
+    panels = {
+        "cross-entropy": ("train_loss", "val_loss"),
+        "accuracy": ("train_accuracy", "val_accuracy"),
+        "learning rate of the last step": ("lr",),
+    }
+    for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for name in names:
+            rows = [row for row in history if name in row]
+            if rows:
+                epochs = [row["epoch"] for row in rows]
+                axes.plot(epochs, [row[name] for row in rows], ".-", label=name)
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-    loss.legend()
-    accuracies.legend(loc="lower right")  # where no curve is
+        axes.legend()
     return figure
 
 
@@ -117,9 +102,9 @@ def draw_confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor) -> Fi
     """How many images of each class (rows) were taken for each class (columns)."""
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots()
-    options = dict(
-        display_labels=CLASS_NAMES, cmap="Blues", colorbar=False, xticks_rotation=45, ax=axes
+    options = dict(cmap="Blues", colorbar=False, xticks_rotation=45, ax=axes)
+    ConfusionMatrixDisplay.from_predictions(
+        labels, predictions, display_labels=CLASS_NAMES, **options
     )
-    ConfusionMatrixDisplay.from_predictions(labels.cpu(), predictions.cpu(), **options)
-    axes.set_title(f"test split: {accuracy_score(labels.cpu(), predictions.cpu()):.2%} right")
+    axes.set_title(f"test split: {(predictions == labels).double().mean():.2%} right")
     return figure

@@ -1,13 +1,11 @@
-"""One table of settings, one check of them: for flags, edited defaults and resumed runs alike.
+"""One table of settings, one check of them.
 
-A table has a row for each setting, `name=(default, allowed, meaning)`. `allowed` is a range
-(lowest, highest) of numbers, a tuple of words to choose from, or None for anything of the default's
-type.
+A row is `name=(default, allowed, meaning)`. `allowed` is a range (lowest, highest), a tuple of
+words to choose from, or None for anything of the default's type.
 """
 
 import argparse
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,98 +21,90 @@ def flag(name: str) -> str:
 
 
 def element_type(default: Any, allowed: Any) -> type:
-    """The type of a setting's value, or of each value in a row: of its bounds, else its default."""
-    values = allowed or (default if isinstance(default, tuple | list) else [default])
+    """The type of a setting's value, or of each value in a tuple."""
+    values = allowed or default
+    if not isinstance(values, tuple):
+        return type(values)
     types = [type(value) for value in values if value != INF]
     if float in types:
         return float
     return types[0] if types else str
 
 
-def allowed_values(kind: type, allowed: Any) -> tuple[str, Callable[[Any], bool]]:
-    """In words what a value of this type may be, and whether a given one may."""
-    if not allowed:
-        return f"a value of type {kind.__name__}", lambda value: True
+def is_allowed(value: Any, kind: type, allowed: Any) -> bool:
+    """Whether a single value has the type, and is in the range or a word allowed."""
+    kinds = (float, int) if kind is float else (kind,)
+    if type(value) not in kinds:
+        return False
     if kind is str:
-        return f"one of {', '.join(allowed)}", lambda value: value in allowed
-    low, high = allowed
-    limits = f"of at least {low:,}" if high == INF else f"from {low:,} to {high:,}"
-    number = "a whole number" if kind is int else "a number"
-    # Neither NaN nor infinity is one.
-    return f"{number} {limits}", lambda value: low <= value <= high and value < INF
+        return not allowed or value in allowed
+    low, high = allowed or (-INF, INF)
+    return low <= value <= high and value < INF
 
 
 def check(table: Table, name: str, value: Any) -> None:
-    """Refuse a value that its row does not allow; the UserError says what it may be."""
+    """Refuse a value that its row does not allow, by a UserError."""
     default, allowed, _ = table[name]
     kind = element_type(default, allowed)
-    kinds = (int, float) if kind is float else (kind,)
-    what, is_allowed = allowed_values(kind, allowed)
-    is_row = isinstance(default, tuple | list)
-    is_good = is_row == isinstance(value, tuple | list)
-    if is_row and kind is str:
-        what = "words in parentheses, with a comma after each"
-    elif is_row:
-        what = f"{len(default)} values, each {what}"
-        is_good = is_good and len(value) == len(default)
-    values = value if is_row and is_good else [value]
-    if not is_good or not all(type(v) in kinds and is_allowed(v) for v in values):
-        raise UserError(f"{flag(name)} {value!r}: give {what}")
+    what = f"of type {kind.__name__}"
+    if kind is str and allowed:
+        what = f"one of {', '.join(allowed)}"
+    elif allowed:
+        what += f", from {allowed[0]} to {allowed[1]}"
+    values, is_good = [value], True
+    if isinstance(default, tuple):
+        what = f"a tuple like {default}, each {what}"
+        is_good = isinstance(value, tuple) and (not default or len(value) == len(default))
+        values = value if is_good else []
+    if not is_good or not all(is_allowed(v, kind, allowed) for v in values):
+        raise UserError(f"{flag(name)} {value!r} is not {what}: correct it")
 
 
 def choose_settings(
     table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]
 ) -> SimpleNamespace:
-    """Every setting, checked: the value given, else the recipe's, else the default."""
+    """Every setting, checked: as given, else the recipe's, else the default."""
     settings = {name: default for name, (default, _, _) in table.items()}
     recipe = given.get("recipe", settings["recipe"])
-    if recipe not in list(recipes):  # a list takes what cannot be hashed, too
+    if recipe not in recipes:
         raise UserError(f"--recipe {recipe}: give one of {', '.join(recipes)}")
     settings |= recipes[recipe] | given
     if unknown := settings.keys() - table.keys():
         raise UserError(f"there is no setting {', '.join(sorted(unknown))}: correct the name")
     for name, value in settings.items():
-        check(table, name, value)
         settings[name] = tuple(value) if isinstance(value, list) else value
+        check(table, name, settings[name])
     return SimpleNamespace(**settings)
 
 
 def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
-    """A parser with a flag for each setting; it returns only the flags that were given."""
+    """A parser with a flag for each setting; it returns only those given."""
     parser = argparse.ArgumentParser(
         description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
     )
-    # It comes without a page of usage.
+    # One line, without the usage.
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     for name, (default, allowed, meaning) in table.items():
         kind = element_type(default, allowed)
-        options: dict[str, Any] = dict(
-            dest=name, help=f"{meaning} (default: {default})".replace("%", "%%")
-        )
+        options: dict[str, Any] = dict(type=kind, metavar=kind.__name__)
         if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            words = "|".join(allowed or ["TEXT"]) if kind is str else ""
-            options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, words))
-            if isinstance(default, tuple | list):
-                options["nargs"] = "*" if kind is str else len(default)
-        parser.add_argument(flag(name), **options)
+            options = dict(action=argparse.BooleanOptionalAction)
+        elif kind is str and allowed:
+            options["metavar"] = "|".join(allowed)
+        if isinstance(default, tuple):
+            options["nargs"] = len(default) or "*"
+        help_text = f"{meaning} (default: {default})".replace("%", "%%")
+        parser.add_argument(flag(name), help=help_text, **options)
     return parser
 
 
 def resumed_settings(
     table: Table, saved: dict[str, Any], given: dict[str, Any], may_change: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The settings of a run to resume, with those given that may change; others are refused."""
-    if other := ", ".join(map(flag, sorted(saved.keys() ^ table.keys()))):
-        raise UserError(
-            f"the run to resume and train.py differ in their settings, {other}: start a new run"
-        )
+    """A run's own settings, and those given that may change."""
+    if other := sorted(saved.keys() ^ table.keys()):
+        raise UserError(f"the run to resume had other settings ({', '.join(other)}): start anew")
     for name, value in given.items():
-        is_auto = value == "auto" and "auto" in (table[name][1] or ())  # what it came to was saved
-        is_auto = is_auto or (name == "threads" and value == 0)
-        if name in may_change or value == saved[name] or is_auto:
-            continue
-        what = f"{flag(name)} {value} differs from the run to resume, which has {saved[name]}"
-        raise UserError(f"{what}: leave it out")
-    return saved | {name: value for name, value in given.items() if name in may_change}
+        if value != saved[name] and name not in may_change:
+            raise UserError(f"the run to resume has {flag(name)} {saved[name]}: leave yours out")
+    return saved | given
