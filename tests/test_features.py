@@ -117,9 +117,9 @@ def test_the_shipped_file_is_of_the_shipped_model(test_split, tmp_path):
     [
         ((100, 10, 10, 10), ""),  # at the limit
         ((101, 72, 72, 72), "the model has never seen anything like it"),  # 0.52 of it
-        ((101, 70, 90, 90), "rotated by 90 degrees to the left, it would look more familiar"),
-        ((101, 90, 70, 90), "rotated by 180 degrees, it would look more familiar"),  # 0.49
-        ((101, 90, 90, 70), "rotated by 90 degrees to the right, it would look more familiar"),
+        ((101, 70, 90, 90), "rotated by 90 degrees to the left,"),  # 0.49
+        ((101, 90, 70, 90), "rotated by 180 degrees,"),
+        ((101, 90, 90, 70), "rotated by 90 degrees to the right,"),
         ((np.nan, 0, 0, 0), ""),  # after a run on a handful of images
     ],
 )
@@ -130,4 +130,4 @@ def test_a_note_says_that_the_model_has_never_seen_the_like(monkeypatch, corners
     monkeypatch.setattr(dataset, "normalize", lambda x: x)
     statistics = dict(means=torch.zeros(1, 1), precision=torch.ones(1, 1), limit=100.0**2)
     note = familiarity_note(model, image, statistics)
-    assert note.removesuffix(" to the model") == words
+    assert note.removesuffix(" it would look more familiar to the model") == words
