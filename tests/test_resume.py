@@ -276,8 +276,9 @@ def test_a_stopped_run_says_how_to_go_on(main, flags, stop, capsys, tmp_path, nu
     command = f"python train.py --resume --output-dir '{parts}'"
     assert command in capsys.readouterr().out.splitlines()[-1]
     stop(1000)
-    parts.rename(tmp_path / "parts")  # it goes on where it lies
-    assert main("--resume", "--output-dir", "parts") == 0
+    parts.rename(tmp_path / "checkpoints")  # it goes on where it lies
+    assert main("--resume") == 0
+    (tmp_path / "checkpoints").rename(tmp_path / "parts")
     assert_alike(tmp_path)
     assert not parts.exists() and "test accuracy" in capsys.readouterr().out
 
