@@ -81,7 +81,7 @@ SETTINGS: Table = dict(
     whiten=(False, None, "frozen PCA-whitening layer first, of at most 18 filters"),
     # optimisation
     epochs=(30, (1, INF), "passes over the training images"),
-    batch_size=(256, (1, INF), "images per step, of all processes together"),
+    batch_size=(256, (1, INF), "images per step of all processes"),
     optimizer=("muon", ("muon", "adamw"), "muon: for hidden matrices and filters, with adamw"),
     lr=(8e-3, (0.0, INF), "peak learning rate"),
     schedule=("cosine", ("cosine", "linear"), "how the learning rate falls to 0"),
@@ -96,7 +96,7 @@ SETTINGS: Table = dict(
     temperature=(1.0, (0.01, INF), "softens the predictions of both"),
     # system
     seed=(0, (0, 2**32 - 1), "seed of split, weights, order and augmentation"),
-    device=("auto", ("auto", "cpu", "cuda", "mps"), "auto: an accelerator if there is one"),
+    device=("auto", ("auto", "cpu", "cuda", "mps"), "auto: an accelerator if any"),
     precision=("auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 where it is faster"),
     threads=(0, (0, 1024), "CPU threads; 0: one per idle core"),
     compile=(False, None, "use torch.compile, for long runs"),

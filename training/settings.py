@@ -32,7 +32,7 @@ def element_type(default: Any, allowed: Any) -> type:
 
 
 def is_allowed(value: Any, kind: type, allowed: Any) -> bool:
-    """Whether a single value has the type, and is in the range or a word allowed."""
+    """Whether a row takes this single value."""
     kinds = (float, int) if kind is float else (kind,)
     if type(value) not in kinds:
         return False
@@ -63,7 +63,7 @@ def check(table: Table, name: str, value: Any) -> None:
 def choose_settings(
     table: Table, recipes: dict[str, dict[str, Any]], given: dict[str, Any]
 ) -> SimpleNamespace:
-    """Every setting, checked: as given, else the recipe's, else the default."""
+    """Every setting, checked: given, else the recipe's, else the default."""
     settings = {name: default for name, (default, _, _) in table.items()}
     recipe = given.get("recipe", settings["recipe"])
     if recipe not in recipes:
