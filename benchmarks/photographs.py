@@ -1,10 +1,10 @@
-"""What the background of one's own photograph costs: simulated ones, read as `--image` reads them.
+"""What the background of a photograph costs: simulated ones, read as `--image` reads them.
 
     python benchmarks/photographs.py    300 images on each background, 1,000 strange pictures
 
-An image is inverted, enlarged, made opaque, given a colour, and put on a background. The thresholds
-of `explaining/photo.py` were chosen on training images, and not on grass. Life is harder: no garment
-here is worn, folded or seen from the side, and none has more detail than 28x28 pixels hold.
+An image is inverted, enlarged, made opaque, given a colour, and put on a background. Thresholds in
+`explaining/photo.py` were chosen on training images, and not on grass. Life is harder: no garment
+here is worn, folded or seen from the side, and none has more detail than 28x28 pixels.
 """
 
 import argparse

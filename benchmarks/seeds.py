@@ -19,6 +19,7 @@ from training.settings import choose_settings, flag
 
 TABLE = Path(__file__).with_suffix(".csv")
 NOT_IN_COMMAND = ("recipe", "seed", "device", "precision", "threads", *train.MAY_CHANGE_ON_RESUME)
+NOT_IN_COMMAND += ("report_test",)  # is gone
 COLUMNS = dict(
     command=("command", "code"),
     parameters=("parameters", ",.0f"),
