@@ -189,8 +189,7 @@ class GradCAM:
         self._runs[layer].append(activation)
         return activation.clone()
 
-    @torch.inference_mode(False)
-    @torch.enable_grad()
+    @torch.inference_mode(False)  # switches gradients on, also under no_grad
     def __call__(
         self,
         images: Tensor,
@@ -221,7 +220,7 @@ class GradCAM:
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ValueError("give the images as one tensor (N, channels, H, W)")
         self._runs = {layer: [] for layer in self.target_layers}
-        logits = self.model(images.clone())  # autograd takes no tensor of inference mode
+        logits = self.model(images)
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise ValueError("wrap the model, so that it returns logits (N, classes)")
         activations = [self._chosen_run(layer) for layer in self.target_layers]
@@ -238,7 +237,7 @@ class GradCAM:
             # A score depends on its own image alone, so the sum's gradient holds every image's.
             gradients = torch.autograd.grad(score.sum(), activations, allow_unused=True)
         if any(gradient is None for gradient in gradients):
-            raise ValueError("no gradient reaches the layer: it is unused, or detached")
+            raise ValueError("the layer has no gradient: unused, or cut off by no_grad or detach")
 
         shares = []
         for layer, *outputs in zip(self.target_layers, activations, gradients, strict=True):
@@ -270,7 +269,7 @@ class GradCAM:
         known = torch.isin(indices, torch.arange(count).to(indices))
         if indices.shape not in ((), (n,)) or not known.all():
             raise ValueError(f"{name}: give a class from 0 to {count - 1}, or {n}, one per image")
-        return indices.long().expand(n)[:, None].clone()  # autograd saves it
+        return indices.long().expand(n)[:, None].clone()  # autograd saves no inference tensor
 
     def _grid(self, layer: nn.Module, output: Tensor, images: Tensor) -> Tensor:
         """A layer's output, or its gradient, as float32 (N, C, h, w)."""

@@ -86,7 +86,6 @@ def test_layers_are_averaged_by_their_shares_and_one_without_evidence_is_left_ou
     model = OnPaper(first, second)
     with GradCAM(model, [model.layers[1], "layers.0"], "hirescam") as cam:
         assert cam(IMAGE, 0, normalize=False).tolist() == [[[0.125, 0.375], [0.0, 0.5]]]
-        assert cam(IMAGE, 0).tolist() == [[[0.25, 0.75], [0.0, 1.0]]]
         # the first speaks against the class
         assert cam(IMAGE, 1, normalize=False).tolist() == [[[0.0, 0.0], [0.0, 1.0]]]
     # With a sign, the amounts of a layer add up to 1: here (-2, -6, 0, 2) and (0, 0, 0, 1).
@@ -135,7 +134,7 @@ def test_the_grid_has_the_shape_of_the_image(shape, image_size, expected):
         ((2, 20, 5), (28, 28), 0),  # 16 patches and 4 registers, but also 4x5
         ((2, 36, 5), (30, 100), 0),
         ((2, 1, 5), (28, 28), 0),
-        ((2, 1, 5), (10, 100), 0),
+        ((2, 1, 5), (9, 90), 0),
         ((2, 10), (28, 28), 0),
         ((2, 3, 15, 16), (28, 28), 0),
         ((2, 16, 16, 16), (64, 64), 2),  # channels first and channels last
@@ -226,7 +225,8 @@ def test_the_default_class_is_the_predicted_one_and_each_image_may_have_its_own(
     with GradCAM(small_model, "stem.stage1_0") as cam:
         default = cam(x)
         predicted = cam.logits.argmax(dim=1)
-        assert default.shape == (6, 28, 28) and not default.requires_grad
+        assert default.shape == (6, 28, 28)
+        assert not default.requires_grad and not cam.logits.requires_grad
         assert torch.equal(default, cam(x, predicted))
         assert torch.equal(default, cam(x, predicted.tolist()))
         mixed = cam(x, [2, 2, 2, 5, 5, 5])
