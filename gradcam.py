@@ -220,7 +220,7 @@ class GradCAM:
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ValueError("give the images as one tensor (N, channels, H, W)")
         self._runs = {layer: [] for layer in self.target_layers}
-        logits = self.model(images)
+        logits = self.model(images.clone())  # autograd saves no inference tensor
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise ValueError("wrap the model, so that it returns logits (N, classes)")
         activations = [self._chosen_run(layer) for layer in self.target_layers]
@@ -234,6 +234,8 @@ class GradCAM:
             score = score - logits.gather(1, self._indices("versus", versus))
         gradients = [None]
         if score.requires_grad:
+            for activation in activations:
+                self._check_batch(activation, score)
             # A score depends on its own image alone, so the sum's gradient holds every image's.
             gradients = torch.autograd.grad(score.sum(), activations, allow_unused=True)
         if any(gradient is None for gradient in gradients):
@@ -271,13 +273,21 @@ class GradCAM:
             raise ValueError(f"{name}: give a class from 0 to {count - 1}, or {n}, one per image")
         return indices.long().expand(n)[:, None].clone()  # autograd saves no inference tensor
 
+    def _check_batch(self, activation: Tensor, score: Tensor) -> None:
+        """Refuse tokens (T, N, C), which look like (N, T, C) where T = N."""
+        n = len(score)
+        if self.reshape is not None or activation.ndim != 3 or activation.shape[:2] != (n, n):
+            return
+        (gradient,) = torch.autograd.grad(
+            score[0].sum(), activation, retain_graph=True, allow_unused=True
+        )
+        if gradient is not None and gradient[1:].any():  # the first score depends on all rows
+            raise ValueError(f"the layer's output has the batch second: {ADVICE}")
+
     def _grid(self, layer: nn.Module, output: Tensor, images: Tensor) -> Tensor:
         """A layer's output, or its gradient, as float32 (N, C, h, w)."""
-        batch_first = all(getattr(part, "batch_first", True) for part in self.model.modules())
         if self.reshape is not None:
             grid = self.reshape(output)
-        elif output.ndim == 3 and output.shape[0] == output.shape[1] and not batch_first:
-            grid = None  # (N, T, C) or (T, N, C)
         else:
             is_2d = type(layer).__name__.endswith("2d")  # a convolution, batch norm or pooling
             grid = tokens_to_grid(output, images.shape[2:], [1] if is_2d else [1, 3])

@@ -171,7 +171,7 @@ def test_the_batch_has_to_come_first_also_with_as_many_images_as_tokens():
     expected = torch.cat([GradCAM(first, "layer", "layercam")(images) for images in x.split(4)])
     torch.testing.assert_close(GradCAM(first, "layer", "layercam")(x), expected)
     for n in (16, 4):
-        with pytest.raises(ValueError, match=rf"no grid \(N, C, h, w\) of {n} images: .*`reshape`"):
+        with pytest.raises(ValueError, match="give `reshape`"):
             GradCAM(second, "layer")(x[:n])
     cam = GradCAM(second, "layer", "layercam", lambda t: t.transpose(0, 1).mT.unflatten(2, (4, 4)))
     torch.testing.assert_close(cam(x), expected)
@@ -281,6 +281,22 @@ def test_it_works_where_gradients_are_switched_off(small_model, x):
         predicted = small_model(x).argmax(dim=1)
         assert torch.equal(maps, cam(x * 1, predicted))
     assert torch.equal(maps, cam(x, predicted))
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x):
+        return (self.conv(x) * x).mean(dim=(2, 3))
+
+
+def test_the_model_may_use_images_of_inference_mode_again(x):
+    cam = GradCAM(Gate(), "conv", "hirescam")
+    with torch.inference_mode():
+        maps = cam(x * 1, 0)
+    assert torch.equal(maps, cam(x, 0))
 
 
 class Twice(nn.Module):
