@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, ImageSequence
 from common.files import UserError
 from dataset import IMAGE_SIZE
 
-# without PostScript, which is a program
+# Without PostScript: it is a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
 WHITES = 1, 255, 1023, 4095, 16383, 65535  # of fractions, and of 8, 10, 12, 14 and 16 bits
 
@@ -41,7 +41,8 @@ def scale_to_white(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """Values as fractions of the lowest usual white that holds them, and notes on doubts."""
     values = np.nan_to_num(values, posinf=0, neginf=0)
     highest = values.max()
-    white = next((white for white in WHITES if 1.1 * white >= highest), highest)  # sharpened
+    # sharpening exceeds white a little
+    white = next((white for white in WHITES if 1.1 * white >= highest), highest)
     notes = []
     if white not in WHITES or 1 < highest <= white / 2:
         notes.append(f"the file does not say which value is white: {white:.0f} is a guess")
@@ -55,7 +56,7 @@ def decode(path: str | Path) -> tuple[Picture, Gray, list[str]]:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
             frame, is_deep = read_frame(picture)
-            frame.thumbnail((1024, 1024), Image.BOX)  # far more than is needed
+            frame.thumbnail((1024, 1024), Image.BOX)
             pixels = np.asarray(frame, np.float32)
     except Exception as error:  # Pillow raises many types
         raise UserError(f"cannot be read ({error!r}): export it as PNG or JPEG") from error
@@ -80,11 +81,6 @@ def bounding_box(mask: Mask) -> tuple[slice, slice]:
 def edges(mask: Mask) -> np.ndarray:
     """The outermost pixels in one row."""
     return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
-
-
-def is_symmetric(mask: Mask) -> bool:
-    """Whether it is nearly its own mirror images, as a disc."""
-    return max((mask != mask[::-1]).mean(), (mask != mask[:, ::-1]).mean()) < 0.02
 
 
 def is_stripe(found: Mask, opaque: Mask) -> bool:
@@ -206,6 +202,8 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     if not opaque.any():
         raise UserError("is transparent all over: use another picture")
     box = bounding_box(opaque)
+    part = opaque[box]
+    asymmetry = max((part != part[::-1]).mean(), (part != part[:, ::-1]).mean())
     picture = 1 - (1 - colors) * opacity[..., None]
     background = None
     if opaque.all():
@@ -215,7 +213,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
             raise UserError("is of one even colour or pattern: use another picture")
         if is_doubtful:
             notes.append("the background is not even, or the garment reaches the edges")
-    elif edges(opaque).mean() > 0.5 or is_symmetric(opaque[box]):  # it may be a photograph
+    elif edges(opaque).mean() > 0.5 or asymmetry < 0.02:  # as a photograph, cut to a disc or so
         shape = shrink(opacity[box])
         part = fill_transparent(shrink(picture[box]), shape)
         garment, surface, _ = find_garment(part)

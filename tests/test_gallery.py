@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
@@ -33,7 +32,7 @@ HOSTILE_NAME = "<b>&\"x'<img src=x onerror=alert(1)> $x.png"
 
 @pytest.fixture(scope="module")
 def explanations(test_split):
-    """Of six test images, some of them errors, and of a picture whose name is markup."""
+    """Of six test images, some of them errors, and a picture whose name is markup."""
     model = load_checkpoint(Visulization.SHIPPED_CHECKPOINT)[0]
     cam = GradCAM(model, Visulization.default_layers(model), "layercam")
     images, labels = (part[INDEX] for part in test_split)
@@ -89,15 +88,11 @@ def browser(tmp_path_factory):
         pytest.skip("no Chromium with its driver here (apt-get install chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
-    flags = "headless no-sandbox disable-gpu disable-dev-shm-usage window-size=1200,900"
-    for flag in flags.split():
+    for flag in "headless no-sandbox disable-gpu disable-dev-shm-usage".split():
         options.add_argument(f"--{flag}")
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    try:
-        driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    except WebDriverException as error:
-        pytest.fail(f"{BROWSER} does not start: {error.msg}")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
     yield driver
     driver.quit()
 

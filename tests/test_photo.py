@@ -157,12 +157,14 @@ def test_a_cut_out_bag_with_a_stripe_is_no_photograph(tmp_path, turn):
     assert (image > 0).mean() == pytest.approx(160 / 260, abs=0.03) and note == CUT_OUT
 
 
-@pytest.mark.parametrize("shape", ["ellipse", "rounded_rectangle", "rectangle", "polygon"])
+@pytest.mark.parametrize("shape", ["ellipse", "rectangle", "polygon"])
 def test_a_photograph_may_be_transparent_around(tmp_path, shape):
     opacity = Image.new("L", (60, 60))
-    where = dict(radius=15) if shape == "rounded_rectangle" else {}
-    corners = [(-40, 60), (20, 0), (60, 0), (60, 60)] if shape == "polygon" else (0, 0, 59, 59)
-    getattr(ImageDraw.Draw(opacity), shape)(corners, fill=255, **where)
+    draw = ImageDraw.Draw(opacity)
+    if shape == "polygon":
+        draw.polygon([(-40, 60), (20, 0), (60, 0), (60, 60)], fill=255)
+    else:
+        getattr(draw, shape)((0, 0, 59, 59), fill=255)
     margin = 0 if shape == "polygon" else ((14, 16), (3, 17))
     image, note = read(tmp_path, np.pad(255 - GARMENT, margin), np.pad(opacity, margin))
     assert np.abs(image - EXPECTED).max() <= 1 and note == PHOTOGRAPH
@@ -206,8 +208,7 @@ def test_no_frame_is_seen_around_a_wide_garment(tmp_path):
     pixels = np.full((100, 100), 240, np.uint8)
     pixels[45:88, 1:99] = 60
     found = read(tmp_path, pixels)[0] > 0
-    # 43 rows of 98 pixels, scaled
-    assert (found.any(axis=1).sum(), found.any(axis=0).sum()) == (13, 28)
+    assert (found.any(axis=1).sum(), found.any(axis=0).sum()) == (13, 28)  # of 43 and 98
 
 
 def test_fine_grain_is_even_and_coarse_grain_is_not(tmp_path):
@@ -246,8 +247,8 @@ def test_a_picture_without_a_garment_is_refused(tmp_path):
     is_refused(path, "transparent all over")
     even.save(path, **frames(*[even] * 99, Image.fromarray(GARMENT)))  # after a hundred pages
     is_refused(path, "of one even colour")
-    tiles = np.indices((64, 64)).sum(axis=0) // 8 % 2
-    Image.fromarray(np.uint8(120 + tiles)).save(path)
+    tiles = (np.indices((64, 64)) // 8).sum(axis=0) % 2
+    Image.fromarray(np.uint8(120 + 8 * tiles)).save(path)
     is_refused(path, "of one even colour")
 
 
