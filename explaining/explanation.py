@@ -26,11 +26,11 @@ class Evidence:
     probabilities: tuple[float, ...] = ()
 
     def role(self) -> str:
-        """What it is for: "for Coat", "for Coat, not Shirt", "no evidence for Coat"."""
+        """What it is for: "for Coat", "for Coat, not Shirt", or "no evidence"."""
         words = f"for {CLASS_NAMES[self.label]}"
         if self.versus >= 0:
             words += f", not {CLASS_NAMES[self.versus]}"
-        return words if self.heatmap.any() else f"no evidence {words}"
+        return words if self.heatmap.any() else f"no evidence\n{words}"
 
     def caption(self) -> str:
         """What it is for, and what masking the hottest pixels does, against masking others."""

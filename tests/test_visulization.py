@@ -88,14 +88,10 @@ def three_images(test_split):
 def test_an_error_is_explained_for_both_classes(shipped, test_split):
     images, labels = three_images(test_split)
     cam = GradCAM(shipped, LAYERS, "layercam")
-    for target, classes in ((None, ([6, 4], [9], [1])), (2, ([2, 4], [2, 9], [2, 1]))):
-        for e, expected, x in zip(
-            explain(cam, images, labels, target), classes, images, strict=True
-        ):
-            assert [evidence.label for evidence in e.evidence] == expected
-            for evidence in e.evidence:
-                heatmap = cam(dataset.normalize(x[None]), evidence.label, normalize=False)[0]
-                assert evidence.heatmap == pytest.approx(heatmap.numpy(), rel=1e-3, abs=1e-6)
+    for target, expected in ((None, [[6, 4], [9], [1]]), (2, [[2, 4], [2, 9], [2, 1]])):
+        explanations = explain(cam, images, labels, target)
+        found = [[evidence.label for evidence in e.evidence] for e in explanations]
+        assert found == expected
 
 
 def test_a_contrast_is_one_signed_map_of_two_classes(shipped, test_split):
@@ -136,7 +132,7 @@ def test_evidence_in_words():
     some, none = np.eye(28, dtype=np.float32), np.zeros((28, 28), np.float32)
     numbers = "0.93, without the hottest tenth 0.21, without a random tenth 0.88"
     assert Evidence(9, -1, some, (0.934, 0.206, 0.881)).caption() == f"for Ankle boot: {numbers}"
-    assert Evidence(6, 4, none, (0.9, 0.8, 0.7)).caption() == "no evidence for Shirt, not Coat"
+    assert Evidence(6, 4, none, (0.9, 0.8, 0.7)).caption() == "no evidence\nfor Shirt, not Coat"
 
 
 def test_the_layers_are_all_that_the_image_goes_through(shipped, small_model):
