@@ -157,7 +157,7 @@ def normalize(images: Tensor) -> Tensor:
     return images.float().div_(255).sub_(MEAN).div_(STD)
 
 
-# ---- Augmentation: batched, on the device, drawn from the given generator ------------------------
+# ---- Augmentation: batched, on the device, drawn from the given generator ----
 
 
 def augment(

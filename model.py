@@ -126,7 +126,7 @@ class Pool(nn.Module):
         return (weights.transpose(1, 2) @ x).squeeze(1)
 
 
-# ---- The model -----------------------------------------------------------------------------------
+# ---- The model ----
 
 
 class HybridClassifier(nn.Module):
@@ -191,7 +191,7 @@ class HybridClassifier(nn.Module):
         return self.head(self.embed(x))
 
 
-# ---- Checkpoints: a zip archive that torch.save makes of one dictionary --------------------------
+# ---- Checkpoints: a zip archive that torch.save makes of one dictionary ----
 
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # new if old files are unreadable
 

@@ -57,7 +57,7 @@ COLUMNS = dict(
 )
 
 
-# ---- The maps -----------------------------------------------------------------------------------
+# ---- The maps ----
 
 
 def cam_maps(
@@ -123,7 +123,7 @@ def candidate_maps(
             yield method_name(method, names), maps
 
 
-# ---- The measures -------------------------------------------------------------------------------
+# ---- The measures ----
 
 
 class FixedMaps:

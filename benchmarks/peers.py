@@ -45,7 +45,7 @@ COLUMNS = dict(
 )
 
 
-# ---- The models ---------------------------------------------------------------------------------
+# ---- The models ----
 
 
 def classifier(layers: list[nn.Module], channels: int) -> nn.Module:
@@ -149,7 +149,7 @@ def multiply_adds(model: nn.Module) -> float:
     return counter.get_total_flops() / 2
 
 
-# ---- Training -----------------------------------------------------------------------------------
+# ---- Training ----
 
 
 def start(name: str, **changes: object) -> Run:

@@ -41,7 +41,7 @@ COLUMNS = dict(
 )
 
 
-# ---- Backgrounds --------------------------------------------------------------------------------
+# ---- Backgrounds ----
 
 
 def even(shape: Shape, color: tuple[float, ...]) -> Picture:
@@ -93,7 +93,7 @@ def grass(shape: Shape, rng: Random) -> Picture:
     return np.array([0.33, 0.45, 0.16], np.float32) * (1 + blades).clip(0.3)
 
 
-# ---- Light, noise and frames --------------------------------------------------------------------
+# ---- Light, noise and frames ----
 
 
 def ramp(axis: int, low: float) -> Maker:
@@ -156,7 +156,7 @@ KINDS = {
 }
 
 
-# ---- Photographs --------------------------------------------------------------------------------
+# ---- Photographs ----
 
 
 def tint(gray: np.ndarray, rng: Random, strength: float) -> Picture:

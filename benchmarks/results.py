@@ -28,7 +28,7 @@ Row = dict[str, object]
 Columns = dict[str, tuple[str, str]]  # of a table: the heading and the format, see `cell`
 
 
-# ---- The command line ---------------------------------------------------------------------------
+# ---- The command line ----
 
 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
@@ -46,7 +46,7 @@ def settings(recipe: str = "default", **changes: object) -> SimpleNamespace:
     return choose_settings(train.SETTINGS, train.RECIPES, given)
 
 
-# ---- Files of figures ---------------------------------------------------------------------------
+# ---- Files of figures ----
 
 
 def commit() -> str:
@@ -104,7 +104,7 @@ def add(path: Path, row: Row, *key: str) -> None:
     write(path, rows)
 
 
-# ---- Tables -------------------------------------------------------------------------------------
+# ---- Tables ----
 
 
 def cell(value: str, form: str) -> str:
@@ -138,7 +138,7 @@ def print_table(rows: list[dict[str, str]], columns: Columns, bold: tuple[str, s
         print(f"| {' | '.join(cells)} |")
 
 
-# ---- Time ---------------------------------------------------------------------------------------
+# ---- Time ----
 
 
 def median_seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:

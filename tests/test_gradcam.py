@@ -22,7 +22,7 @@ def shares(maps):
     return maps / maps.abs().sum(dim=(1, 2), keepdim=True).clamp_min(1e-20)
 
 
-# ---- On paper ------------------------------------------------------------------------------------
+# ---- On paper ----
 
 
 class OnPaper(nn.Module):
@@ -103,7 +103,7 @@ def test_what_is_left_over_of_large_terms_is_no_evidence(left, some, signed):
         assert maps.any() == some and maps.isnan().any() == (left != left)
 
 
-# ---- Layouts -------------------------------------------------------------------------------------
+# ---- Layouts ----
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_reshape_that_returns_no_grids_is_refused(small_model, x, reshape):
         GradCAM(small_model, "blocks.0", reshape=reshape)(x)
 
 
-# ---- Against another implementation --------------------------------------------------------------
+# ---- Against another implementation ----
 
 
 @pytest.mark.parametrize("layer", ["stem.first", "stem.down2.0.0"])
@@ -218,7 +218,7 @@ def test_hirescam_in_front_of_a_layer_norm_has_no_evidence_and_no_other_map_is_l
         assert GradCAM(model, layers, method)(x).amax(dim=(1, 2)).tolist() == [1] * 50
 
 
-# ---- Calls and hooks -----------------------------------------------------------------------------
+# ---- Calls and hooks ----
 
 
 def test_the_default_class_is_the_predicted_one_and_each_image_may_have_its_own(small_model, x):
@@ -376,7 +376,7 @@ def test_layers_without_places_and_unknown_names_are_refused(small_model, x, lay
         GradCAM(small_model, layer, method)(x)
 
 
-# ---- Other people's models -----------------------------------------------------------------------
+# ---- Other people's models ----
 
 
 def without_in_place_operations(model, monkeypatch):

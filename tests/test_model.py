@@ -135,7 +135,7 @@ def test_initial_weights_have_the_sizes_that_the_papers_give():
     assert model.head.bias.count_nonzero() == 0
 
 
-# ---- Checkpoints ---------------------------------------------------------------------------------
+# ---- Checkpoints ----
 
 
 class Extended(HybridClassifier):

@@ -41,7 +41,7 @@ def test_the_learning_rate_warms_up_and_falls(schedule, middle):
     assert learning_rate(0, total_steps=10, warmup_steps=0, peak=0.5, schedule=schedule) == 0.5
 
 
-# ---- The first layer -----------------------------------------------------------------------------
+# ---- The first layer ----
 
 
 @pytest.mark.parametrize("channels", [5, 18])
@@ -68,7 +68,7 @@ def test_there_are_18_whitened_filters():
         whiten_first_layer(model, torch.rand(4, 1, 28, 28))
 
 
-# ---- The averaged weights ------------------------------------------------------------------------
+# ---- The averaged weights ----
 
 
 class Everything(nn.Module):
@@ -94,7 +94,7 @@ def test_the_average_follows_weights_and_statistics_and_copies_the_rest(decay, a
     assert model.weight.tolist() == [8.0, 8.0]
 
 
-# ---- The step ------------------------------------------------------------------------------------
+# ---- The step ----
 
 
 class Two(nn.Module):
@@ -139,7 +139,7 @@ def test_adamw_steps_like_pytorchs_own(small_model):
         torch.testing.assert_close(p, expected)
 
 
-# ---- Muon ----------------------------------------------------------------------------------------
+# ---- Muon ----
 
 
 def orthogonal(matrix: np.ndarray) -> np.ndarray:

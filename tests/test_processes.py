@@ -17,7 +17,7 @@ from model import load_checkpoint
 from training import processes
 from training.processes import choose_device, choose_precision, gather, set_threads
 
-# ---- Threads, device and precision ---------------------------------------------------------------
+# ---- Threads, device and precision ----
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_automatic_precision_of_a_gpu(monkeypatch, is_supported, expected):
     assert choose_precision("auto", torch.device("mps")) == "float32"
 
 
-# ---- Several processes ---------------------------------------------------------------------------
+# ---- Several processes ----
 
 
 def test_rows_of_all_processes_are_put_together_in_the_order_of_the_batch(monkeypatch):

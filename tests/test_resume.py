@@ -64,7 +64,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.glob("[!.]*")}
 
 
-# ---- Going on ------------------------------------------------------------------------------------
+# ---- Going on ----
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def test_another_optimizer_is_refused_on_resume(run_config, monkeypatch):
         train.train(run_config(epochs=1), resume=True)
 
 
-# ---- What is not saved, and what is not overwritten ----------------------------------------------
+# ---- What is not saved, and what is not overwritten ----
 
 
 def poison_the_loss(monkeypatch, at):
@@ -250,7 +250,7 @@ def test_earlier_runs_are_put_aside_and_nothing_is_overwritten(run_config, tmp_p
     assert all(note.exists() for note in notes) and len(contents(run)) == 3 * 4 + 3
 
 
-# ---- The command line ----------------------------------------------------------------------------
+# ---- The command line ----
 
 
 def test_a_folder_takes_one_run_at_a_time(main, flags, tmp_path):

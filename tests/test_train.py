@@ -22,7 +22,7 @@ from model import SHIPPED_CHECKPOINT, load_checkpoint
 from training import processes, report, runs
 from training.settings import choose_settings
 
-# ---- The loss ------------------------------------------------------------------------------------
+# ---- The loss ----
 
 
 class Fixed(nn.Module):
@@ -91,7 +91,7 @@ def test_predict_answers_in_evaluation_mode_and_leaves_the_mode(small_model, tes
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-# ---- The loop ------------------------------------------------------------------------------------
+# ---- The loop ----
 
 
 @pytest.fixture
@@ -322,7 +322,7 @@ def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-# ---- Seeds ---------------------------------------------------------------------------------------
+# ---- Seeds ----
 
 
 def test_another_seed_has_another_split_and_another_start(run_config, watch):
@@ -353,7 +353,7 @@ def test_every_source_of_randomness_follows_from_seed_epoch_and_process(run_conf
     assert [row[3] for row in once] == [row[3] for row in other_process]
 
 
-# ---- Teachers ------------------------------------------------------------------------------------
+# ---- Teachers ----
 
 
 @pytest.fixture
@@ -391,7 +391,7 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(run_config, monk
     assert trained["train_config"]["teacher"] == ("checkpoints/teacher/best.pt",)
 
 
-# ---- The command line ----------------------------------------------------------------------------
+# ---- The command line ----
 
 
 @pytest.fixture
