@@ -44,6 +44,7 @@ from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
 
 METHOD = "layercam"
+ENDINGS = {*Image.registered_extensions(), ".heic"}  # of a folder's pictures
 
 
 def default_layers(model: HybridClassifier) -> list[str]:
@@ -85,7 +86,8 @@ def choose_images(
         return index[: args.worst]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
     by_class = [index[labels[index] == label][: args.num_images] for label in args.classes]
-    return torch.cat([some.sort().values for some in by_class])
+    chosen = torch.cat([some.sort().values for some in by_class])
+    return chosen[:1] if args.compare_layers else chosen
 
 
 def explain_test_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
@@ -234,20 +236,21 @@ def parse_arguments() -> Namespace:
     number = dict(type=count, metavar="N")
     several = dict(nargs="+", action="extend")
     one_class = dict(type=class_index, metavar="CLASS")
-    add("--checkpoint", **path, default=SHIPPED_CHECKPOINT, help="default: the shipped one")
-    choose("--image", **path, **several, help="pictures, or folders of them")
-    choose("--index", type=int, **several, metavar="N", help="test images")
-    choose("--worst", **number, help="one sheet of the worst errors")
+    checkpoint = "written by train.py (default: the shipped one)"
+    add("--checkpoint", **path, default=SHIPPED_CHECKPOINT, help=checkpoint)
+    choose("--image", **path, **several, help="pictures of your own, or folders of them")
+    choose("--index", type=int, **several, metavar="N", help="indices of test images")
+    choose("--worst", **number, help="one sheet of the N most confident errors")
     choose("--average", **yes, help="one sheet of each class's mean heatmap")
-    choose("--num-images", **number, default="3", help="of each class (default: 3)")
-    add("--classes", **one_class, **several, help="names or numbers (default: all)")
-    add("--only-errors", **yes, help="only what the model gets wrong")
+    choose("--num-images", **number, default="3", help="test images of each class (default: 3)")
+    add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
+    add("--only-errors", **yes, help="only images that the model gets wrong")
     add("--seed", type=int, default=0, metavar="N", help="of the choice of images (default: 0)")
     add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
     add("--target-layer", **several, metavar="NAME", help="default: last at 28x28, first at 14x14")
-    add("--target-class", **one_class, help="default: the predicted one")
+    add("--target-class", **one_class, help="class to explain (default: predicted)")
     add("--versus", type=other_class, metavar="CLASS", help='the class to compare with, or "next"')
-    add("--compare-layers", **yes, help="draw each image in all layers")
+    add("--compare-layers", **yes, help="draw an image as each layer sees it")
     add("--save-arrays", **yes, help="also write heatmaps.npz")
     add("--html", **yes, help="also write index.html, a gallery")
     add("--data-dir", **path, default="data", help="of Fashion-MNIST (default: data)")
@@ -260,7 +263,8 @@ def parse_arguments() -> Namespace:
     args.classes = args.classes or range(len(CLASS_NAMES))
     pictures = []
     for path in args.image or []:
-        pictures += sorted(path.glob("[!.]*")) or [path]  # a folder's files, without hidden ones
+        files = sorted(path.glob("[!.]*"))  # of a folder
+        pictures += [file for file in files if file.suffix.lower() in ENDINGS] or [path]
     args.image = pictures
     # no shell expands --checkpoint=~/best.pt
     args.checkpoint = path = args.checkpoint.expanduser().resolve()

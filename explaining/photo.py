@@ -59,7 +59,8 @@ def decode(path: str | Path) -> tuple[Picture, Gray, list[str]]:
             frame.thumbnail((1024, 1024), Image.BOX)
             pixels = np.asarray(frame, np.float32)
     except Exception as error:  # Pillow raises many types
-        raise UserError(f"cannot be read ({error!r}): export it as PNG or JPEG") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"cannot be read ({reason}): export it as PNG or JPEG") from error
     if frame.mode == "F":
         gray, notes = scale_to_white(pixels)
         return np.dstack([gray] * 3), np.ones_like(gray), notes
