@@ -12,7 +12,7 @@ from common.files import UserError
 
 pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
 import cv2
-from photographs import photograph, read_back, strange_pictures
+from photographs import photograph, read_back
 
 from explaining.photo import read_image
 
@@ -306,16 +306,3 @@ def test_the_photograph_is_kept_as_a_person_sees_it(tmp_path):
     _, seen, note = read_image(tmp_path / "a.png")
     assert seen.shape == (614, 1024, 3) and seen.dtype == np.uint8 and note == ""
     assert seen[0, 0].tolist() == [255, 255, 255] and seen[300, 400].tolist() == [200, 10, 20]
-
-
-def test_strange_pictures_are_turned_drawn_cut_and_drawn_by_lot(test_split):
-    images = test_split[0][:40]
-    made = strange_pictures(images, np.random.default_rng(0))
-    _, left, down, right, strokes, crops, noise = made.values()
-    for turned, quarters in ((left, 1), (down, 2), (right, 3)):
-        assert np.array_equal(turned[5, 0], np.rot90(images[5, 0], quarters))
-    lit = (strokes > 127).double().mean(dim=(1, 2, 3))
-    assert 0.02 < lit.min() < lit.max() < 0.4 and (strokes[:, 0, 0] == 0).all()
-    # A crop has no more values than its image has, give or take what enlarging it makes.
-    assert (crops.amax(dim=(1, 2, 3)) <= images.amax(dim=(1, 2, 3))).all()
-    assert noise.double().mean() == pytest.approx(127.5, abs=2)
