@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.ops import StochasticDepth
 
 from common.files import UserError, whole_file
 from dataset import CLASS_NAMES, IMAGE_SIZE
@@ -105,11 +104,15 @@ class EncoderBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(embed_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embed_dim)
         )
-        self.drop_path = StochasticDepth(drop_path, mode="row")  # after Huang et al. 2016
+        self.drop_path = nn.Dropout(drop_path)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attention(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.kept(self.attention(self.norm1(x)))
+        return x + self.kept(self.mlp(self.norm2(x)))
+
+    def kept(self, branch: torch.Tensor) -> torch.Tensor:
+        """A branch, in training without some of the images (after Huang et al. 2016)."""
+        return branch * self.drop_path(branch.new_ones(len(branch), 1, 1))
 
 
 class Pool(nn.Module):

@@ -115,8 +115,8 @@ def test_stochastic_depth_drops_whole_branches_only_in_training():
     model = HybridClassifier(replace(SMALL_MODEL, drop_path=0.5))
     assert [block.drop_path.p for block in model.blocks] == [0.25, 0.5]
     block, branch = model.blocks[-1], torch.ones(200, 3, 4)
-    assert torch.equal(block.eval().drop_path(branch), branch)
-    kept = block.train().drop_path(branch)
+    assert torch.equal(block.eval().kept(branch), branch)
+    kept = block.train().kept(branch)
     assert kept.flatten(1).unique(dim=0).tolist() == [[0.0] * 12, [2.0] * 12]
 
 
