@@ -40,8 +40,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
-            heads = self.num_heads
-            raise UserError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {heads}")
+            what = f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
+            raise UserError(f"{what}: change one of them")
 
 
 def conv_bn(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
