@@ -1,6 +1,6 @@
 """Train the CNN + Transformer hybrid on Fashion-MNIST.
 
-    python train.py                                  train with the defaults below, then test once
+    python train.py                                  train with the defaults, then test once
     python train.py --recipe fast                    minutes on two CPU cores
     python train.py --resume                         go on with an interrupted run
     python train.py --evaluate checkpoints/best.pt   test a checkpoint, train nothing
@@ -9,7 +9,7 @@ The epoch of the highest validation accuracy, or else the last one, is kept in
 `checkpoints/best.pt`. The test split chooses nothing.
 """
 
-from common.console import outlive_output, prepare
+from common.console import command, outlive_output, prepare
 
 if __name__ == "__main__":
     prepare("train.py")
@@ -53,7 +53,7 @@ from training.settings import INF, Table, choose_settings, flag, make_parser, re
 # name=(default, what is allowed: a range, words or None for anything, meaning)
 # A row that you add is `config.NAME`.
 SETTINGS: Table = dict(
-    recipe=("default", None, "default, fast, teacher or record"),
+    recipe=("default", None, "values for many of the others"),
     # data
     data_dir=("data", None, "folder of the data set, which is fetched if it is missing"),
     val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
@@ -156,6 +156,14 @@ RECIPES = dict(  # they replace defaults; flags override both
         epochs=121,
         teacher=("checkpoints/teacher/best.pt",),
     ),
+)
+GROUPS = dict(  # of --help, by first row
+    data_dir="data",
+    flip="augmentation",
+    stem_dims="model",
+    epochs="optimisation",
+    teacher="distillation",
+    seed="system",
 )
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 
@@ -410,7 +418,10 @@ def make_model(config: SimpleNamespace) -> HybridClassifier:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: no half-written file
-    parser = make_parser(SETTINGS, __doc__.splitlines()[0])
+    default, _, meaning = SETTINGS["recipe"]
+    table = SETTINGS | dict(recipe=(default, tuple(RECIPES), meaning))
+    text = __doc__.replace("python train.py", command(sys.argv[0]))
+    parser = make_parser(table, text, GROUPS)
     add = parser.add_argument
     add("--resume", action="store_true", help="go on with the run in --output-dir, or start one")
     add("--evaluate", metavar="CHECKPOINT", help="test a checkpoint, train nothing")
