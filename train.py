@@ -444,6 +444,9 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
         resume = True
         saved = runs.load_run(folder)["train_config"]
         given = {name: getattr(config, name) for name in given}
+        for name in ("device", "precision", "threads"):
+            if given.get(name) in ("auto", 0):  # the run keeps what it came to
+                del given[name]
         given["output_dir"] = config.output_dir  # the folder may have been moved
         given = resumed_settings(SETTINGS, saved, given, MAY_CHANGE_ON_RESUME)
         config = choose_settings(SETTINGS, RECIPES, given)
