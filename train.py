@@ -362,7 +362,9 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     images, labels, train_index, held_out = load_data(config, device)
     steps, pruned = steps_of_epochs(config, len(train_index))
     seed_everything(config.seed)
-    model = (model or make_model(config)).to(device, memory_format=torch.channels_last)
+    # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    model = (model or make_model(config)).to(device, memory_format=layout)
     if config.whiten:
         whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
