@@ -102,7 +102,7 @@ SETTINGS: Table = dict(
     compile=(False, None, "use torch.compile, for long runs"),
     cuda_graph=(False, None, "on one GPU, record a step and replay it"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
-    quiet=(False, None, "one line an epoch"),
+    quiet=(False, None, "one line an epoch, and the result"),
 )
 # What the record and its teacher share.
 BIG = dict(
@@ -257,7 +257,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
 def train(config: SimpleNamespace, resume: bool = False) -> Path:
     """Train, or go on from last.pt in `config.output_dir`; returns the path of best.pt."""
     run = start_run(config, resume)
-    if processes.is_first():
+    if processes.is_first() and not config.quiet:
         pprint(vars(run.config), sort_dicts=False)
         numbers = f"{run.model.num_parameters():,} parameters, {len(run.train_index):,} training"
         print(f"{numbers} images, processes: {processes.count()}")
@@ -460,7 +460,7 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
 
 def evaluate_command(checkpoint: str, given: dict[str, Any]) -> None:
     """Test a checkpoint; other flags are refused."""
-    for name in given.keys() - {"data_dir", "device", "threads"}:
+    for name in given.keys() - {"data_dir", "device", "threads", "quiet"}:
         raise UserError(f"--evaluate does not use {flag(name)}: leave it out")
     config = choose_settings(SETTINGS, RECIPES, given)
     processes.set_threads(config.threads)
@@ -473,14 +473,22 @@ def evaluate(path: Path, config: SimpleNamespace) -> None:
     model, checkpoint = load_checkpoint(path, device)
     images, labels = dataset.load(config.data_dir, train=False)
     logits = predict(model, images.to(device)).cpu()
-    print(f"\n{printable(path)}")
-    row = report.summary("test", logits, labels, quiet=False)
+    if not config.quiet:
+        print(f"\n{printable(path)}")
+    row = report.summary("test", logits, labels, config.quiet)
     print(f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}", end=", ")
     print(f"{model.num_parameters():,} parameters, {len(labels):,} images")
+    predictions = logits.argmax(dim=1)
     try:
-        report.save_pictures(path, checkpoint.get("history"), labels, logits.argmax(dim=1))
+        report.save_pictures(path, checkpoint.get("history"), labels, predictions, config.quiet)
     except UserError as error:  # the folder may be read-only
         print(f"note: no pictures: {error}")
+    if config.quiet:
+        return
+    words = [Path(sys.argv[0]).with_name("Visulization.py"), "--checkpoint", path]
+    if config.data_dir != "data":
+        words += ["--data-dir", config.data_dir]
+    print("heatmaps:", command(*words))
 
 
 if __name__ == "__main__":
