@@ -1,6 +1,6 @@
 """Train the CNN + Transformer hybrid on Fashion-MNIST.
 
-    python train.py                                  train with the defaults below, then test once
+    python train.py                                  train with the defaults, then test once
     python train.py --recipe fast                    minutes on two CPU cores
     python train.py --resume                         go on with an interrupted run
     python train.py --evaluate checkpoints/best.pt   test a checkpoint, train nothing
@@ -9,7 +9,7 @@ The epoch of the highest validation accuracy, or else the last one, is kept in
 `checkpoints/best.pt`. The test split chooses nothing.
 """
 
-from common.console import outlive_output, prepare
+from common.console import command, outlive_output, prepare
 
 if __name__ == "__main__":
     prepare("train.py")
@@ -53,7 +53,7 @@ from training.settings import INF, Table, choose_settings, flag, make_parser, re
 # name=(default, what is allowed: a range, words or None for anything, meaning)
 # A row that you add is `config.NAME`.
 SETTINGS: Table = dict(
-    recipe=("default", None, "default, fast, teacher or record"),
+    recipe=("default", None, "values for many of the others"),
     # data
     data_dir=("data", None, "folder of the data set, which is fetched if it is missing"),
     val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
@@ -102,7 +102,7 @@ SETTINGS: Table = dict(
     compile=(False, None, "use torch.compile, for long runs"),
     cuda_graph=(False, None, "on one GPU, record a step and replay it"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
-    quiet=(False, None, "one line an epoch"),
+    quiet=(False, None, "one line an epoch, and the result"),
 )
 # What the record and its teacher share.
 BIG = dict(
@@ -156,6 +156,14 @@ RECIPES = dict(  # they replace defaults; flags override both
         epochs=121,
         teacher=("checkpoints/teacher/best.pt",),
     ),
+)
+GROUPS = dict(  # of --help, by first row
+    data_dir="data",
+    flip="augmentation",
+    stem_dims="model",
+    epochs="optimisation",
+    teacher="distillation",
+    seed="system",
 )
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 
@@ -249,7 +257,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
 def train(config: SimpleNamespace, resume: bool = False) -> Path:
     """Train, or go on from last.pt in `config.output_dir`; returns the path of best.pt."""
     run = start_run(config, resume)
-    if processes.is_first():
+    if processes.is_first() and not config.quiet:
         pprint(vars(run.config), sort_dicts=False)
         numbers = f"{run.model.num_parameters():,} parameters, {len(run.train_index):,} training"
         print(f"{numbers} images, processes: {processes.count()}")
@@ -354,7 +362,9 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     images, labels, train_index, held_out = load_data(config, device)
     steps, pruned = steps_of_epochs(config, len(train_index))
     seed_everything(config.seed)
-    model = (model or make_model(config)).to(device, memory_format=torch.channels_last)
+    # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    model = (model or make_model(config)).to(device, memory_format=layout)
     if config.whiten:
         whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
@@ -410,7 +420,10 @@ def make_model(config: SimpleNamespace) -> HybridClassifier:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception: no half-written file
-    parser = make_parser(SETTINGS, __doc__.splitlines()[0])
+    default, _, meaning = SETTINGS["recipe"]
+    table = SETTINGS | dict(recipe=(default, tuple(RECIPES), meaning))
+    text = __doc__.replace("python train.py", command(sys.argv[0]))
+    parser = make_parser(table, text, GROUPS)
     add = parser.add_argument
     add("--resume", action="store_true", help="go on with the run in --output-dir, or start one")
     add("--evaluate", metavar="CHECKPOINT", help="test a checkpoint, train nothing")
@@ -433,6 +446,9 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
         resume = True
         saved = runs.load_run(folder)["train_config"]
         given = {name: getattr(config, name) for name in given}
+        for name in ("device", "precision", "threads"):
+            if given.get(name) in ("auto", 0):  # the run keeps what it came to
+                del given[name]
         given["output_dir"] = config.output_dir  # the folder may have been moved
         given = resumed_settings(SETTINGS, saved, given, MAY_CHANGE_ON_RESUME)
         config = choose_settings(SETTINGS, RECIPES, given)
@@ -444,7 +460,7 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
 
 def evaluate_command(checkpoint: str, given: dict[str, Any]) -> None:
     """Test a checkpoint; other flags are refused."""
-    for name in given.keys() - {"data_dir", "device", "threads"}:
+    for name in given.keys() - {"data_dir", "device", "threads", "quiet"}:
         raise UserError(f"--evaluate does not use {flag(name)}: leave it out")
     config = choose_settings(SETTINGS, RECIPES, given)
     processes.set_threads(config.threads)
@@ -457,14 +473,22 @@ def evaluate(path: Path, config: SimpleNamespace) -> None:
     model, checkpoint = load_checkpoint(path, device)
     images, labels = dataset.load(config.data_dir, train=False)
     logits = predict(model, images.to(device)).cpu()
-    print(f"\n{printable(path)}")
-    row = report.summary("test", logits, labels, quiet=False)
+    if not config.quiet:
+        print(f"\n{printable(path)}")
+    row = report.summary("test", logits, labels, config.quiet)
     print(f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}", end=", ")
     print(f"{model.num_parameters():,} parameters, {len(labels):,} images")
+    predictions = logits.argmax(dim=1)
     try:
-        report.save_pictures(path, checkpoint.get("history"), labels, logits.argmax(dim=1))
+        report.save_pictures(path, checkpoint.get("history"), labels, predictions, config.quiet)
     except UserError as error:  # the folder may be read-only
         print(f"note: no pictures: {error}")
+    if config.quiet:
+        return
+    words = [Path(sys.argv[0]).with_name("Visulization.py"), "--checkpoint", path]
+    if config.data_dir != "data":
+        words += ["--data-dir", config.data_dir]
+    print("heatmaps:", command(*words))
 
 
 if __name__ == "__main__":

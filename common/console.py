@@ -1,10 +1,14 @@
-"""A script's start, and output that gets lost."""
+"""A script's start, its command, and output that gets lost."""
 
 import os
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -24,6 +28,22 @@ def prepare(script: str) -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
+    with suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(errors="backslashreplace")  # Windows' lacks characters
+
+
+def command(script: str | Path, *arguments: object, processes: int = 1) -> str:
+    """What to type to run a script with this very Python."""
+    python = Path(sys.executable)
+    if python == Path(shutil.which("python") or ""):
+        python = "python"
+    elif python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    words = [python, script, *arguments]
+    if processes > 1:
+        words[1:1] = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(map(str, words))
 
 
 class LosableStream:

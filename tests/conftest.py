@@ -110,6 +110,11 @@ def flags_of(settings):
 
 
 @pytest.fixture
+def flags(small_data):
+    return [*flags_of(SMALL_RUN), "--data-dir", str(small_data)]
+
+
+@pytest.fixture
 def main(monkeypatch, tmp_path):
     """Runs train.py in this process, in an empty folder; returns its exit status or error."""
     before = signal.getsignal(signal.SIGTERM)
@@ -149,3 +154,10 @@ def assert_identical(a, b):
             assert_identical(x, y)
     else:
         assert a == b
+
+
+def assert_alike(tmp_path):
+    for name in ("last.pt", "best.pt"):
+        assert_identical(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
+    files = [sorted(path.name for path in (tmp_path / n).glob("[!.]*")) for n in ("whole", "parts")]
+    assert files[0] == files[1]

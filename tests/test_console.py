@@ -6,11 +6,12 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
-from common.console import outlive_output
+from common.console import command, outlive_output
 from common.files import UserError, errors_in_one_line, printable
 
 
@@ -44,16 +45,19 @@ def test_a_shells_background_job_goes_on_ignoring_ctrl_c():
     assert process.communicate(timeout=60)[0] == "True\n"
 
 
-def test_a_user_without_an_account_and_a_notebooks_backend_are_no_obstacle():
+def test_no_account_a_notebook_and_an_old_console_are_no_obstacle():
     code = """
-import getpass, os, pwd
+import getpass, io, os, pwd, sys
 def unknown(number): raise KeyError(number)
 pwd.getpwuid = unknown
 prepare("x")
-print(getpass.getuser(), os.environ["MPLBACKEND"])
+print(getpass.getuser(), os.environ["MPLBACKEND"], "\u2713", flush=True)
+sys.stdout = io.StringIO()
+prepare("x")
 """
     environment = dict(PATH=os.environ["PATH"], MPLBACKEND="module://matplotlib_inline")
-    assert python(code, env=environment).communicate(timeout=60)[0] == "nobody agg\n"
+    process = python(code, env=environment | dict(PYTHONIOENCODING="cp1252"))
+    assert process.communicate(timeout=60) == ("nobody agg \\u2713\n", "")
 
 
 def test_a_file_does_not_take_the_number_of_a_closed_stream(tmp_path):
@@ -68,6 +72,18 @@ print("lost", file=sys.stderr)
     process = python(code, preexec_fn=lambda: os.close(2))
     assert process.communicate(timeout=60)[0] == "True\n" and process.returncode == 0
     assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_printed_command_can_be_pasted(monkeypatch, tmp_path):
+    words = ["it's", "$HOME *"]
+    line = command("-c", "import sys; print(sys.argv[1:])", *words)
+    assert subprocess.check_output(line, shell=True, text=True) == f"{words}\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "python"))
+    assert command("x.py") == "env/python x.py"
+    monkeypatch.setattr("shutil.which", lambda _: sys.executable)
+    monkeypatch.setattr("common.console.os", SimpleNamespace(name="nt"))
+    assert command("x.py", r"C:\my runs") == r'python x.py "C:\my runs"'
 
 
 def test_the_work_goes_on_when_its_output_is_lost(monkeypatch):

@@ -2,15 +2,19 @@
 
 import math
 import os
+import runpy
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
-from conftest import SMALL_RUN, assert_identical, flags_of, state_of
+from conftest import assert_alike, assert_identical, state_of
 
 import train
+from common.console import command
 from common.files import UserError
 from model import load_checkpoint
 from training import report, runs
@@ -38,11 +42,6 @@ def stop(monkeypatch):
 
 
 @pytest.fixture
-def flags(small_data):
-    return [*flags_of(SMALL_RUN), "--data-dir", str(small_data)]
-
-
-@pytest.fixture
 def whole_and_parts(run_config, tmp_path):
     """The settings of two runs alike in folders of these names."""
 
@@ -51,13 +50,6 @@ def whole_and_parts(run_config, tmp_path):
         return [run_config(output_dir=str(tmp_path / name), **changes) for name in names]
 
     return make
-
-
-def assert_alike(tmp_path):
-    for name in ("last.pt", "best.pt"):
-        assert_identical(state_of(tmp_path / "whole", name), state_of(tmp_path / "parts", name))
-    files = [sorted(path.name for path in (tmp_path / n).glob("[!.]*")) for n in ("whole", "parts")]
-    assert files[0] == files[1]
 
 
 def contents(folder):
@@ -267,14 +259,23 @@ def test_a_folder_takes_one_run_at_a_time(main, flags, tmp_path):
     assert "cannot write to a file/run: " in main(*flags, "--output-dir", "a file/run")
 
 
+def test_windows_has_another_lock():
+    msvcrt = Mock(**{"locking.side_effect": [None, PermissionError]})
+    with patch.dict(sys.modules, fcntl=None, msvcrt=msvcrt):
+        is_taken = runpy.run_path(runs.__file__)["is_taken"]
+    lock = Mock()
+    assert [is_taken(lock), is_taken(lock)] == [False, True]
+    msvcrt.locking.assert_called_with(lock.fileno(), msvcrt.LK_NBLCK, 1)
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_says_how_to_go_on(main, flags, stop, capsys, tmp_path, number, status):
     whole, parts = tmp_path / "whole", tmp_path / "the parts"
     assert main(*flags, "--output-dir", whole) == 0
     stop(12, lambda *_: os.kill(os.getpid(), number))
     assert main(*flags, "--output-dir", parts) == status
-    command = f"python train.py --resume --output-dir '{parts}'"
-    assert command in capsys.readouterr().out.splitlines()[-1]
+    again = command("train.py", "--resume", "--output-dir", parts)
+    assert capsys.readouterr().out.endswith(f" with: {again}\n")
     stop(1000)
     parts.rename(tmp_path / "checkpoints")  # it goes on where it lies
     assert main("--resume") == 0
@@ -301,17 +302,17 @@ def test_the_same_command_goes_on_after_a_failure(
     # torchrun starts a failed command again; a queue that does so may always give --resume.
     assert main(*flags, "--output-dir", "whole") == 0
     stop(12, RuntimeError)
-    command = [*flags, "--output-dir", "parts", *again]
+    words = [*flags, "--output-dir", "parts", *again]
     with pytest.raises(RuntimeError):
-        main(*command)
+        main(*words)
     is_told = "there is no run to resume in parts: starting one" in capsys.readouterr().out
     assert is_told == bool(again)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if again else "1")
     stop(3, RuntimeError)  # and again, before anything new is saved
     with pytest.raises(RuntimeError):
-        main(*command)
+        main(*words)
     stop(1000)
-    assert main(*command) == 0
+    assert main(*words) == 0
     assert capsys.readouterr().out.count("after epoch 1 of 2") == 2
     assert_alike(tmp_path)
 
@@ -325,8 +326,9 @@ def test_a_restart_does_not_go_on_with_an_earlier_run(main, flags, stop, monkeyp
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     capsys.readouterr()
     assert main(*flags) == 0
-    out = capsys.readouterr().out
-    assert "going on after" not in out and "epoch 1/2" in out
+    lines = capsys.readouterr().out.splitlines()
+    # quiet: a note, epochs, result
+    assert [line.split()[0] for line in lines] == ["an", "epoch", "epoch", "test"]
 
 
 def test_a_finished_run_is_tested_again_but_not_with_other_settings(
@@ -337,16 +339,20 @@ def test_a_finished_run_is_tested_again_but_not_with_other_settings(
     for words in ("160 training images, processes: 1", "train split", "val split", "test split"):
         assert words in out
     assert out.count("test accuracy") == 1
+    heatmaps = command("Visulization.py", "--checkpoint", "checkpoints/best.pt")
+    assert out.endswith(f"\nheatmaps: {heatmaps} --data-dir {flags[-1]}\n")
     folder = tmp_path / "checkpoints"
     made = {"best.pt", "last.pt", "history.csv", "best_curves.png", "best_confusion_matrix.png"}
     before = contents(folder)
     assert before.keys() == made
-    (tmp_path / "moved").symlink_to(flags[-1])
-    assert main("--resume", "--data-dir", "moved", "--lr", 0.008, "--stem-dims", 4, 8) == 0
+    (tmp_path / "data").symlink_to(flags[-1])
+    same = "--lr 0.008 --stem-dims 4 8 --device auto --precision auto --threads 0".split()
+    assert main("--resume", "--data-dir", "data", *same) == 0
     out = capsys.readouterr().out
-    assert "going on after epoch 1 of 1" in out and "test accuracy" in out
+    assert out.endswith(f" {heatmaps}\n")
+    assert "going on after epoch 1 of 1" in out
     assert contents(folder)["last.pt"] == before["last.pt"]
-    for change in (["--lr", 0.5], ["--stem-dims", 4, 16], ["--no-flip"]):
+    for change in (["--lr", 0.5], ["--stem-dims", 4, 16], ["--no-flip"], ["--threads", 2]):
         name = change[0].replace("--no-", "--")
         assert f"the run to resume has {name} " in main("--resume", *change)
     shutil.copy(folder / "best.pt", folder / "last.pt")

@@ -51,8 +51,10 @@ def test_a_flag_that_cannot_be_read_is_one_line(capsys, flags, words):
 
 
 def test_help_explains_every_row_and_its_default():
-    text = " ".join(make_parser(TABLE, "a script").format_help().split())
-    for words in ("--rate float a number (default: 0.5)", "--sizes int int two whole numbers"):
+    parser = make_parser(TABLE, "a script\n\nan example", dict(rate="real"))
+    text = " ".join(parser.format_help().split())
+    assert text.endswith(" an example")
+    for words in ("real: --rate float a number (default: 0.5)", "--sizes int int two whole"):
         assert words in text
     assert "--switch, --no-switch on or off" in text and "100% of it" in text
 

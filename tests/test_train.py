@@ -7,20 +7,22 @@ import shutil
 import sys
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, assert_identical, flags_of, state_of
+from conftest import ROOT, assert_identical, state_of
 from torch import nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
 import dataset
 import train
+from common.console import command
 from common.files import UserError
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 from training import processes, report, runs
-from training.settings import choose_settings
+from training.settings import choose_settings, flag
 
 # ---- The loss ----
 
@@ -322,6 +324,15 @@ def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+def test_mps_gets_the_layout_of_right_gradients(run_config, monkeypatch):
+    monkeypatch.setattr(train, "load_data", lambda *_: [range(160)] * 4)
+    monkeypatch.setattr(processes, "choose_device", torch.device)
+    model = Mock()
+    with pytest.raises(TypeError):  # it has no parameters
+        train.start_run(run_config(device="mps"), model=model)
+    model.to.assert_called_with(torch.device("mps"), memory_format=torch.contiguous_format)
+
+
 # ---- Seeds ----
 
 
@@ -394,11 +405,6 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(run_config, monk
 # ---- The command line ----
 
 
-@pytest.fixture
-def flags(small_data):
-    return [*flags_of(SMALL_RUN), "--data-dir", str(small_data)]
-
-
 @pytest.mark.parametrize(
     "changes, words",
     [
@@ -453,7 +459,11 @@ def test_every_setting_is_a_flag_that_help_explains(main, capsys):
     assert main("--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, (_, _, meaning) in train.SETTINGS.items():
-        assert f"--{name.replace('_', '-')}" in text and " ".join(meaning.split()) in text
+        assert flag(name) in text and meaning in text
+    assert f"--recipe {'|'.join(train.RECIPES)} " in text
+    assert f"{command('train.py')} --recipe fast" in text
+    for name, title in train.GROUPS.items():
+        assert f" {title}: {flag(name)}" in text
 
 
 def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_else(

@@ -65,7 +65,11 @@ def write_history(history: list[Row], path: Path) -> None:
 
 @style.context("default")  # not a reader's own
 def save_pictures(
-    checkpoint: Path, history: list[Row] | None, labels: torch.Tensor, predictions: torch.Tensor
+    checkpoint: Path,
+    history: list[Row] | None,
+    labels: torch.Tensor,
+    predictions: torch.Tensor,
+    quiet: bool,
 ) -> None:
     """Draw curves and confusion matrix beside a checkpoint."""
     pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions))
@@ -75,7 +79,8 @@ def save_pictures(
         path = checkpoint.with_name(f"{checkpoint.stem}_{name}.png")
         with whole_file(path) as file:
             figure.savefig(file, format="png", dpi=120)
-        print(f"wrote {printable(path)}")
+        if not quiet:
+            print(f"wrote {printable(path)}")
 
 
 def draw_curves(history: list[Row]) -> Figure:

@@ -1,9 +1,8 @@
 """A run and what it leaves on the disk: `last.pt` to go on from, `best.pt`, the history."""
 
 import copy
-import fcntl
 import itertools
-import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,15 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 import dataset
+from common.console import command
 from common.files import UserError, checksum
 from model import HybridClassifier, load_checkpoint, save_checkpoint
 from training import processes
@@ -85,11 +92,9 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit):
         advice = "no epoch was finished, so nothing was saved"
         if resumed or has_saved(folder):
-            launcher = "python"
-            if processes.count() > 1:
-                launcher = f"torchrun --nproc-per-node={processes.count()}"
-            command = f"{launcher} train.py --resume --output-dir {shlex.quote(str(folder))}"
-            advice = f"go on from the last whole epoch with: {command}"
+            words = [sys.argv[0], "--resume", "--output-dir", folder]
+            again = command(*words, processes=processes.count())
+            advice = f"go on from the last whole epoch with: {again}"
         print(f"\nstopping; {advice}", flush=True)
         raise
 
@@ -97,8 +102,11 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
 def is_taken(lock: TextIO) -> bool:
     """Lock this file until it is closed; returns whether another run has done so."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
         return True
     except OSError:  # some network drives have no locks
         pass
@@ -215,8 +223,8 @@ def load_teachers(config: SimpleNamespace, labels: Tensor, device: torch.device)
     teachers = []
     for path in paths_of_teachers(config):
         if not path.exists():
-            command = f"train.py --recipe teacher --output-dir {path.parent}"
-            raise UserError(f"there is no teacher {path}: first run {command}")
+            first = f"train.py --recipe teacher --output-dir {path.parent}"
+            raise UserError(f"there is no teacher {path}: first run {first}")
         teacher, checkpoint = load_checkpoint(path, device)
         saw = checkpoint.get("train_config", {})
         if len(checkpoint.get("history", ())) < saw.get("epochs", 0):

@@ -77,14 +77,28 @@ def choose_settings(
     return SimpleNamespace(**settings)
 
 
-def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
-    """A parser with a flag for each setting; it returns only those given."""
+def make_parser(
+    table: Table, text: str, groups: dict[str, str] | None = None
+) -> argparse.ArgumentParser:
+    """A parser with a flag for each setting; it returns only those given.
+
+    The text's first paragraph is at the top of --help. `groups` has titles of rows that begin one.
+    """
+    description, _, epilog = text.partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+        usage="%(prog)s [options]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
+    group = parser
     # One line, without the usage.
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     for name, (default, allowed, meaning) in table.items():
+        if groups and name in groups:
+            group = parser.add_argument_group(groups[name])
         kind = element_type(default, allowed)
         options: dict[str, Any] = dict(type=kind, metavar=kind.__name__)
         if kind is bool:
@@ -94,7 +108,7 @@ def make_parser(table: Table, description: str) -> argparse.ArgumentParser:
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "*"
         help_text = f"{meaning} (default: {default})".replace("%", "%%")
-        parser.add_argument(flag(name), help=help_text, **options)
+        group.add_argument(flag(name), help=help_text, **options)
     return parser
 
 
