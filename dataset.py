@@ -10,7 +10,6 @@ The data set: Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
 import gzip
 import hashlib
 import math
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
-from torchvision.datasets import FashionMNIST
 
-from common.files import UserError, whole_file
+from common.files import UserError, user_path, whole_file
 
-CLASS_NAMES = tuple(FashionMNIST.classes)  # label 0 is the first
+# Label 0 is the first.
+CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
+CLASS_NAMES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 IMAGE_SIZE = 28  # pixels
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixel values scaled to [0, 1]
 EASY_SHARE = 0.6  # of the images, see `epoch_order`
@@ -41,6 +41,7 @@ FILES = {
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
 SOURCE = "https://github.com/zalandoresearch/fashion-mnist"
+MIRRORS = ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
@@ -78,7 +79,7 @@ def _find(name: str, data_dir: Path) -> bytes | None:
 
 
 def _from_mirror(mirror: str, name: str) -> dict[str, bytes]:
-    """Download a compressed file from one of torchvision's mirrors."""
+    """Download a compressed file from the authors' server."""
     url = f"{mirror}{name}.gz"
     print(f"dataset: downloading {url}", file=sys.stderr)
     with urlopen(url, timeout=20) as answer:  # seconds
@@ -99,7 +100,7 @@ def _from_apt() -> dict[str, bytes]:
 
 def _fetch(name: str, data_dir: Path) -> bytes:
     """Fetch a file, keep it in `data_dir`, and return its content."""
-    downloads = [partial(_from_mirror, mirror, name) for mirror in FashionMNIST.mirrors]
+    downloads = [partial(_from_mirror, mirror, name) for mirror in MIRRORS]
     failures = []
     for download in (*downloads, _from_apt):
         try:
@@ -127,7 +128,7 @@ def load(data_dir: str | Path, train: bool) -> tuple[Tensor, Tensor]:
     Returns images, uint8 (N, 1, 28, 28), 0 is the dark background, and labels, int64 (N,), indices
     of `CLASS_NAMES`.
     """
-    data_dir = Path(os.path.expanduser(data_dir))
+    data_dir = user_path(data_dir)
     split = "train" if train else "t10k"
     tensors = []
     for name, header in ((f"{split}-images-idx3-ubyte", 16), (f"{split}-labels-idx1-ubyte", 8)):

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import dataset
-from common.files import UserError, errors_in_one_line, printable
+from common.files import UserError, errors_in_one_line, printable, user_path
 from model import HybridClassifier, ModelConfig, load_checkpoint
 from training import processes, report, runs
 from training.optim import (
@@ -67,7 +67,7 @@ SETTINGS: Table = dict(
     erase_area=(0.33, (0.02, 1.0), "largest such part of an image"),
     cutmix=(0.3, (0.0, 1.0), "probability that a rectangle is another image's, with its label"),
     rotate=(0.0, (0.0, 180.0), "rotate an eighth of the images by up to this many degrees"),
-    noise=(0.0, (0.0, 1.0), "add noise to an eighth, of up to this deviation"),
+    noise=(0.0, (0.0, 1.0), "add noise to an eighth, of up to this standard deviation"),
     # model
     stem_dims=((16, 32), (1, INF), "channels of the stem at 28x28 and at 14x14"),
     stem_blocks=((2, 2, 2), (0, INF), "residual blocks at 28x28, at 14x14 and at 7x7"),
@@ -89,7 +89,7 @@ SETTINGS: Table = dict(
     weight_decay=(0.05, (0.0, INF), "decoupled decay of matrices and filters"),
     label_smoothing=(0.0, (0.0, 0.99), "share of the target spread over all classes"),
     ema_decay=(0.999, (0.0, 0.999999), "decay of the averaged weights; 0: no average"),
-    grad_clip=(1.0, (0.0, INF), "maximum gradient norm; 0: no limit"),
+    grad_clip=(1.0, (0.0, INF), "maximum gradient norm; 0 disables clipping"),
     # distillation
     teacher=((), None, "checkpoints whose mean prediction is learnt, too"),
     teacher_weight=(0.9, (0.0, 1.0), "weight of the teachers in the loss"),
@@ -179,13 +179,16 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     """
     images, labels = (part.to(device) for part in dataset.load(config.data_dir, train=True))
     dataset.load(config.data_dir, train=False)  # if it is missing, that is said now
-    try:
-        train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
-        if config.train_size:
-            some = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
-            train_index = train_index[some]
-    except ValueError as error:
-        raise UserError(f"change --val-size or --train-size: {error}") from error
+    left, classes = len(labels), len(dataset.CLASS_NAMES)
+    for name in ("val_size", "train_size"):
+        size = getattr(config, name)
+        if size and not classes <= size <= left - classes:
+            raise UserError(f"{flag(name)} {size}: give 0, or {classes} to {left - classes:,}")
+        left -= size
+    train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
+    if config.train_size:
+        some = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
+        train_index = train_index[some]
     held_out = {}
     if config.val_size:
         held_out["val"] = images[val_index], labels[val_index]
@@ -395,7 +398,9 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
 def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
     """The steps of each epoch on that many images, and how many of them later epochs prune."""
-    pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
+    pruned = 0
+    if config.epochs > 1:
+        pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
     later = (size - pruned) // config.batch_size
     steps = [size // config.batch_size] + [later] * (config.epochs - 1)
     if not steps[-1] or config.batch_size % processes.count():
@@ -438,7 +443,7 @@ def main() -> None:
 def train_command(resume: bool, given: dict[str, Any]) -> None:
     """Train, or go on with the run in the folder, then test."""
     config = choose_settings(SETTINGS, RECIPES, given)
-    folder = Path(config.output_dir).expanduser()
+    folder = user_path(config.output_dir)
     if resume and not (folder / "last.pt").exists():
         resume = False
         print(f"there is no run to resume in {folder}: starting one")
@@ -450,8 +455,8 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
             if given.get(name) in ("auto", 0):  # the run keeps what it came to
                 del given[name]
         given["output_dir"] = config.output_dir  # the folder may have been moved
-        given = resumed_settings(SETTINGS, saved, given, MAY_CHANGE_ON_RESUME)
-        config = choose_settings(SETTINGS, RECIPES, given)
+        settings = resumed_settings(SETTINGS, saved, given, MAY_CHANGE_ON_RESUME)
+        config = choose_settings(SETTINGS, RECIPES, settings)
     with runs.reserve_folder(folder, resume):
         best = train(config, resume)
     if processes.is_first():
@@ -460,11 +465,12 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
 
 def evaluate_command(checkpoint: str, given: dict[str, Any]) -> None:
     """Test a checkpoint; other flags are refused."""
-    for name in given.keys() - {"data_dir", "device", "threads", "quiet"}:
-        raise UserError(f"--evaluate does not use {flag(name)}: leave it out")
+    unused = sorted(given.keys() - {"data_dir", "device", "threads", "quiet"})
+    if unused:
+        raise UserError(f"--evaluate does not use {', '.join(map(flag, unused))}: leave it out")
     config = choose_settings(SETTINGS, RECIPES, given)
     processes.set_threads(config.threads)
-    evaluate(Path(checkpoint).expanduser(), config)
+    evaluate(user_path(checkpoint), config)
 
 
 def evaluate(path: Path, config: SimpleNamespace) -> None:

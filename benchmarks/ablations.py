@@ -8,13 +8,12 @@ split. Rows of one group are to be compared. A row can be repeated at its commit
 
 import itertools
 import tempfile
-from pathlib import Path
 
 import results
 import torch
 
 import train
-from common.files import UserError, errors_in_one_line
+from common.files import UserError, errors_in_one_line, user_path
 from model import load_checkpoint
 from training.settings import choose_settings, make_parser
 
@@ -37,7 +36,7 @@ def experiment(flags: list[str], data_dir: str) -> results.Row:
         if not config.val_size:
             raise UserError("experiments are compared on validation images: give --val-size")
         train.train(config)
-        last = Path(config.output_dir).expanduser() / "last.pt"
+        last = user_path(config.output_dir) / "last.pt"
         checkpoint = load_checkpoint(last)[1]
     row = checkpoint["history"][-1]
     return dict(

@@ -19,6 +19,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in str(text))
 
 
+def user_path(text: str | Path) -> Path:
+    """A path in which ~ is the user's home."""
+    return Path(os.path.expanduser(text))
+
+
 def checksum(path: str | Path) -> str:
     """The SHA-256 of a file."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()

@@ -77,7 +77,7 @@ def small_data(small_files, monkeypatch):
     """A folder with 500 training and 100 test images; they are the whole data set for a test."""
     monkeypatch.setattr(dataset, "FILES", small_files[1])
     monkeypatch.setattr(dataset, "DEBIAN_FOLDER", small_files[0])
-    monkeypatch.setattr(dataset.FashionMNIST, "mirrors", [])
+    monkeypatch.setattr(dataset, "MIRRORS", [])
     return small_files[0]
 
 

@@ -1,5 +1,6 @@
 import errno
 import math
+import os
 import zipfile
 from dataclasses import replace
 
@@ -167,7 +168,7 @@ def test_a_save_that_fails_half_way_leaves_the_old_file(small_model, tmp_path, m
     def fail(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dataset.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(UserError, match=r"cannot write .*a.pt: No space left on device"):
         save_checkpoint(tmp_path / "a.pt", small_model, epoch=2)
     assert load_checkpoint(tmp_path / "a.pt")[1]["epoch"] == 1

@@ -60,22 +60,22 @@ def test_help_explains_every_row_and_its_default():
 
 
 WRONG = [
-    ("count", 0, "is not of type int, from 1 to inf"),
-    ("count", 2.5, "is not of type int"),
-    ("count", True, "is not of type int"),
-    ("rate", -0.1, "is not of type float, from 0.0 to 1.0"),
-    ("rate", 1.1, "is not of type float, from 0.0 to 1.0"),
-    ("rate", math.nan, "is not of type float, from 0.0 to 1.0"),
-    ("pace", math.inf, "is not of type float"),
-    ("rate", "0.5", "is not of type float"),
-    ("rate", None, "is not of type float"),
-    ("kind", "c", "is not one of a, b"),
-    ("switch", 1, "is not of type bool"),
-    ("name", 3, "is not of type str"),
-    ("sizes", (4, 0), "is not a tuple like (16, 32), each of type int, from 1 to inf"),
-    ("sizes", (4,), "is not a tuple like (16, 32)"),
-    ("sizes", 4, "is not a tuple like (16, 32)"),
-    ("files", "a", "is not a tuple like (), each of type str"),
+    ("count", 0, "give a whole number of at least 1"),
+    ("count", 2.5, "give a whole number"),
+    ("count", True, "give a whole number"),
+    ("rate", -0.1, "give a number from 0.0 to 1.0"),
+    ("rate", 1.1, "give a number from 0.0 to 1.0"),
+    ("rate", math.nan, "give a number from 0.0 to 1.0"),
+    ("pace", math.inf, "give a number"),
+    ("rate", "0.5", "give a number"),
+    ("rate", None, "give a number"),
+    ("kind", "c", "give one of a, b"),
+    ("switch", 1, "give True or False"),
+    ("name", 3, "give text"),
+    ("sizes", (4, 0), "give a tuple like (16, 32), each a whole number of at least 1"),
+    ("sizes", (4,), "give a tuple like (16, 32)"),
+    ("sizes", 4, "give a tuple like (16, 32)"),
+    ("files", "a", "give a tuple like (), each text"),
 ]
 
 
@@ -84,11 +84,11 @@ def test_a_value_that_is_not_allowed_is_refused_wherever_it_is_given(name, value
     for recipes, given in ((RECIPES, {name: value}), ({"default": {name: value}}, {})):
         with pytest.raises(UserError) as error:
             choose_settings(TABLE, recipes, given)
-        assert str(error.value).startswith(f"--{name} {value!r} {words}")
+        assert str(error.value).startswith(f"--{name} {value!r}: {words}")
 
 
 def test_an_edited_default_is_checked_as_well():
-    with pytest.raises(UserError, match=r"^--count 0 is not of type int"):
+    with pytest.raises(UserError, match=r"^--count 0: give a whole number"):
         choose_settings(TABLE | dict(count=(0, *TABLE["count"][1:])), RECIPES, {})
 
 

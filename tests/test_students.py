@@ -104,7 +104,7 @@ def test_a_student_adds_settings_a_number_and_weights_of_other_types(small_data,
     result = subprocess.run([sys.executable, "driver.py"], cwd=tmp_path, **options)
     statuses = [line for line in result.stdout.splitlines() if line.startswith("exit status ")]
     assert [status.split()[2] for status in statuses[:3]] == ["130", "0", "0"], result.stderr
-    assert "--repeats 10 is not of type int, from 1 to 9" in statuses[3]
+    assert "--repeats 10: give a whole number from 1 to 9" in statuses[3]
     assert "the run to resume has --kind fancy: leave yours out" in statuses[4]
     assert result.stdout.count("test accuracy") == 2
 

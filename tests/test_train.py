@@ -408,12 +408,12 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(run_config, monk
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(val_size=9), "--val-size or --train-size: The test_size = 9 should be greater"),
-        (dict(val_size=500), "--val-size or --train-size: test_size=500 should be"),
-        (dict(train_size=400), "--val-size or --train-size: test_size=400 should be"),
+        (dict(val_size=9), "--val-size 9: give 0, or 10 to 490"),
+        (dict(val_size=500), "--val-size 500: give 0, or 10 to 490"),
+        (dict(train_size=400), "--train-size 400: give 0, or 10 to 390"),
         (dict(batch_size=161), "--batch-size 161: give at most 160"),
         (dict(num_heads=3), "multiple of num_heads"),
-        (dict(teacher=("nothing.pt",)), "there is no teacher nothing.pt"),
+        (dict(teacher=("nothing.pt",)), "cannot read nothing.pt"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(run_config, tmp_path, changes, words):

@@ -66,9 +66,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in found if found[kind])
     if not found[name]:
-        raise UserError(
-            f"--device {name}: PyTorch sees no such device; start a run with --device auto"
-        )
+        advice = "start a run with --device auto, or resume this one where it began"
+        raise UserError(f"--device {name}: PyTorch sees no such device; {advice}")
     return torch.device(name)
 
 

@@ -22,7 +22,7 @@ except ImportError:  # Windows
 
 import dataset
 from common.console import command
-from common.files import UserError, checksum
+from common.files import UserError, checksum, user_path
 from model import HybridClassifier, load_checkpoint, save_checkpoint
 from training import processes
 from training.report import write_history
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.output_dir).expanduser()
+        return user_path(self.config.output_dir)
 
 
 # ---- The folder ----
@@ -214,17 +214,21 @@ def resume_run(run: Run) -> None:
 def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
     """The checkpoints that a run learns from; a default may be one word."""
     paths = [config.teacher] if isinstance(config.teacher, str) else config.teacher
-    return [Path(path).expanduser() for path in paths]
+    return [user_path(path) for path in paths]
 
 
 def load_teachers(config: SimpleNamespace, labels: Tensor, device: torch.device) -> list[nn.Module]:
     """Load the teachers, or refuse them."""
     val_index = dataset.split_indices(labels, config.val_size, config.seed)[1]
+    folder = user_path(config.output_dir).resolve()
     teachers = []
     for path in paths_of_teachers(config):
-        if not path.exists():
-            first = f"train.py --recipe teacher --output-dir {path.parent}"
-            raise UserError(f"there is no teacher {path}: first run {first}")
+        if config.recipe == "record" and path.name == "best.pt" and not path.exists():
+            first = command(sys.argv[0], "--recipe", "teacher", "--output-dir", path.parent)
+            raise UserError(f"there is no teacher {path} yet: first run {first}")
+        if path.resolve() in (folder / "best.pt", folder / "last.pt"):
+            what = f"the teacher {path} lies where this run saves"
+            raise UserError(f"{what}: give another --output-dir")
         teacher, checkpoint = load_checkpoint(path, device)
         saw = checkpoint.get("train_config", {})
         if len(checkpoint.get("history", ())) < saw.get("epochs", 0):

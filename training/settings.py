@@ -12,6 +12,7 @@ from typing import Any
 from common.files import UserError
 
 INF = math.inf
+WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 Table = dict[str, tuple[Any, Any, str]]
 
 
@@ -46,18 +47,20 @@ def check(table: Table, name: str, value: Any) -> None:
     """Refuse a value that its row does not allow, by a UserError."""
     default, allowed, _ = table[name]
     kind = element_type(default, allowed)
-    what = f"of type {kind.__name__}"
+    what = WORDS[kind]
     if kind is str and allowed:
         what = f"one of {', '.join(allowed)}"
+    elif allowed and allowed[1] == INF:
+        what += f" of at least {allowed[0]:,}"
     elif allowed:
-        what += f", from {allowed[0]} to {allowed[1]}"
+        what += f" from {allowed[0]:,} to {allowed[1]:,}"
     values, is_good = [value], True
     if isinstance(default, tuple):
         what = f"a tuple like {default}, each {what}"
         is_good = isinstance(value, tuple) and (not default or len(value) == len(default))
         values = value if is_good else []
     if not is_good or not all(is_allowed(v, kind, allowed) for v in values):
-        raise UserError(f"{flag(name)} {value!r} is not {what}: correct it")
+        raise UserError(f"{flag(name)} {value!r}: give {what}")
 
 
 def choose_settings(
