@@ -160,7 +160,8 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
 
     `maps`, float32 (N, 28, 28), are shares of the evidence for the `target_classes`, signed where
     there is a `versus`. `true_maps` are for the `labels`; zeros where there is none, and of
-    contrasts. In `indices`, `labels` and `versus`, -1 is none.
+    contrasts. In `indices`, `labels` and `versus`, -1 is none. `without_hottest`, `without_random`
+    and `deviations`, (N,), are the numbers above the maps; not a number with --average.
     """
     rows = []
     for e in explanations:
@@ -171,6 +172,8 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
         row = dict(names=e.name, indices=e.index, images=e.image, labels=e.label)
         row |= dict(predictions=e.predicted, probabilities=e.probabilities)
         row |= dict(target_classes=asked.label, versus=asked.versus)
+        row |= dict(without_hottest=asked.hottest, without_random=asked.random)
+        row |= dict(deviations=asked.deviation)
         rows.append(row | dict(maps=asked.heatmap, true_maps=true_map))
     arrays = {key: [row[key] for row in rows] for key in rows[0]}
     arrays |= dict(class_names=CLASS_NAMES, target_layers=args.target_layer, method=args.method)
@@ -181,8 +184,7 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
 def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None:
     """Write what the flags ask for into `args.output_dir`."""
     if not args.average:
-        for e in explanations:
-            mask_evidence(cam.model, e)
+        mask_evidence(cam.model, explanations)
     if args.average:
         sheets = [average_sheet(explanations)]
     elif args.compare_layers:

@@ -24,7 +24,8 @@ PANEL = Template(
 )
 FIGURE = Template(
     '<figure id="$link" data-true="$true" data-predicted="$predicted" data-result="$result"'
-    ' data-confidence="$confidence" data-effect="$effect"><div class="panels">$panels</div>'
+    ' data-map="$map" data-confidence="$confidence" data-effect="$effect">'
+    '<div class="panels">$panels</div>'
     '<figcaption><a href="#$link">$name</a>: $answer</figcaption></figure>'
 )
 
@@ -47,14 +48,15 @@ def figure(e: Explanation) -> str:
     if e.label >= 0:
         true = CLASS_NAMES[e.label]
         result = "right" if e.label == e.predicted else "wrong"
-    _, hottest, anywhere = e.evidence[0].probabilities
+    asked = e.evidence[0]
     return FIGURE.substitute(
         link=quote(e.file_stem),
         true=true,
         predicted=CLASS_NAMES[e.predicted],
         result=result,
         confidence=e.probabilities.max(),
-        effect=anywhere - hottest,
+        map="says something" if asked.says_something() else "says little",
+        effect=asked.effect,
         panels=panels,
         name=name,
         answer=e.answer(),
@@ -62,7 +64,7 @@ def figure(e: Explanation) -> str:
 
 
 def save_gallery(path: Path, explanations: list[Explanation], source: str) -> None:
-    """Write a page that shows the images, filters them by class and result, and sorts them."""
+    """Write a page that shows the images, filters them by class, result and map, and sorts them."""
     scale = scale_of(explanations[0])
     color_map = colormaps[scale.color_map]
     page = PAGE.substitute(

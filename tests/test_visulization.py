@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import runpy
 import sys
 
@@ -110,29 +111,50 @@ def test_a_contrast_is_one_signed_map_of_two_classes(shipped, test_split):
         assert shirt.evidence[0].versus == p[0].argsort(descending=True)[1]
 
 
-def test_the_numbers_are_the_probabilities_without_the_hottest_tenth_and_a_random_one(
-    shipped, test_split
-):
+@pytest.mark.parametrize("versus", [None, "next"])
+def test_a_tenth_of_the_garment_is_black_the_hottest_or_a_random_one(shipped, test_split, versus):
     images, labels = three_images(test_split)
-    cam = GradCAM(shipped, "stem.stage1_2", "layercam")
-    random = torch.rand(784, generator=torch.Generator().manual_seed(0)).argsort(descending=True)
-    for e, image in zip(explain(cam, images, labels), images, strict=True):
-        mask_evidence(shipped, e)
+    images[2], images[2, 0, 4:6, 3:9] = 0, 200  # twelve pixels: one is black
+    cam = GradCAM(shipped, LAYERS, "layercam")
+    explanations = explain(cam, images, labels, None, versus)
+    mask_evidence(shipped, explanations)
+    draws = torch.rand(20, 784, generator=torch.Generator().manual_seed(0)).numpy()
+    for e, image in zip(explanations, images, strict=True):
+        garment = image.flatten().nonzero().flatten().numpy()
         for evidence in e.evidence:
-            hottest = torch.from_numpy(evidence.heatmap).flatten().argsort(descending=True)
-            masked = image.repeat(3, 1, 1)
-            for row, places in ((1, hottest), (2, random)):
-                masked[row].view(-1)[places[:78]] = 0
-            expected = probabilities(shipped, masked[:, None])[:, evidence.label].tolist()
-            assert evidence.probabilities == pytest.approx(expected, abs=1e-4)
+            masked = image.repeat(22, 1, 1).flatten(1)
+            for row, values in zip(masked[1:], [evidence.heatmap.ravel(), *draws], strict=True):
+                row[garment[np.argsort(-values[garment])][: round(len(garment) / 10)]] = 0
+            p = probabilities(shipped, masked.view(22, 1, 28, 28))[:, evidence.label].numpy()
+            found = (evidence.whole, evidence.hottest, evidence.random, evidence.deviation)
+            expected = (p[0], p[1], p[2:].mean(), p[2:].std(ddof=1))
+            assert found == pytest.approx(expected, abs=1e-4)
         assert torch.equal(torch.from_numpy(e.image), image[0])
+
+
+def test_random_pixels_of_the_garment_are_no_better_than_random_pixels(shipped, test_split):
+    images, labels = (part[:30] for part in test_split)
+    explanations = explain(GradCAM(shipped, LAYERS, "layercam"), images, labels, labels)
+    found = []
+    for seed in (None, 1):
+        for e in explanations:
+            if seed:
+                e.evidence[0].heatmap = np.random.default_rng(e.image).random((28, 28))
+        mask_evidence(shipped, explanations)
+        found.append(np.mean([e.evidence[0].says_something() for e in explanations]))
+    # The default map, and one of noise, which has a deviation's luck in about an eighth.
+    assert found[0] > 0.4 and found[1] < 0.25
 
 
 def test_evidence_in_words():
     some, none = np.eye(28, dtype=np.float32), np.zeros((28, 28), np.float32)
-    numbers = "0.93, without the hottest tenth 0.21, without a random tenth 0.88"
-    assert Evidence(9, -1, some, (0.934, 0.206, 0.881)).caption() == f"for Ankle boot: {numbers}"
-    assert Evidence(6, 4, none, (0.9, 0.8, 0.7)).caption() == "no evidence\nfor Shirt, not Coat"
+    words = "0.93; without its hottest tenth {}, without a random tenth of the garment 0.85 ± 0.02"
+    for hottest, doubt in ((0.82, ""), (0.84, " (the map says little)")):
+        caption = Evidence(9, -1, some, 0.934, hottest, 0.851, 0.02).caption()
+        assert caption == f"for Ankle boot{doubt}:\n{words.format(hottest)}"
+    nothing = Evidence(6, 4, none, 0.9, 0.2, 0.8, 0.1)
+    assert nothing.caption() == "no evidence\nfor Shirt, not Coat"
+    assert not nothing.says_something()
 
 
 def test_the_layers_are_all_that_the_image_goes_through(shipped, small_model):
@@ -195,8 +217,8 @@ def test_a_picture_of_each_image_and_a_sheet_of_all(run, drawn, few_images):
     assert sorted(drawn) == [f"HeapImg/{name}.png" for name in (*names, "contact_sheet")]
     boot, trouser, both, contact = (drawn[path][0] for path in sorted(drawn))
     assert both.title == "test image 499: true Coat 13%, predicted Shirt 81%"
-    captions = [cell.caption.split(", without")[0] for cell in both.cells]
-    assert captions == ["for Shirt: 0.81", "for Coat: 0.13"]
+    captions = [re.split(r"\W* \(.*\n|:\n|; ", cell.caption)[:2] for cell in both.cells]
+    assert captions == [["for Shirt", "0.81"], ["for Coat", "0.13"]]
     assert boot.title.startswith("test image 0: true Ankle boot, predicted")
     assert contact.cells[0].caption == "499: true Coat 13%,\npredicted Shirt 81%"
     assert [cell.color for cell in contact.cells] == ["crimson", "black", "black"]
@@ -347,6 +369,9 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, shipped, few_images, tmp
     for name, targets in (("maps", answers), ("true_maps", labels)):
         maps = cam(x, targets, normalize=False)
         assert saved[name] == pytest.approx(maps.numpy(), rel=1e-3, abs=1e-6)
+    numbers = [saved[name][1] for name in ("without_hottest", "without_random", "deviations")]
+    words = drawn["here/00000_Ankle-boot_as_Ankle-boot.png"][0].cells[0].caption
+    assert [f"{number:.2f}" for number in numbers] == re.findall(r"\d\.\d\d", words)[1:]
 
 
 # ---- One's own pictures and checkpoints ----
@@ -415,7 +440,7 @@ def test_the_likeliest_classes_are_printed_with_the_doubts(
     ((sheet, _, _),) = drawn.values()
     (cell,) = sheet.cells
     assert cell.labels == ["photograph", "input", "heatmap", "overlay"]
-    assert cell.caption.startswith(f"for {best[0][1]}, not Trouser: ")
+    assert cell.caption.startswith(f"for {best[0][1]}, not Trouser")
     assert (cell.panels[0][0][110:290] == (200, 30, 30)).all()
     assert np.array_equal(cell.panels[1][0], image[0])
 
