@@ -1,6 +1,5 @@
 """An image, the model's answer, and where the evidence for it lies."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +12,7 @@ from gradcam import GradCAM
 from model import HybridClassifier
 
 FILE_NAMES = [name.replace("/", "-").replace(" ", "-") for name in CLASS_NAMES]
-DRAWS = 20  # of random pixels, to compare the hottest with
+DRAWS = 20  # of random pixels
 
 
 @dataclass
@@ -23,24 +22,18 @@ class Evidence:
     label: int  # the class
     versus: int  # the class that it is contrasted with, by a signed heatmap; -1 for none
     heatmap: np.ndarray  # float32 (28, 28): shares that add up to 1, or zeros
-    # What `mask_evidence` finds, probabilities of the class: for the whole image, without the
-    # hottest tenth of the garment, without a random tenth (mean and standard deviation)
-    whole: float = math.nan
-    hottest: float = math.nan
-    random: float = math.nan
-    deviation: float = math.nan
+    # The probability of the class; without the hottest tenth of the garment; without a random
+    # tenth: mean and standard deviation
+    probabilities: tuple[float, ...] = (np.nan,) * 4
 
-    @property
-    def effect(self) -> float:
-        """How much more of the probability the hottest tenth carries than a random one."""
-        return self.random - self.hottest
+    def verdict(self) -> str:
+        """Whether the hottest tenth matters more than a random one, by over a deviation.
 
-    def says_something(self) -> bool:
-        """Whether that is more than one standard deviation of the random draws.
-
-        With random maps of the garment it is for about one test image in eight.
+        A random map passes by luck for one test image in eight.
         """
-        return self.heatmap.any() and self.effect > self.deviation
+        _, hottest, random, deviation = self.probabilities
+        says = self.heatmap.any() and random - hottest > deviation
+        return "says something" if says else "says little"
 
     def role(self) -> str:
         """What it is for: "for Coat", "for Coat, not Shirt", or "no evidence"."""
@@ -53,10 +46,9 @@ class Evidence:
         """What it is for, and what masking the hottest pixels does, against masking others."""
         if not self.heatmap.any():
             return self.role()
-        doubt = "" if self.says_something() else " (the map says little)"
-        hottest = f"{self.whole:.2f}; without its hottest tenth {self.hottest:.2f}"
-        random = f"a random tenth of the garment {self.random:.2f} ± {self.deviation:.2f}"
-        return f"{self.role()}{doubt}:\n{hottest}, without {random}"
+        words = "{:.2f}; without its hottest tenth {:.2f}"
+        words += ", without a random tenth of the garment {:.2f} ± {:.2f}"
+        return f"{self.role()} ({self.verdict()}):\n{words.format(*self.probabilities)}"
 
 
 @dataclass
@@ -79,7 +71,8 @@ class Explanation:
 
     def answer(self) -> str:
         """What it is and what the model takes it for: "true Coat 3%, predicted Shirt 96%"."""
-        words = f"predicted {CLASS_NAMES[self.predicted]} {self.probabilities.max():.0%}"
+        share = min(self.probabilities.max(), 0.99)  # never rounded up to 100%
+        words = f"predicted {CLASS_NAMES[self.predicted]} {share:.0%}"
         if self.label < 0:
             return words
         true = f"true {CLASS_NAMES[self.label]}"
@@ -106,10 +99,9 @@ def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
 
 
 def mask_evidence(model: HybridClassifier, explanations: list[Explanation]) -> None:
-    """Fill in each class's probability for the image, and with a tenth of the garment black.
+    """Fill in the probabilities, also with a tenth of the garment, the pixels above 0, black.
 
-    The garment is the pixels above 0. Blackened are the hottest of them, which in a contrast
-    speak most for the class; or, for comparison, random ones. All images share the draws.
+    In a contrast, the hottest pixels speak most for the class.
     """
     draws = torch.rand(DRAWS, IMAGE_SIZE**2, generator=torch.Generator().manual_seed(0))
     variants = []
@@ -118,18 +110,15 @@ def mask_evidence(model: HybridClassifier, explanations: list[Explanation]) -> N
         maps = [torch.from_numpy(evidence.heatmap).flatten() for evidence in e.evidence]
         ranks = torch.stack([*maps, *draws]).masked_fill(image == 0, -torch.inf)
         count = max(1, round(image.count_nonzero().item() / 10))
-        blackened = ranks.topk(count).indices
-        variants.append(image.repeat(len(ranks), 1).scatter(1, blackened, 0))
+        variants.append(image.repeat(len(ranks), 1).scatter(1, ranks.topk(count).indices, 0))
     images = torch.cat(variants).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
-    probabilities = classify(model, images).split([len(masked) for masked in variants])
+    probabilities = classify(model, images).split([len(rows) for rows in variants])
     for e, masked in zip(explanations, probabilities, strict=True):
-        random = masked[len(e.evidence) :]
-        for evidence, hottest in zip(e.evidence, masked, strict=False):
-            label = evidence.label
-            evidence.whole = e.probabilities[label].item()
-            evidence.hottest = hottest[label].item()
-            evidence.random = random[:, label].mean().item()
-            evidence.deviation = random[:, label].std().item()
+        for i, evidence in enumerate(e.evidence):
+            found = masked[:, evidence.label]
+            random = found[len(e.evidence) :]
+            numbers = e.probabilities[evidence.label], found[i], random.mean(), random.std()
+            evidence.probabilities = tuple(map(float, numbers))
 
 
 def explain(
