@@ -31,6 +31,7 @@ from explaining.features import familiarity_note, feature_statistics
 from explaining.gallery import save_gallery
 from explaining.photo import read_image
 from explaining.sheets import (
+    SHARES,
     Cell,
     Sheet,
     make_cell,
@@ -44,6 +45,8 @@ from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
 
 METHOD = "layercam"
+NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM"}
+NAMES |= {"layercam": "LayerCAM"}
 ENDINGS = {*Image.registered_extensions(), ".heic"}  # of a folder's pictures
 
 
@@ -87,7 +90,7 @@ def choose_images(
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
     by_class = [index[labels[index] == label][: args.num_images] for label in args.classes]
     chosen = torch.cat([some.sort().values for some in by_class])
-    return chosen[:1] if args.compare_layers else chosen
+    return chosen[:1] if args.compare_layers or args.all_classes else chosen
 
 
 def explain_test_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
@@ -116,8 +119,9 @@ def explain_pictures(args: Namespace, cam: GradCAM, train_config: dict) -> list[
             continue
         image = torch.from_numpy(pixels)[None]
         (e,) = explain(cam, image[None], torch.tensor([-1]), args.target_class, args.versus)
-        likeliest = e.probabilities.argsort()[::-1][:3]
-        answer = ", ".join(f"{CLASS_NAMES[k]} {e.probabilities[k]:.1%}" for k in likeliest)
+        shares = e.probabilities.clip(max=0.999)
+        likeliest = shares.argsort()[::-1][:3]
+        answer = ", ".join(f"{CLASS_NAMES[k]} {shares[k]:.1%}" for k in likeliest)
         print(f"{printable(path)}: {answer}")
         for doubt in filter(None, (note, familiarity_note(cam.model, image, statistics))):
             print(f"  note: {doubt}")
@@ -143,6 +147,18 @@ def layer_sheet(args: Namespace, cam: GradCAM, e: Explanation) -> Sheet:
     return Sheet(f"{e.file_stem}_layers.png", title, cells, 3)
 
 
+def class_sheet(cam: GradCAM, e: Explanation) -> Sheet:
+    """One image's evidence for each class."""
+    x = dataset.normalize(torch.from_numpy(e.image)[None, None])
+    maps = [cam(x, label, normalize=False)[0].numpy() for label in range(len(CLASS_NAMES))]
+    cells = []
+    for name, share, heatmap in zip(CLASS_NAMES, e.probabilities, maps, strict=True):
+        panels = paint(e.image, heatmap / (np.max(maps) or 1), SHARES)[1:]
+        cells.append(Cell(panels, f"{name} {min(share, 0.99):.0%}"))
+    title = f"{e.name}: {e.answer()}\nshares of each class's evidence, on one scale"
+    return Sheet(f"{e.file_stem}_classes.png", title, cells, 2)
+
+
 def average_sheet(explanations: list[Explanation]) -> Sheet:
     """Each class's mean heatmap on its mean image."""
     cells = []
@@ -160,7 +176,8 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
 
     `maps`, float32 (N, 28, 28), are shares of the evidence for the `target_classes`, signed where
     there is a `versus`. `true_maps` are for the `labels`; zeros where there is none, and of
-    contrasts. In `indices`, `labels` and `versus`, -1 is none.
+    contrasts. In `indices`, `labels` and `versus`, -1 is none. `masking`, (N, 4), has the
+    numbers above the maps; NaN with --average.
     """
     rows = []
     for e in explanations:
@@ -170,7 +187,7 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
             true_map = np.zeros_like(last.heatmap)
         row = dict(names=e.name, indices=e.index, images=e.image, labels=e.label)
         row |= dict(predictions=e.predicted, probabilities=e.probabilities)
-        row |= dict(target_classes=asked.label, versus=asked.versus)
+        row |= dict(target_classes=asked.label, versus=asked.versus, masking=asked.probabilities)
         rows.append(row | dict(maps=asked.heatmap, true_maps=true_map))
     arrays = {key: [row[key] for row in rows] for key in rows[0]}
     arrays |= dict(class_names=CLASS_NAMES, target_layers=args.target_layer, method=args.method)
@@ -181,15 +198,18 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
 def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None:
     """Write what the flags ask for into `args.output_dir`."""
     if not args.average:
-        for e in explanations:
-            mask_evidence(cam.model, e)
+        mask_evidence(cam.model, explanations)
     if args.average:
         sheets = [average_sheet(explanations)]
     elif args.compare_layers:
         sheets = [layer_sheet(args, cam, e) for e in explanations]
+    elif args.all_classes:
+        sheets = [class_sheet(cam, e) for e in explanations]
     elif args.worst:
-        cells = [make_cell(e) for e in explanations]
-        sheets = [Sheet("worst.png", "the most confident errors", cells, 3)]
+        title = "the most confident errors"
+        if len(args.classes) < len(CLASS_NAMES):
+            title += f": {', '.join(CLASS_NAMES[k] for k in args.classes)}"
+        sheets = [Sheet("worst.png", title, [make_cell(e) for e in explanations], 3)]
     else:
         sheets = [overlay_sheet(e) for e in explanations]
         if len(explanations) > 1 and not args.image:
@@ -197,11 +217,17 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
             sheets.append(Sheet("contact_sheet.png", "test images", cells, 3))
     for sheet in sheets:
         save_sheet(args.output_dir, sheet, scale_of(explanations[0]), args.source)
+    names = [sheet.file_name for sheet in sheets]
     if args.save_arrays:
         save_arrays(args, explanations)
+        names.append("heatmaps.npz")
     if args.html:
         save_gallery(args.output_dir / "index.html", explanations, args.source)
-    print(f"images explained: {len(explanations):,}; see {printable(args.output_dir)}")
+        names.append("index.html")
+    wrote = ", ".join(str(args.output_dir / name) for name in names)
+    if len(names) > 4:
+        wrote = f"{len(names):,} files in {args.output_dir}"
+    print(f"wrote {printable(wrote)}")
 
 
 def class_index(text: str) -> int:
@@ -251,15 +277,18 @@ def parse_arguments() -> Namespace:
     add("--target-class", **one_class, help="class to explain (default: predicted)")
     add("--versus", type=other_class, metavar="CLASS", help='the class to compare with, or "next"')
     add("--compare-layers", **yes, help="draw an image as each layer sees it")
+    add("--all-classes", **yes, help="draw an image's evidence for each class")
     add("--save-arrays", **yes, help="also write heatmaps.npz")
     add("--html", **yes, help="also write index.html, a gallery")
     add("--data-dir", **path, default="data", help="of Fashion-MNIST (default: data)")
-    add("--output-dir", **path, help="default: HeapImg, or a folder for the model in it")
+    add("--output-dir", **path, help="default: HeapImg, or a folder in it")
     args = parser.parse_args()
     if (args.image or args.index) and (args.classes or args.only_errors):
         parser.error("--image and --index have no use for --classes and --only-errors")
     if args.average and (args.target_class is not None or args.compare_layers or args.html):
         parser.error("--average has no use for --target-class, --compare-layers and --html")
+    if args.all_classes and (args.average or args.compare_layers or args.versus is not None):
+        parser.error("--all-classes has no use for --average, --compare-layers and --versus")
     args.classes = args.classes or range(len(CLASS_NAMES))
     pictures = []
     for path in args.image or []:
@@ -269,7 +298,8 @@ def parse_arguments() -> Namespace:
     # no shell expands --checkpoint=~/best.pt
     args.checkpoint = path = args.checkpoint.expanduser().resolve()
     folder = "" if path == SHIPPED_CHECKPOINT.resolve() else f"{path.parent.name}_{path.stem}"
-    args.output_dir = (args.output_dir or Path("HeapImg", folder)).expanduser()
+    own = "pictures" if args.image else ""
+    args.output_dir = (args.output_dir or Path("HeapImg", folder, own)).expanduser()
     return args
 
 
@@ -280,7 +310,10 @@ def main() -> None:
         model, checkpoint = load_checkpoint(args.checkpoint)
         args.target_layer = args.target_layer or default_layers(model)
         model_name = printable("/".join(args.checkpoint.parts[-2:]))
-        args.source = f"{args.method} of {' + '.join(args.target_layer)} in {model_name}"
+        words = NAMES.get(args.method, args.method)
+        if len(args.target_layer) > 1:
+            words += f", mean of {len(args.target_layer)} layers"
+        args.source = f"{words}\n({' + '.join(args.target_layer)} in {model_name})"
         cam = make_cam(model, args.target_layer, args.method)
         if args.image:
             explanations = explain_pictures(args, cam, checkpoint.get("train_config", {}))

@@ -8,7 +8,6 @@ from string import Template
 from urllib.parse import quote
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -24,7 +23,8 @@ PANEL = Template(
 )
 FIGURE = Template(
     '<figure id="$link" data-true="$true" data-predicted="$predicted" data-result="$result"'
-    ' data-confidence="$confidence" data-effect="$effect"><div class="panels">$panels</div>'
+    ' data-map="$map" data-confidence="$confidence" data-effect="$effect">'
+    '<div class="panels">$panels</div>'
     '<figcaption><a href="#$link">$name</a>: $answer</figcaption></figure>'
 )
 
@@ -47,14 +47,15 @@ def figure(e: Explanation) -> str:
     if e.label >= 0:
         true = CLASS_NAMES[e.label]
         result = "right" if e.label == e.predicted else "wrong"
-    _, hottest, anywhere = e.evidence[0].probabilities
+    _, hottest, random, _ = e.evidence[0].probabilities
     return FIGURE.substitute(
         link=quote(e.file_stem),
         true=true,
         predicted=CLASS_NAMES[e.predicted],
         result=result,
         confidence=e.probabilities.max(),
-        effect=anywhere - hottest,
+        map=e.evidence[0].verdict(),
+        effect=random - hottest,
         panels=panels,
         name=name,
         answer=e.answer(),
@@ -62,14 +63,13 @@ def figure(e: Explanation) -> str:
 
 
 def save_gallery(path: Path, explanations: list[Explanation], source: str) -> None:
-    """Write a page that shows the images, filters them by class and result, and sorts them."""
+    """Write a page that shows the images, filters and sorts them."""
     scale = scale_of(explanations[0])
-    color_map = colormaps[scale.color_map]
     page = PAGE.substitute(
         source=html.escape(source),
         scale=scale.words,
         lowest=scale.lowest,
-        colors=", ".join(to_hex(color_map(i / 8)) for i in range(9)),
+        colors=", ".join(to_hex(scale.color_map(i / 8)) for i in range(9)),
         figures="\n".join(map(figure, explanations)),
     )
     with whole_file(path) as file:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
 from common.files import whole_file
@@ -28,14 +28,17 @@ warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a file name m
 class Scale(NamedTuple):
     """How a heatmap is coloured, and what the colour bar says."""
 
-    color_map: str  # of matplotlib
+    color_map: Colormap
     lowest: int  # value of a heatmap; the highest is 1
     words: str
 
 
-# Equal steps of evidence look equally large. "berlin" goes from blue through black to red.
-SHARES = Scale("inferno", 0, "share of the evidence\n(1 = largest)")
-CONTRAST = Scale("berlin", -1, "evidence for the class (1),\nfor the other (-1)")
+# Equal steps of evidence look equally large.
+SHARES = Scale(colormaps["inferno"], 0, "evidence, relative to\nthe strongest place")
+# The ends are half as light as white: they show on any garment.
+ENDS = LinearSegmentedColormap.from_list("contrast", ["#0070ff", "white", "#e8002a"])
+WORDS = "evidence for the class (1),\nthe other (-1), relative\nto the strongest place"
+CONTRAST = Scale(ENDS, -1, WORDS)
 Panel = list[np.ndarray]  # uint8 (H, W), RGB or RGBA, one laid over the other
 
 
@@ -68,10 +71,12 @@ def paint(image: np.ndarray, heatmap: np.ndarray, scale: Scale) -> list[Panel]:
 
     The largest amount in the heatmap is at most 1. The hotter a place, the more opaque it is.
     """
-    colors = colormaps[scale.color_map]((heatmap - scale.lowest) / (1 - scale.lowest), bytes=True)
-    opacity = np.abs(heatmap) if scale.lowest < 0 else heatmap**0.5
-    colors[..., 3] = np.rint(255 * OPACITY * opacity)
-    return [[image], [colors[..., :3]], [image, colors]]
+    colors = scale.color_map((heatmap - scale.lowest) / (1 - scale.lowest), bytes=True)
+    veil, opacity = colors.copy(), np.sqrt(np.abs(heatmap))
+    if scale.lowest < 0:  # only the ends' colours: white would hide a dark garment
+        veil, opacity = scale.color_map((np.sign(heatmap) + 1) / 2, bytes=True), np.abs(heatmap)
+    veil[..., 3] = np.rint(255 * OPACITY * opacity)
+    return [[image], [colors[..., :3]], [image, veil]]
 
 
 def paint_all(e: Explanation) -> list[list[Panel]]:
@@ -126,7 +131,7 @@ def save_sheet(folder: Path, sheet: Sheet, scale: Scale, source: str) -> None:
     width = 4.3 if sheet.columns > 1 else 3.3 * len(first.panels)  # of a cell, in inches
     lines = 1 + first.caption.count("\n") + bool(first.labels)
     height = width / len(first.panels) + 0.27 * lines
-    size = (width * columns + 1.4, height * rows + 0.7 + 0.3 * sheet.title.count("\n"))
+    size = (width * columns + 1.4, height * rows + 0.8 + 0.3 * sheet.title.count("\n"))
     figure = Figure(size, layout="constrained")
     for place, cell in enumerate(sheet.cells, 1):
         draw_cell(figure.add_subplot(rows, columns, place), cell)

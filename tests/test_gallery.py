@@ -43,8 +43,7 @@ def explanations(test_split):
     for e, i in zip(found, INDEX, strict=True):
         e.name, e.file_stem = f"test image {i}", f"{i:05d}"
     found.append(own)
-    for e in found:
-        mask_evidence(model, e)
+    mask_evidence(model, found)
     return found
 
 
@@ -112,7 +111,7 @@ def test_each_image_is_beside_its_own_words_on_a_page_that_stands_alone(page, ex
     assert len(page) < 70_000 and not re.search("https?://|<link|url\\(", page)
     found = Figures(page)
     before, *texts = found.texts
-    assert "Heatmaps: layercam of stem.x in a <b>/model.pt, share of the evidence" in before
+    assert "Heatmaps: layercam of stem.x in a <b>/model.pt, evidence, relative" in before
     columns = explanations, found.attributes, found.images, texts
     for e, data, images, text in zip(*columns, strict=True):
         assert f"{e.name}: {e.answer()}" in text
@@ -133,17 +132,17 @@ def test_each_image_is_beside_its_own_words_on_a_page_that_stands_alone(page, ex
 def test_the_values_are_those_of_the_class_asked_for(tmp_path):
     heatmap, image = np.eye(28, dtype=np.float32), np.zeros((28, 28), np.uint8)
     probabilities = np.array([0, 0, 0, 0.1, 0.2, 0, 0.7, 0, 0, 0])
-    evidence = Evidence(4, 6, heatmap, (0.2, 0.02, 0.09))
+    evidence = Evidence(4, 6, heatmap, (0.2, 0.02, 0.09, 0.05))
     save_gallery(tmp_path / "index.html", [Explanation(image, 4, probabilities, [evidence])], "")
     page = (tmp_path / "index.html").read_text()
-    assert re.search("linear-gradient.to right, #9eb0ff.*#ffadad", page)  # the ends of "berlin"
+    assert re.search("linear-gradient.to right, #0070ff.*#e8002a", page)
     found = Figures(page)
     assert ": -1  1." in found.texts[0].replace("\n", " ")
     values = [float(found.attributes[0][f"data-{key}"]) for key in ("confidence", "effect")]
     assert values == pytest.approx([0.7, 0.07])
 
 
-def test_images_are_filtered_and_sorted(browser, page):
+def test_images_are_filtered_and_sorted(browser, page, explanations):
     browser.get(page.as_uri())
     everything, count = shown(browser), browser.find_element(By.TAG_NAME, "output")
     assert len(everything) == 7 and count.text == "7 of 7 images"
@@ -161,7 +160,12 @@ def test_images_are_filtered_and_sorted(browser, page):
     choose(browser, "order", "by confidence")
     percents = [int(re.search(r"predicted \D+(\d+)%", line).group(1)) for line in shown(browser)]
     assert percents == sorted(percents, reverse=True) and len(set(percents)) > 2
-    choose(browser, "order", "by effect of masking the hottest tenth")
+    for words in ("something", "little"):
+        choose(browser, "map", f"says {words}")
+        names = {e.name for e in explanations if words in e.evidence[0].verdict()}
+        assert {line.split(": ")[0] for line in shown(browser)} == names != set()
+    choose(browser, "map", "all")
+    choose(browser, "order", "by effect: hottest tenth against random")
     figures = browser.find_elements(By.TAG_NAME, "figure")
     changes = [float(figure.get_attribute("data-effect")) for figure in figures]
     assert changes == sorted(changes, reverse=True) and min(changes) < 0 < max(changes)

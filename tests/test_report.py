@@ -68,6 +68,7 @@ def test_the_history_is_a_table_whose_columns_come_and_go(tmp_path):
 
 def test_the_curves_are_those_of_the_history():
     drawn = []
+    assert not (report.draw_curves(HISTORY[:1]).axes[0].get_xticks() % 1).any()
     for axes in report.draw_curves(HISTORY).axes:
         drawn.append({line.get_label(): line.get_xydata().tolist() for line in axes.lines})
     assert drawn == [

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import runpy
 import sys
 
@@ -110,29 +111,46 @@ def test_a_contrast_is_one_signed_map_of_two_classes(shipped, test_split):
         assert shirt.evidence[0].versus == p[0].argsort(descending=True)[1]
 
 
-def test_the_numbers_are_the_probabilities_without_the_hottest_tenth_and_a_random_one(
-    shipped, test_split
-):
+@pytest.mark.parametrize("versus", [None, "next"])
+def test_a_tenth_of_the_garment_is_black_the_hottest_or_a_random_one(shipped, test_split, versus):
     images, labels = three_images(test_split)
-    cam = GradCAM(shipped, "stem.stage1_2", "layercam")
-    random = torch.rand(784, generator=torch.Generator().manual_seed(0)).argsort(descending=True)
-    for e, image in zip(explain(cam, images, labels), images, strict=True):
-        mask_evidence(shipped, e)
+    images[2], images[2, 0, 4:6, 3:9] = 0, 200  # twelve pixels: one is black
+    cam = GradCAM(shipped, LAYERS, "layercam")
+    explanations = explain(cam, images, labels, None, versus)
+    mask_evidence(shipped, explanations)
+    draws = torch.rand(20, 784, generator=torch.Generator().manual_seed(0)).numpy()
+    for e, image in zip(explanations, images, strict=True):
+        garment = image.flatten().nonzero().flatten().numpy()
         for evidence in e.evidence:
-            hottest = torch.from_numpy(evidence.heatmap).flatten().argsort(descending=True)
-            masked = image.repeat(3, 1, 1)
-            for row, places in ((1, hottest), (2, random)):
-                masked[row].view(-1)[places[:78]] = 0
-            expected = probabilities(shipped, masked[:, None])[:, evidence.label].tolist()
+            masked = image.repeat(22, 1, 1).flatten(1)
+            for row, values in zip(masked[1:], [evidence.heatmap.ravel(), *draws], strict=True):
+                row[garment[np.argsort(-values[garment])][: round(len(garment) / 10)]] = 0
+            p = probabilities(shipped, masked.view(22, 1, 28, 28))[:, evidence.label].numpy()
+            expected = (p[0], p[1], p[2:].mean(), p[2:].std(ddof=1))
             assert evidence.probabilities == pytest.approx(expected, abs=1e-4)
         assert torch.equal(torch.from_numpy(e.image), image[0])
 
 
+def test_a_map_of_noise_says_little(shipped, test_split):
+    images, labels = (part[:30] for part in test_split)
+    explanations = explain(GradCAM(shipped, LAYERS, "layercam"), images, labels, labels)
+    noise, says = np.random.default_rng(0), []
+    for _ in range(2):
+        mask_evidence(shipped, explanations)
+        says.append(sum(e.evidence[0].verdict() == "says something" for e in explanations))
+        for e in explanations:
+            e.evidence[0].heatmap = noise.random((28, 28))
+    assert says[0] > 12 and says[1] < 8
+
+
 def test_evidence_in_words():
     some, none = np.eye(28, dtype=np.float32), np.zeros((28, 28), np.float32)
-    numbers = "0.93, without the hottest tenth 0.21, without a random tenth 0.88"
-    assert Evidence(9, -1, some, (0.934, 0.206, 0.881)).caption() == f"for Ankle boot: {numbers}"
-    assert Evidence(6, 4, none, (0.9, 0.8, 0.7)).caption() == "no evidence\nfor Shirt, not Coat"
+    words = "0.93; without its hottest tenth {}, without a random tenth of the garment 0.85 ± 0.02"
+    for hottest, verdict in ((0.82, "something"), (0.84, "little")):
+        caption = Evidence(9, -1, some, (0.934, hottest, 0.851, 0.02)).caption()
+        assert caption == f"for Ankle boot (says {verdict}):\n{words.format(hottest)}"
+    e = Evidence(6, 4, none, (0.9, 0.2, 0.8, 0.1))
+    assert (e.caption(), e.verdict()) == ("no evidence\nfor Shirt, not Coat", "says little")
 
 
 def test_the_layers_are_all_that_the_image_goes_through(shipped, small_model):
@@ -155,21 +173,22 @@ def test_as_many_channels_as_places_are_no_riddle():
 
 
 @pytest.mark.parametrize(
-    "scale, amount, color",
+    "scale, amount, color, opaque",
     [
         # A quarter of the largest share: the colour at a quarter of "inferno", and an opacity of
-        # 0.9 * sqrt(0.25). In a contrast: at 3/8 of "berlin", where 1/2 is black; and 0.9 * 0.25.
-        (SHARES, 0.25, (87, 16, 110, 115)),
-        (CONTRAST, -0.25, (19, 48, 62, 57)),
+        # 0.9 * sqrt(0.25). In a contrast: the end's colour at 0.9 * 0.25; a quarter of it on white.
+        (SHARES, 0.25, (87, 16, 110, 115), (87, 16, 110)),
+        (CONTRAST, -0.25, (0, 112, 255, 57), (191, 219, 255)),
+        (CONTRAST, 0.25, (232, 0, 42, 57), (249, 191, 201)),
     ],
 )
-def test_the_hotter_the_more_opaque(scale, amount, color):
+def test_the_hotter_the_more_opaque(scale, amount, color, opaque):
     image, heatmap = np.full((28, 28), 100, np.uint8), np.zeros((28, 28), np.float32)
     heatmap[3, 5] = amount
     (gray,), (colored,), (below, above) = paint(image, heatmap, scale)
     assert np.array_equal(gray, image) and np.array_equal(below, image)
     assert np.abs(above[3, 5].astype(int) - color).max() <= 1 and above[4, 5, 3] == 0
-    assert np.array_equal(colored, above[..., :3])
+    assert np.abs(colored[3, 5].astype(int) - opaque).max() <= 2
 
 
 def test_a_file_has_its_colours_whatever_a_matplotlibrc_says(tmp_path):
@@ -181,8 +200,8 @@ def test_a_file_has_its_colours_whatever_a_matplotlibrc_says(tmp_path):
     plain = draw()
     with Image.open(tmp_path / "sheet.png") as picture:
         pixels = np.array(picture.convert("RGB"), int)
-    # The panel, crimson, and the ends of "berlin".
-    for color in ((90, 90, 90), (220, 20, 60), (255, 173, 173), (158, 176, 255)):
+    # The panel, crimson, and the ends of the scale.
+    for color in ((90, 90, 90), (220, 20, 60), (232, 0, 42), (0, 112, 255)):
         assert np.abs(pixels - color).max(axis=2).min() < 10
     odd = {"font.size": 30, "savefig.dpi": 20, "axes.facecolor": "red", "text.usetex": True}
     with rc_context(odd):
@@ -195,15 +214,15 @@ def test_a_picture_of_each_image_and_a_sheet_of_all(run, drawn, few_images):
     assert sorted(drawn) == [f"HeapImg/{name}.png" for name in (*names, "contact_sheet")]
     boot, trouser, both, contact = (drawn[path][0] for path in sorted(drawn))
     assert both.title == "test image 499: true Coat 13%, predicted Shirt 81%"
-    captions = [cell.caption.split(", without")[0] for cell in both.cells]
-    assert captions == ["for Shirt: 0.81", "for Coat: 0.13"]
-    assert boot.title.startswith("test image 0: true Ankle boot, predicted")
+    captions = [re.sub(r" \(.*\n|;.*", "", cell.caption) for cell in both.cells]
+    assert captions == ["for Shirt0.81", "for Coat0.13"]
+    assert boot.title == "test image 0: true Ankle boot, predicted Ankle boot 99%"
     assert contact.cells[0].caption == "499: true Coat 13%,\npredicted Shirt 81%"
     assert [cell.color for cell in contact.cells] == ["crimson", "black", "black"]
     assert contact.cells[0].labels == ["", "for Shirt", "for Coat"]
     for _, scale, source in drawn.values():
         assert scale == SHARES
-        assert source == "layercam of stem.stage0_2 + stem.down1 in shipped/model.pt"
+        assert source.startswith("LayerCAM, mean of 2 layers\n(stem.stage0_2 + stem.down1 in ")
     first, second = (cell.panels for cell in both.cells)
     own = ([first[0], first[2], second[2]], boot.cells[0].panels, trouser.cells[0].panels)
     for cell, panels, i in zip(contact.cells, own, (499, 0, 2), strict=True):
@@ -238,7 +257,7 @@ def test_the_worst_errors_come_first(run, drawn, shipped, few_images):
     p = probabilities(shipped, images)
     wrong = [i for i in (labels == 6).nonzero().flatten().tolist() if p[i].argmax() != 6]
     worst = sorted(wrong, key=lambda i: -p[i].max().item())[:5]
-    assert sheet.file_name == "worst.png" and "errors" in sheet.title
+    assert sheet.file_name == "worst.png" and sheet.title.endswith("errors: Shirt")
     assert [int(cell.caption.split(":")[0]) for cell in sheet.cells] == worst
 
 
@@ -273,6 +292,19 @@ def test_one_image_is_seen_from_every_layer(run, drawn, shipped, few_images, ver
         (expected,), _ = paint(image, heatmap, scale)[1:]
         assert np.abs(cell.panels[0][0].astype(int) - expected).max() <= 2
         assert np.array_equal(cell.panels[1][0], image)
+
+
+def test_one_image_is_explained_for_every_class(run, drawn, shipped, few_images, capsys):
+    run("--index", 499, "--all-classes")
+    assert capsys.readouterr().out == "wrote HeapImg/00499_Coat_classes.png\n"
+    ((sheet, _, _),) = drawn.values()
+    images = few_images[0][[499] * 10]
+    x, p = dataset.normalize(images), probabilities(shipped, images)[0]
+    maps = GradCAM(shipped, LAYERS, "layercam")(x, torch.arange(10), normalize=False).numpy()
+    for cell, name, share, heatmap in zip(sheet.cells, CLASS_NAMES, p, maps, strict=True):
+        assert cell.caption == f"{name} {share:.0%}"
+        (expected,) = paint(images[0, 0].numpy(), heatmap / maps.max(), SHARES)[1]
+        assert np.abs(cell.panels[0][0].astype(int) - expected).max() <= 2
 
 
 def test_what_is_asked_for_is_in_the_files_name(run, drawn, tmp_path):
@@ -347,6 +379,8 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, shipped, few_images, tmp
     for name, targets in (("maps", answers), ("true_maps", labels)):
         maps = cam(x, targets, normalize=False)
         assert saved[name] == pytest.approx(maps.numpy(), rel=1e-3, abs=1e-6)
+    words = drawn["here/00000_Ankle-boot_as_Ankle-boot.png"][0].cells[0].caption
+    assert [f"{number:.2f}" for number in saved["masking"][1]] == re.findall(r"\d\.\d+", words)
 
 
 # ---- One's own pictures and checkpoints ----
@@ -374,7 +408,7 @@ def test_one_bad_file_does_not_stop_the_others(run, small_model, capsys, tmp_pat
     errors = [line.split(":")[0] for line in output.err.splitlines()]
     assert errors == ["text.png", "missing�.png"]
     *lines, last = (line for line in output.out.splitlines() if not line.startswith("  note: "))
-    assert last == "images explained: 5; see �"
+    assert last == "wrote 6 files in �"
     assert [line.split(": ")[0] for line in lines] == [*odd[:2], "a�b.png", "sch�h.png", odd[4]]
     assert all(line.count("%") == 3 for line in lines)
     names = {path.name.split("_as_")[0] for path in (tmp_path / "\x1b").glob("*.png")}
@@ -387,8 +421,8 @@ def test_folders_are_looked_into(run, drawn, tmp_path):
         save_garment(tmp_path / name)
     assert run("--image", "x", "y/a.png", "--target-class", "Bag", "--save-arrays") == 0
     paths = [path.split("_as_")[0] for path in drawn]
-    assert paths == ["HeapImg/a", "HeapImg/b", "HeapImg/a_2"]  # two of one name, from two folders
-    saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz")
+    assert paths == [f"HeapImg/pictures/{name}" for name in ("a", "b", "a_2")]
+    saved = np.load(tmp_path / "HeapImg/pictures/heatmaps.npz")
     assert saved["names"].tolist() == ["a.jpg", "b.png", "a.png"]
     assert saved["labels"].tolist() == saved["indices"].tolist() == [-1] * 3
     assert saved["target_classes"].tolist() == [8] * 3
@@ -415,7 +449,7 @@ def test_the_likeliest_classes_are_printed_with_the_doubts(
     ((sheet, _, _),) = drawn.values()
     (cell,) = sheet.cells
     assert cell.labels == ["photograph", "input", "heatmap", "overlay"]
-    assert cell.caption.startswith(f"for {best[0][1]}, not Trouser: ")
+    assert cell.caption.startswith(f"for {best[0][1]}, not Trouser")
     assert (cell.panels[0][0][110:290] == (200, 30, 30)).all()
     assert np.array_equal(cell.panels[1][0], image[0])
 
@@ -451,6 +485,7 @@ def test_a_checkpoint_has_a_folder(run, drawn, small_model, tmp_path, monkeypatc
         ("--average --target-class 0", "no use for"),
         ("--average --compare-layers", "no use for"),
         ("--average --html", "no use for"),
+        ("--all-classes --average", "no use for"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib import style
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, classification_report
 
 from common.files import printable, whole_file
@@ -96,8 +97,9 @@ def draw_curves(history: list[Row]) -> Figure:
             rows = [row for row in history if name in row]
             if rows:
                 epochs = [row["epoch"] for row in rows]
-                axes.plot(epochs, [row[name] for row in rows], ".-", label=name)
+                axes.plot(epochs, [row[name] for row in rows], "o-", markersize=4, label=name)
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
