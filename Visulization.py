@@ -3,7 +3,7 @@
 python Visulization.py --image shoe.jpg photos/    # README.md shows more
 """
 
-from common.console import outlive_output, prepare
+from common.console import command, outlive_output, prepare
 
 if __name__ == "__main__":
     prepare("Visulization.py")
@@ -20,11 +20,12 @@ from PIL import Image, ImageOps
 try:
     import cv2  # noqa: F401 - for explaining/
 except ImportError as error:  # most servers have no libGL.so.1
-    advice = "pip uninstall -y opencv-python && pip install opencv-python-headless"
-    raise SystemExit(f"Visulization.py: error: {error}: {advice}") from None
+    advice = [command("-m", "pip", "uninstall", "-y", "opencv-python")]
+    advice += [command("-m", "pip", "install", "opencv-python-headless")]
+    raise SystemExit(f"Visulization.py: error: {error}: {' && '.join(advice)}") from None
 
 import dataset
-from common.files import UserError, errors_in_one_line, printable, whole_file
+from common.files import UserError, errors_in_one_line, printable, user_path, whole_file
 from dataset import CLASS_NAMES, IMAGE_SIZE
 from explaining.explanation import FILE_NAMES, Explanation, classify, explain, mask_evidence
 from explaining.features import familiarity_note, feature_statistics
@@ -285,21 +286,25 @@ def parse_arguments() -> Namespace:
     args = parser.parse_args()
     if (args.image or args.index) and (args.classes or args.only_errors):
         parser.error("--image and --index have no use for --classes and --only-errors")
-    if args.average and (args.target_class is not None or args.compare_layers or args.html):
-        parser.error("--average has no use for --target-class, --compare-layers and --html")
+    asks_for_class = args.target_class is not None or args.versus is not None
+    if args.average and (asks_for_class or args.compare_layers or args.html):
+        parser.error("--average has no use for --target-class, --versus, --compare-layers, --html")
     if args.all_classes and (args.average or args.compare_layers or args.versus is not None):
         parser.error("--all-classes has no use for --average, --compare-layers and --versus")
     args.classes = args.classes or range(len(CLASS_NAMES))
     pictures = []
     for path in args.image or []:
         files = sorted(path.glob("[!.]*"))  # of a folder
-        pictures += [file for file in files if file.suffix.lower() in ENDINGS] or [path]
-    args.image = pictures
+        files = [file for file in files if file.suffix.lower() in ENDINGS]
+        if path.is_dir() and not files:
+            parser.error(f"--image {path}: there are no pictures in this folder")
+        pictures += files or [path]
+    args.image = list(dict.fromkeys(pictures))
     # no shell expands --checkpoint=~/best.pt
-    args.checkpoint = path = args.checkpoint.expanduser().resolve()
+    args.checkpoint = path = user_path(args.checkpoint).resolve()
     folder = "" if path == SHIPPED_CHECKPOINT.resolve() else f"{path.parent.name}_{path.stem}"
     own = "pictures" if args.image else ""
-    args.output_dir = (args.output_dir or Path("HeapImg", folder, own)).expanduser()
+    args.output_dir = user_path(args.output_dir or Path("HeapImg", folder, own))
     return args
 
 

@@ -85,7 +85,7 @@ class Attention(nn.Module):
         head_dim = c // self.num_heads
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
-        if x.is_cpu:  # PyTorch's own attention is slower there with as few as 49 tokens
+        if not x.is_cuda:  # PyTorch's own is slower on a CPU with few tokens, and wrong on MPS
             x = ((q * head_dim**-0.5) @ k.mT).softmax(dim=-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)

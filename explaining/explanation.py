@@ -62,7 +62,7 @@ class Explanation:
     name: str = ""  # "test image 1917", or a picture's file name
     file_stem: str = ""  # what the names of its files begin with
     index: int = -1  # in the test split; -1 for a person's own picture
-    photograph: np.ndarray | None = None  # uint8 RGB (336, 336, 3): what the image was made of
+    photograph: np.ndarray | None = None  # uint8 RGB (400, 400, 3): what the image was made of
 
     @property
     def predicted(self) -> int:

@@ -428,7 +428,7 @@ def test_folders_are_looked_into(run, drawn, tmp_path):
     assert saved["target_classes"].tolist() == [8] * 3
     assert saved["maps"].any() and not saved["true_maps"].any()
     (tmp_path / "empty").mkdir()
-    assert "ask for others" in run("--image", "empty")
+    assert run("--image", "empty") == 2
 
 
 def test_the_likeliest_classes_are_printed_with_the_doubts(
@@ -483,7 +483,7 @@ def test_a_checkpoint_has_a_folder(run, drawn, small_model, tmp_path, monkeypatc
         ("--image x.png --classes 1", "no use for"),
         ("--index 0 --only-errors", "no use for"),
         ("--average --target-class 0", "no use for"),
-        ("--average --compare-layers", "no use for"),
+        ("--average --versus Bag", "no use for"),
         ("--average --html", "no use for"),
         ("--all-classes --average", "no use for"),
     ],
