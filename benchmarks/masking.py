@@ -48,5 +48,9 @@ def measure(args: argparse.Namespace) -> Iterator[results.Row]:
         yield row | dict(says_something=(random - hottest > deviation).mean())
 
 
-if __name__ == "__main__":
+def main() -> None:
     results.run(results.make_parser(__file__, __doc__), measure, ("map",), COLUMNS)
+
+
+if __name__ == "__main__":
+    main()
