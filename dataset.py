@@ -20,7 +20,6 @@ from urllib.request import urlopen
 
 import torch
 import torch.nn.functional as F
-from sklearn.model_selection import train_test_split
 from torch import Generator, Tensor
 
 from common.files import UserError, user_path, whole_file
@@ -145,6 +144,8 @@ def split_indices(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Ten
     """
     if val_size == 0:
         return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
+    from sklearn.model_selection import train_test_split  # takes a second to load
+
     train, val = train_test_split(
         range(len(labels)), test_size=val_size, random_state=seed, stratify=labels.tolist()
     )

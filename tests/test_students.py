@@ -70,7 +70,9 @@ def edit(folder):
 # All in one process, since importing PyTorch takes seconds.
 DRIVER = """
 import json, sys
-import dataset, train
+import dataset, model
+assert "sklearn" not in sys.modules
+import train
 assert "cv2" not in sys.modules and "matplotlib.pyplot" not in sys.modules
 files, *commands = json.load(sys.stdin)
 dataset.FILES = files
