@@ -381,6 +381,8 @@ def test_a_teacher_that_saw_validation_images_is_refused(run_config, tmp_path, t
             train.start_run(run_config(teacher=(str(path),), **changes))
     for path, changes in ((teacher, {}), (saw_all, dict(val_size=0))):
         train.start_run(run_config(teacher=(str(path),), **changes))
+    with pytest.raises(UserError, match="lies where this run saves: give another --output-dir"):
+        train.start_run(run_config(teacher=(str(teacher),), output_dir=str(teacher.parent)))
 
 
 def test_a_default_teacher_needs_no_parentheses():
@@ -412,6 +414,7 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(run_config, monk
         (dict(val_size=500), "--val-size 500: give 0, or 10 to 490"),
         (dict(train_size=400), "--train-size 400: give 0, or 10 to 390"),
         (dict(batch_size=161), "--batch-size 161: give at most 160"),
+        (dict(batch_size=161, epochs=1, skip_easy=1.0), "--batch-size 161: give at most 160"),
         (dict(num_heads=3), "multiple of num_heads"),
         (dict(teacher=("nothing.pt",)), "cannot read nothing.pt"),
     ],
@@ -495,8 +498,8 @@ def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_els
 
 
 def test_an_evaluation_refuses_flags_that_it_does_not_use(main):
-    for unused in (["--lr", 0.1], ["--resume"]):
-        assert f"does not use {unused[0]}" in main("--evaluate", "a.pt", *unused)
+    said = main("--evaluate", "a.pt", "--resume", "--lr", 0.1, "--threads", 1)
+    assert "does not use --lr, --resume: leave it out" in said
 
 
 def test_paths_may_begin_with_the_home_folder(main, flags, small_data, monkeypatch, tmp_path):
