@@ -90,6 +90,16 @@ SETTINGS: Table = dict(
     batch_size=(256, (1, INF), "images per step, of all processes together"),
     optimizer=("muon", ("muon", "adamw"), "muon: for hidden matrices and filters, with adamw"),
     lr=(8e-3, (0.0, INF), "peak learning rate"),
+    muon_momentum=(0.95, (0.0, 0.999), "momentum of Muon"),
+    muon_steps=(5, (3, 5), "Newton-Schulz steps of Muon; 3 have other coefficients"),
+    bias_lr=(1.0, (0.0, INF), "learning rate of norms' biases, as a multiple of lr"),
+    identity=(False, None, "convolutions that open a stage start as identities"),
+    late_batch=(0, (0, INF), "from this epoch on batches are twice as large; 0: never"),
+    jitter=(0.0, (0.0, 1.0), "brightness and contrast change by up to this share"),
+    freeze_from=(0, (0, INF), "from this epoch on the stem to 14x14 is frozen; 0: never"),
+    lookahead=(False, None, "every five steps the weights go on from their average"),
+    bn_momentum=(0.1, (0.0, 1.0), "share of the newest batch in batch norm's statistics"),
+    prune_by=("last", ("last", "mean"), "prune by the last loss, or by an average of all"),
     schedule=("cosine", ("cosine", "linear"), "how the learning rate falls from there to 0"),
     warmup_epochs=(1.0, (0.0, INF), "epochs of linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled weight decay of all matrices and filters"),
@@ -164,6 +174,7 @@ RECIPES = dict(  # values that replace the defaults above; flags override both
         teacher=("checkpoints/teacher/best.pt",),
     ),
 )
+STREAMS = ("weights", "flips", "order", "steps")
 # A teacher may have moved; its checksum is compared.
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "report_test", "quiet", "teacher")
 EVALUATION_USES = ("data_dir", "device", "threads")
@@ -224,7 +235,11 @@ def augmented_batch(
     if config.cutmix:
         targets = F.one_hot(labels, len(dataset.CLASS_NAMES)).float()
         images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
-    return dataset.normalize(images), labels
+    x = dataset.normalize(images)
+    if config.jitter:
+        drawn = torch.rand(2, len(x), 1, 1, 1, generator=generator, device=x.device) * 2 - 1
+        x = x * (1 + config.jitter * drawn[0]) + config.jitter * drawn[1]
+    return x, labels
 
 
 # ---- The loss ------------------------------------------------------------------------------------
@@ -307,36 +322,59 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     """
     config = run.config
     if config.flip and config.alternate_flip:
-        run.generator.manual_seed(seed_for(config.seed))  # the same in each epoch
+        run.generator.manual_seed(seed_for(config.seed, "flips"))  # the same in each epoch
         run.images.copy_(dataset.alternate_flip(run.originals, run.generator, epoch))
-    run.generator.manual_seed(seed_for(config.seed, epoch))  # the same in every process
-    seed_everything(seed_for(config.seed, epoch, 1 + processes.rank()))
+    run.generator.manual_seed(seed_for(config.seed, "order", epoch))  # the same in every process
+    seed_everything(seed_for(config.seed, "steps", epoch, processes.rank()))
     pruned = run.pruned if epoch else 0
     order = dataset.epoch_order(run.losses[run.train_index], run.generator, pruned)
-    order = order[: run.steps[epoch] * config.batch_size]  # the others wait for the next epoch's
+    order = order[
+        : run.steps[epoch] * batch_size_of(config, epoch)
+    ]  # the others wait for the next epoch's
     seen = run.train_index[order]
 
     is_silent = config.quiet or not processes.is_first()
-    batches = seen.split(config.batch_size)
+    batches = seen.split(batch_size_of(config, epoch))
     bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=is_silent)
     outputs = []
     run.model.train()
+    if config.freeze_from and epoch + 1 >= config.freeze_from:
+        for name, parameter in run.model.named_parameters():
+            if name.startswith(("stem.first", "stem.down1", "stem.stage0", "stem.stage1")):
+                parameter.requires_grad_(False)
+                parameter.grad = None
     for step, index in enumerate(bar, start=sum(run.steps[:epoch])):
         lr = learning_rate(step, sum(run.steps), run.warmup_steps, config.lr, config.schedule)
         decay = min(config.ema_decay, start_up_decay(step))
         loss, logits = run.step(index, lr, decay)
         outputs.append(logits)
+        if config.lookahead and step % 5 == 4:
+            progress = (step + 1) / sum(run.steps)
+            look_ahead(run, 1 - 0.95**5 * progress**3)
         if step % 20 == 0:  # rarely, since it has to wait for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}", lr=f"{lr:.3g}")
 
     logits = processes.gather(torch.cat(outputs))
-    run.losses[seen] = F.cross_entropy(logits, run.labels[seen], reduction="none")
+    new = F.cross_entropy(logits, run.labels[seen], reduction="none")
+    if epoch and config.prune_by == "mean":
+        new = (run.losses[seen] + new) / 2
+    run.losses[seen] = new
     refuse_infinity(run, logits, epoch)
     row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
     if processes.is_first():
         row |= report.summary("train", logits, run.labels[seen], config.quiet)
     # A number that you add to the row goes to history.csv and the checkpoints.
     return row
+
+
+@torch.no_grad()
+def look_ahead(run: Run, share: float) -> None:
+    """Move the slow weights by a share towards the weights, and go on from them."""
+    weights = list(run.model.parameters())
+    if not hasattr(run, "slow"):
+        run.slow = [weight.clone() for weight in weights]
+    torch._foreach_lerp_(run.slow, weights, share)
+    torch._foreach_copy_(weights, run.slow)
 
 
 def training_step(
@@ -366,8 +404,9 @@ def refuse_infinity(run: Run, logits: torch.Tensor, epoch: int) -> None:
     raise UserError(f"{what}, not saved: {advice}")
 
 
-def seed_for(*numbers: int) -> int:
-    """A seed from a row of numbers, by NumPy's SeedSequence; zeros at its end change nothing."""
+def seed_for(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> int:
+    """A seed of its own for each purpose of STREAMS, epoch and process, by NumPy's SeedSequence."""
+    numbers = (seed, STREAMS.index(purpose), epoch, rank)
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -398,11 +437,25 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
     images, labels, train_index, held_out = load_data(config, device)
     steps, pruned = steps_of_epochs(config, len(train_index))
-    seed_everything(config.seed)
+    seed_everything(seed_for(config.seed, "weights"))
     model = (model or make_model(config)).to(device, memory_format=torch.channels_last)
     if config.whiten:
         whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
-    optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
+    if config.identity:
+        for layer in (model.stem.down1, model.stem.down2):
+            weight = layer[0][0].weight
+            nn.init.dirac_(weight.data[: weight.shape[1]])
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = config.bn_momentum
+    optimizers = make_optimizers(
+        model,
+        config.optimizer,
+        config.weight_decay,
+        config.muon_momentum,
+        config.bias_lr,
+        config.muon_steps,
+    )
     check_optimizers(model, optimizers)
     run = Run(
         config=config,
@@ -432,13 +485,19 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     return run
 
 
+def batch_size_of(config: SimpleNamespace, epoch: int) -> int:
+    """The images of a step in an epoch, counted from 0."""
+    is_late = config.late_batch and epoch + 1 >= config.late_batch
+    return config.batch_size * (2 if is_late else 1)
+
+
 def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
     """The steps of each epoch on that many images, and how many of them later epochs prune."""
     pruned = 0
     if config.epochs > 1:
         pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
-    first, later = size // config.batch_size, (size - pruned) // config.batch_size
-    steps = [first] + [later] * (config.epochs - 1)
+    sizes = [size] + [size - pruned] * (config.epochs - 1)
+    steps = [n // batch_size_of(config, epoch) for epoch, n in enumerate(sizes)]
     shared = ""
     if processes.count() > 1:
         shared = f", divisible by the {processes.count()} processes"

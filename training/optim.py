@@ -25,8 +25,14 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[torch.Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+        self,
+        params: list[torch.Tensor],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+        steps: int = 5,
     ) -> None:
+        self.steps = steps
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
@@ -44,11 +50,16 @@ class Muon(torch.optim.Optimizer):
                 same_size.setdefault(min(update.shape), []).append((p, update))
             for pairs in same_size.values():
                 for (p, _), update in zip(
-                    pairs, orthogonalize([update for _, update in pairs]), strict=True
+                    pairs, orthogonalize([update for _, update in pairs], self.steps), strict=True
                 ):
                     scale = 0.2 * max(update.shape) ** 0.5
                     p.mul_(1 - lr * group["weight_decay"])
                     p.sub_(update.view_as(p) * (lr * scale))
+
+
+# Those of three steps bring singular values from 0.02 to 1 to 0.95 to 1.11.
+THREE = [(7.2939, -20.9967, 15.4426), (3.2712, -2.7957, 0.6547), (2.5266, -2.1254, 0.6162)]
+COEFFICIENTS = {5: [(3.4445, -4.7750, 2.0315)] * 5, 3: THREE}
 
 
 def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Tensor]:
@@ -65,10 +76,8 @@ def orthogonalize(matrices: list[torch.Tensor], steps: int = 5) -> list[torch.Te
     gram = torch.stack([x @ x.mT for x in wide])
     identity = torch.eye(len(gram[0]), device=gram.device)
     product = identity.expand_as(gram)
-    for _ in range(steps):
-        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315).add_(
-            3.4445 * identity
-        )
+    for a, b, c in COEFFICIENTS[steps]:
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c).add_(a * identity)
         product = polynomial @ product
         gram = polynomial @ gram @ polynomial
     pairs = zip(product, wide, matrices, strict=True)
@@ -99,7 +108,12 @@ def whiten_first_layer(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def make_optimizers(
-    model: nn.Module, kind: str, weight_decay: float
+    model: nn.Module,
+    kind: str,
+    weight_decay: float,
+    momentum: float = 0.95,
+    bias_lr: float = 1.0,
+    muon_steps: int = 5,
 ) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices and filters, AdamW (Loshchilov & Hutter 2019) for the rest.
 
@@ -114,10 +128,13 @@ def make_optimizers(
     }
     weights = {id(layer.weight) for layer in layers.values()}
     matrices = [p for p in model.parameters() if id(p) in weights]
-    others = [p for p in model.parameters() if id(p) not in weights]
+    biases = [m.bias for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    known = {id(p) for p in biases}
+    others = [p for p in model.parameters() if id(p) not in weights and id(p) not in known]
     groups = [
         dict(params=matrices, weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
+        dict(params=biases, weight_decay=0.0, lr_scale=bias_lr),
     ]
     # An optimiser of your own: return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
     if kind == "adamw":
@@ -127,9 +144,11 @@ def make_optimizers(
     }
     hidden = [p for p in matrices if id(p) not in first_and_last]
     rest = [p for p in matrices if id(p) in first_and_last]
-    optimizers = [adamw([dict(groups[0], params=rest), groups[1]])]
+    optimizers = [adamw([dict(groups[0], params=rest), *groups[1:]])]
     if hidden:
-        optimizers.append(Muon(hidden, lr=0.0, weight_decay=weight_decay))
+        optimizers.append(
+            Muon(hidden, lr=0.0, weight_decay=weight_decay, momentum=momentum, steps=muon_steps)
+        )
     return optimizers
 
 
@@ -209,7 +228,7 @@ def take_step(
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step()
     model.zero_grad()
     update_ema(ema, model, decay)
