@@ -330,7 +330,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     order = dataset.epoch_order(run.losses[run.train_index], run.generator, pruned)
     order = order[
         : run.steps[epoch] * batch_size_of(config, epoch)
-    ]  # the others wait for the next epoch's
+    ]
     seen = run.train_index[order]
 
     is_silent = config.quiet or not processes.is_first()
