@@ -72,8 +72,8 @@ def test_the_curves_are_those_of_the_history():
     for axes in report.draw_curves(HISTORY).axes:
         drawn.append({line.get_label(): line.get_xydata().tolist() for line in axes.lines})
     assert drawn == [
-        dict(train_loss=[[1, 2.0], [2, 1.0]], val_loss=[[2, 1.5]]),
-        dict(train_accuracy=[[1, 0.5], [2, 0.75]], val_accuracy=[[2, 0.625]]),
+        {"train split, as augmented": [[1, 2.0], [2, 1.0]], "val split": [[2, 1.5]]},
+        {"train split, as augmented": [[1, 0.5], [2, 0.75]], "val split": [[2, 0.625]]},
         dict(lr=[[1, 0.2], [2, 0.1]]),
     ]
 

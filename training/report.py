@@ -16,6 +16,8 @@ from common.files import printable, whole_file
 from dataset import CLASS_NAMES
 
 Row = dict[str, float]  # the numbers of an epoch
+# Training accuracy looks low, since its images are augmented.
+SPLITS = dict(train="train split, as augmented", val="val split", test="test split")
 
 
 def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
@@ -28,7 +30,7 @@ def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool)
     """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints a report."""
     predictions = logits.argmax(dim=1)
     if not quiet:
-        print(f"\n{split} split")
+        print(f"\n{SPLITS[split]}")
         print(class_report(labels, predictions))
     return {
         f"{split}_loss": F.cross_entropy(logits, labels).item(),
@@ -97,7 +99,9 @@ def draw_curves(history: list[Row]) -> Figure:
             rows = [row for row in history if name in row]
             if rows:
                 epochs = [row["epoch"] for row in rows]
-                axes.plot(epochs, [row[name] for row in rows], "o-", markersize=4, label=name)
+                values = [row[name] for row in rows]
+                label = SPLITS.get(name.split("_")[0], name)
+                axes.plot(epochs, values, "o-", markersize=4, label=label)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
