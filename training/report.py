@@ -105,7 +105,7 @@ def draw_curves(history: list[Row]) -> Figure:
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend()
+        axes.legend(loc="lower right" if title == "accuracy" else "upper right")  # off the curve
     return figure
 
 
