@@ -117,6 +117,7 @@ def candidate_maps(
     chosen = [(method, (layer,)) for method in METHODS for layer in layers]
     pairs = itertools.combinations(layers, 2) if with_pairs else [tuple(default)]
     chosen += [(METHOD, pair) for pair in pairs]
+    chosen += [(method, tuple(default)) for method in METHODS if method != METHOD]
     for method, names in chosen:
         maps = cam_maps(model, names, method, images, classes)
         if maps.any():  # HiResCAM finds no evidence before a layer norm; ROAD takes no empty maps
