@@ -438,6 +438,7 @@ def main() -> None:
             evaluate_command(given.pop("evaluate"), given)
         else:
             train_command(given.pop("resume", False), given)
+    processes.leave()
 
 
 def train_command(resume: bool, given: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """CPU threads, the device and its precision, several processes."""
 
-import atexit
 import os
 import platform
 import sys
@@ -135,7 +134,19 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(local_rank)  # "cuda" is this one from now on
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    atexit.register(dist.destroy_process_group)
+
+
+def leave() -> None:
+    """End this process, if it met others, without Python's clean-up.
+
+    Gloo's threads may still hold tensors then, and abort it (pytorch issue 190489).
+    """
+    if count() == 1 or not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def of_the_first(value: Any) -> Any:
