@@ -84,6 +84,7 @@ SETTINGS: Table = dict(
     batch_size=(256, (1, INF), "images per step of all processes"),
     optimizer=("muon", ("muon", "adamw"), "muon: for hidden matrices and filters, with adamw"),
     lr=(8e-3, (0.0, INF), "peak learning rate"),
+    momentum=(0.9, (0.0, 0.999), "of Muon"),
     schedule=("cosine", ("cosine", "linear"), "how the learning rate falls to 0"),
     warmup_epochs=(1.0, (0.0, INF), "linear warm-up, at most a quarter of the run"),
     weight_decay=(0.05, (0.0, INF), "decoupled decay of matrices and filters"),
@@ -115,6 +116,7 @@ BIG = dict(
     noise=0.1,
     residual_unit="pyramidnet",
     mlp_ratio=1.0,
+    momentum=0.95,
     cuda_graph=True,
 )
 RECIPES = dict(  # they replace defaults; flags override both
@@ -165,6 +167,8 @@ GROUPS = dict(  # of --help, by first row
     teacher="distillation",
     seed="system",
 )
+# What is drawn: mirrored images, their order and augmentation, what layers and your code draw.
+RANDOM_PURPOSES = ("weights", "flips", "batches", "layers")
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 
 
@@ -286,10 +290,10 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     """
     config = run.config
     if config.flip and config.alternate_flip:
-        run.generator.manual_seed(seed_for(config.seed))  # the same in every epoch
+        run.generator.manual_seed(seed_for(config.seed, "flips"))  # the same in every epoch
         run.images.copy_(dataset.alternate_flip(run.originals, run.generator, epoch))
-    run.generator.manual_seed(seed_for(config.seed, epoch))  # the same in every process
-    seed_everything(seed_for(config.seed, epoch, 1 + processes.rank()))
+    run.generator.manual_seed(seed_for(config.seed, "batches", epoch))  # as in all processes
+    seed_everything(seed_for(config.seed, "layers", epoch, processes.rank()))
     pruned = run.pruned if epoch else 0
     order = dataset.epoch_order(run.losses[run.train_index], run.generator, pruned)
     seen = run.train_index[order][: run.steps[epoch] * config.batch_size]
@@ -332,8 +336,9 @@ def training_step(
     return loss.detach(), logits.detach()
 
 
-def seed_for(*numbers: int) -> int:
-    """A seed from a row of numbers; zeros at its end change nothing."""
+def seed_for(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> int:
+    """A seed of its own for each of `RANDOM_PURPOSES`, epoch and process."""
+    numbers = (seed, RANDOM_PURPOSES.index(purpose), epoch, rank)
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -364,13 +369,13 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
     images, labels, train_index, held_out = load_data(config, device)
     steps, pruned = steps_of_epochs(config, len(train_index))
-    seed_everything(config.seed)
+    seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     model = (model or make_model(config)).to(device, memory_format=layout)
     if config.whiten:
         whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
-    optimizers = make_optimizers(model, config.optimizer, config.weight_decay)
+    optimizers = make_optimizers(model, config.optimizer, config.weight_decay, config.momentum)
     check_optimizers(model, optimizers)
     run = Run(
         config=config,

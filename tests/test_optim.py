@@ -146,9 +146,20 @@ def orthogonal(matrix: np.ndarray) -> np.ndarray:
     """What Newton and Schulz's iteration makes of a matrix: only its singular values change."""
     u, s, v = np.linalg.svd(matrix, full_matrices=False)
     s = s / np.sqrt((s**2).sum())
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    s = 7.2939 * s - 20.9967 * s**3 + 15.4426 * s**5
+    s = 3.2712 * s - 2.7957 * s**3 + 0.6547 * s**5
+    s = 2.5266 * s - 2.1254 * s**3 + 0.6162 * s**5
     return u * s @ v
+
+
+def test_singular_values_end_near_1():
+    values = torch.tensor([1.0, 0.7, 0.4, 0.2, 0.1, 0.05, 0.03])
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(7, 7, generator=generator))[0] for _ in range(2))
+    (result,) = optim.orthogonalize([left * values @ right])
+    ended = torch.linalg.svdvals(result)
+    assert ended.min() > 0.88 and ended.max() < 1.15
+    torch.testing.assert_close(left.mT @ result @ right.mT, torch.eye(7), atol=0.15, rtol=0)
 
 
 def test_muon_steps_as_written_in_double_precision():
@@ -159,14 +170,14 @@ def test_muon_steps_as_written_in_double_precision():
     weights[0].data = weights[0].data.to(memory_format=torch.channels_last)  # as in the model
     expected = [p.detach().double().flatten(1).numpy().copy() for p in weights]
     momentum = [np.zeros_like(value) for value in expected]
-    optimizer = Muon(weights, lr=0.0, weight_decay=0.4)
+    optimizer = Muon(weights, lr=0.0, weight_decay=0.4, momentum=0.9)
     for lr in (0.1, 0.05, 0.2):
         for i, p in enumerate(weights):
             p.grad = torch.randn(p.shape, generator=generator)
             gradient = p.grad.double().flatten(1).numpy()
-            momentum[i] = 0.95 * momentum[i] + 0.05 * gradient
+            momentum[i] = 0.9 * momentum[i] + 0.1 * gradient
             # Nesterov's form: the gradient once more
-            update = orthogonal(0.05 * gradient + 0.95 * momentum[i])
+            update = orthogonal(0.1 * gradient + 0.9 * momentum[i])
             scale = 0.2 * math.sqrt(max(update.shape))
             expected[i] = (1 - lr * 0.4) * expected[i] - lr * scale * update
         optimizer.param_groups[0]["lr"] = lr
@@ -179,10 +190,11 @@ def test_muon_steps_as_written_in_double_precision():
 def test_hidden_layers_go_to_muon_and_only_weights_of_layers_decay(pool):
     model = HybridClassifier(replace(SMALL_MODEL, pool=pool))
     names = {p: name for name, p in model.named_parameters()}
-    adamw, muon = make_optimizers(model, "muon", weight_decay=0.07)
+    adamw, muon = make_optimizers(model, "muon", weight_decay=0.07, momentum=0.8)
     assert type(adamw) is torch.optim.AdamW and type(muon) is Muon
     groups = adamw.param_groups + muon.param_groups
     assert [group["weight_decay"] for group in groups] == [0.07, 0.0, 0.07]
+    assert muon.param_groups[0]["momentum"] == 0.8
     decayed, others, hidden = ({names[p] for p in group["params"]} for group in groups)
     scores = {"pool.score.weight"} if pool == "attention" else set()
     assert decayed == {"stem.first.0.0.weight", "head.weight"} | scores

@@ -214,6 +214,20 @@ def test_images_are_augmented_as_the_settings_say(run_config, watch):
     assert len({result.numpy().tobytes() for _, result in calls}) == 20
 
 
+def test_nothing_is_drawn_twice_from_the_same_numbers(run_config, watch):
+    seeds = [train.seed_for(1, "layers", 2, 3)]
+    seeds += [train.seed_for(seed, "weights") for seed in (0, 1)]
+    calls = watch(train, "seed_for")
+    train.train(run_config(alternate_flip=True, epochs=3))
+    drawn = {tuple(arguments.values())[1:]: result for arguments, result in calls}
+    assert sorted(drawn, key=str) == [
+        ("batches", 0), ("batches", 1), ("batches", 2), ("flips",),
+        ("layers", 0, 0), ("layers", 1, 0), ("layers", 2, 0), ("weights",),
+    ]  # fmt: skip
+    seeds += [seed for key, seed in drawn.items() if key != ("weights",)]
+    assert len(set(seeds)) == len(seeds) == 10
+
+
 @pytest.mark.parametrize("flip", [True, False])
 def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_config, watch, flip):
     calls, mirrorings = watch(train, "training_loss"), watch(dataset, "alternate_flip")
