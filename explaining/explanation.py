@@ -1,7 +1,7 @@
 """An image, the model's answer, and where the evidence for it lies."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +51,19 @@ class Evidence:
         return f"{self.role()} ({self.verdict()}):\n{words.format(*self.probabilities)}"
 
 
+class Similar(NamedTuple):
+    """The training images of a class that are nearest to an image, see explaining/features.py."""
+
+    label: int
+    index: list[int]  # in the training split
+    images: np.ndarray  # uint8 (N, 28, 28)
+    distances: list[float]  # ascending
+
+    def words(self) -> str:
+        """Which images these are."""
+        return f"nearest training images\nlabelled {CLASS_NAMES[self.label]}"
+
+
 @dataclass
 class Explanation:
     """An image, the model's answer, and the evidence for it."""
@@ -61,8 +74,9 @@ class Explanation:
     evidence: list[Evidence]  # for the class that was asked for; then for the true one, if another
     name: str = ""  # "test image 1917", or a picture's file name
     file_stem: str = ""  # what the names of its files begin with
-    index: int = -1  # in the test split; -1 for a person's own picture
+    index: int = -1  # in its split; -1 for a person's own picture
     photograph: np.ndarray | None = None  # uint8 RGB (400, 400, 3): what the image was made of
+    similar: list[Similar] = field(default_factory=list)  # of the likeliest two classes, or none
 
     @property
     def predicted(self) -> int:
