@@ -30,11 +30,12 @@ from dataset import CLASS_NAMES, IMAGE_SIZE
 from explaining.explanation import FILE_NAMES, Explanation, classify, explain, mask_evidence
 from explaining.features import (
     TrainingImages,
+    embed,
     familiarity_note,
     feature_statistics,
-    find_similar,
-    is_contradicted,
+    labels_of_nearest,
     load_training_images,
+    similar_images,
 )
 from explaining.gallery import save_gallery
 from explaining.photo import read_image
@@ -105,17 +106,16 @@ def explain_images(
     args: Namespace, cam: GradCAM, training: TrainingImages | None
 ) -> list[Explanation]:
     """Explain the chosen images: of the test split, or held out by training."""
+    kind, (images, labels) = "test image", dataset.load(args.data_dir, train=False)
+    numbers = torch.arange(len(images))
     if args.label_errors and len(training.held_out):
         kind, numbers = "training image", training.held_out
         images, labels = training.images[numbers], training.labels[numbers]
-    else:
-        kind = "test image"
-        images, labels = dataset.load(args.data_dir, train=False)
-        numbers = torch.arange(len(images))
     chosen = choose_images(args, cam.model, images, labels)
-    if args.label_errors:
-        is_doubtful = is_contradicted(cam.model, images[chosen], labels[chosen], training)
-        chosen = chosen[is_doubtful][: args.label_errors]
+    if args.label_errors and len(chosen):
+        tokens = embed(cam.model, images[chosen])
+        answers = cam.model.head(tokens).argmax(dim=1)
+        chosen = chosen[labels_of_nearest(tokens, training) == answers][: args.label_errors]
     explanations = []
     for index in chosen.split(500):
         targets = labels[index] if args.average else args.target_class
@@ -191,18 +191,6 @@ def average_sheet(explanations: list[Explanation]) -> Sheet:
     return Sheet("average.png", "mean test images and their mean heatmaps", cells, 2)
 
 
-def label_error_sheet(args: Namespace, explanations: list[Explanation]) -> Sheet:
-    """The images whose label is in doubt, which are also printed."""
-    for e in explanations:
-        print(f"{e.name}: {e.answer()}")
-    kind = explanations[0].name.rpartition(" ")[0]
-    if kind == "test image":
-        words = f"{printable(args.checkpoint.name)} held no training images out"
-        print(f"note: {words}, and knows their labels: these are test images")
-    title = f"{kind}s whose label the model contradicts, and its training images"
-    return many_sheet("label_errors.png", title, explanations)
-
-
 def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
     """Write `heatmaps.npz`, which `numpy.load` reads.
 
@@ -243,8 +231,14 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
             title += f": {', '.join(CLASS_NAMES[k] for k in args.classes)}"
         sheets = [many_sheet("worst.png", title, explanations)]
     elif args.label_errors:
-        sheets = [label_error_sheet(args, explanations)]
-    elif args.html and not args.png:
+        for e in explanations:
+            print(f"{e.name}: {e.answer()}")
+        kind = explanations[0].name.rpartition(" ")[0]
+        if kind == "test image":
+            print("note: these are test images, since training held no images out")
+        title = f"{kind}s whose label the model and similar training images contradict"
+        sheets = [many_sheet("label_errors.png", title, explanations)]
+    elif args.html:
         sheets = []
     else:
         sheets = [overlay_sheet(e) for e in explanations]
@@ -302,8 +296,7 @@ def parse_arguments() -> Namespace:
     choose("--image", **path, **several, help="pictures of your own, or folders of them")
     choose("--index", type=int, **several, metavar="N", help="indices of test images")
     choose("--worst", **number, help="one sheet of the N most confident errors")
-    words = "one sheet of N training images whose label is in doubt, and which were held out"
-    choose("--label-errors", **number, help=words)
+    choose("--label-errors", **number, help="one sheet of N held-out images with doubtful labels")
     choose("--average", **yes, help="one sheet of each class's mean heatmap")
     choose("--num-images", **number, default="3", help="test images of each class (default: 3)")
     add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
@@ -313,13 +306,12 @@ def parse_arguments() -> Namespace:
     add("--target-layer", **several, metavar="NAME", help="default: last at 28x28, first at 14x14")
     add("--target-class", **one_class, help="class to explain (default: predicted)")
     add("--versus", type=other_class, metavar="CLASS", help='the class to compare with, or "next"')
-    words = "show the N nearest training images of the likeliest two classes"
-    add("--similar", type=int, choices=range(1, 11), metavar="N", help=words)
+    similar = dict(type=int, choices=range(1, 11), metavar="N")
+    add("--similar", **similar, help="show N similar training images of the likeliest two classes")
     add("--compare-layers", **yes, help="draw an image as each layer sees it")
     add("--all-classes", **yes, help="draw an image's evidence for each class")
     add("--save-arrays", **yes, help="also write heatmaps.npz")
-    add("--html", **yes, help="write index.html, a gallery, in place of a picture of each image")
-    add("--png", **yes, help="with --html, the pictures as well")
+    add("--html", **yes, help="write index.html, a gallery, in place of pictures")
     add("--data-dir", **path, default="data", help="of Fashion-MNIST (default: data)")
     add("--output-dir", **path, help="default: HeapImg, or a folder in it")
     args = parser.parse_args()
@@ -373,8 +365,8 @@ def main() -> None:
             explanations = explain_images(args, cam, training)
         if not explanations:
             raise UserError("no such image can be explained: ask for others")
-        if args.similar:
-            find_similar(model, explanations, training, args.similar)
+        for e in explanations if args.similar else []:
+            e.similar = similar_images(model, e, training, args.similar)
         draw(args, cam, explanations)
         if len(explanations) < len(args.image):
             raise UserError(f"{len(explanations)} of {len(args.image)} pictures could be explained")

@@ -1,7 +1,7 @@
 """An image, the model's answer, and where the evidence for it lies."""
 
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -51,19 +51,6 @@ class Evidence:
         return f"{self.role()} ({self.verdict()}):\n{words.format(*self.probabilities)}"
 
 
-class Similar(NamedTuple):
-    """The training images of a class that are nearest to an image, see explaining/features.py."""
-
-    label: int
-    index: list[int]  # in the training split
-    images: np.ndarray  # uint8 (N, 28, 28)
-    distances: list[float]  # ascending
-
-    def words(self) -> str:
-        """Which images these are."""
-        return f"nearest training images\nlabelled {CLASS_NAMES[self.label]}"
-
-
 @dataclass
 class Explanation:
     """An image, the model's answer, and the evidence for it."""
@@ -76,7 +63,7 @@ class Explanation:
     file_stem: str = ""  # what the names of its files begin with
     index: int = -1  # in its split; -1 for a person's own picture
     photograph: np.ndarray | None = None  # uint8 RGB (400, 400, 3): what the image was made of
-    similar: list[Similar] = field(default_factory=list)  # of the likeliest two classes, or none
+    similar: list | tuple = ()  # cells of a sheet: similar training images
 
     @property
     def predicted(self) -> int:

@@ -1,7 +1,7 @@
-"""How far an image is from what a model was trained on, and which of it is most similar.
+"""How far an image is from everything that a model was trained on, and what is most similar.
 
-The first is after Lee et al. 2018 (arXiv 1807.03888), but with the last layer alone and the image
-as it is. The second: Nguyen, Kim & Nguyen 2021 (arXiv 2105.14944).
+After Lee et al. 2018 (arXiv 1807.03888), but with the last layer alone and the image as it is.
+Similar images help people more than maps (Nguyen, Kim & Nguyen 2021, arXiv 2105.14944).
 """
 
 import hashlib
@@ -12,11 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import KNeighborsClassifier
 from tqdm import tqdm
 
 import dataset
 from common.files import UserError, checksum, whole_file
-from explaining.explanation import Explanation, Similar
+from dataset import CLASS_NAMES
+from explaining.explanation import Explanation
+from explaining.sheets import Cell
 from model import HybridClassifier
 
 SAMPLE = 2000  # images: enough for a covariance, and quick
@@ -54,7 +57,7 @@ def measure(
 
 
 def remember(path: Path, key: str, find: Callable[[], Statistics]) -> Statistics:
-    """What `find` returns, kept in a file for as long as the key, a checksum, is the same."""
+    """What `find` returns, kept in a file until the key, a checksum, is another."""
     with suppress(Exception):  # a missing or damaged file raises one of a dozen types
         found = torch.load(path, weights_only=True)
         if found.pop("checkpoint") == key:
@@ -114,73 +117,55 @@ def familiarity_note(model: HybridClassifier, image: torch.Tensor, statistics: S
 
 
 class TrainingImages(NamedTuple):
-    """The training images as a model sees them."""
+    """The training images, and what a model makes of those that it was trained on."""
 
     images: torch.Tensor  # uint8 (N, 1, 28, 28)
     labels: torch.Tensor  # int64 (N,)
-    tokens: torch.Tensor  # pooled, float16 (N, C)
-    trained: torch.Tensor  # the indices of those that it was trained on, int64
-    held_out: torch.Tensor  # and of those held out for validation
+    trained: torch.Tensor  # the indices of those, int64 (M,)
+    held_out: torch.Tensor  # and of others, for validation
+    tokens: torch.Tensor  # pooled, float16 (M, C)
 
 
 def load_training_images(
     path: Path, model: HybridClassifier, train_config: dict[str, Any], data_dir: Path
 ) -> TrainingImages:
-    """The training images; their pooled tokens are kept beside a checkpoint, in NAME.similar.pt."""
+    """Their pooled tokens are kept beside the checkpoint, in NAME.similar.pt."""
     images, labels = dataset.load(data_dir, train=True)
-    split = training_split(path, train_config, labels)
+    trained, held_out = training_split(path, train_config, labels)
 
     def find() -> Statistics:
-        words = f"looking at all {len(images):,} training images, once"
-        chunks = tqdm(images.split(500), desc=words, leave=False)
+        chunks = tqdm(images[trained].split(500), "once: training images", leave=False)
         return dict(tokens=torch.cat([embed(model, chunk).half() for chunk in chunks]))
 
     key = checksum(path) + hashlib.sha256(images.numpy()).hexdigest()
     tokens = remember(path.with_suffix(".similar.pt"), key, find)["tokens"]
-    return TrainingImages(images, labels, tokens, *split)
+    return TrainingImages(images, labels, trained, held_out, tokens)
 
 
-def nearest(
-    tokens: torch.Tensor, known: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Euclidean distances from tokens (N, C) to the nearest of (M, C), ascending; their places.
+def similar_images(
+    model: HybridClassifier, e: Explanation, training: TrainingImages, count: int
+) -> list[Cell]:
+    """The nearest images that the model was trained on, of its likeliest two classes.
 
-    Both are (N, count), or narrower if there are not that many.
+    By Euclidean distance of pooled tokens. A class nearer than the predicted one is red.
     """
-    known, count = known.float(), min(count, len(known))
-    chunks = tokens.split(500)
-    found = [torch.cdist(chunk, known).topk(count, largest=False) for chunk in chunks]
-    distances, places = zip(*found, strict=True)
-    return torch.cat(distances), torch.cat(places)
+    token, labels = embed(model, torch.from_numpy(e.image)[None, None]), training.labels
+    cells, limit = [], 0.0
+    for k in e.probabilities.argsort()[::-1][:2]:
+        members = labels[training.trained] == int(k)
+        distances = torch.cdist(token, training.tokens[members].float())[0]
+        distances, places = distances.sort()
+        images = training.images[training.trained[members][places[:count]], 0].numpy()
+        words = [f"{distance:.2f}" for distance in distances[:count]]
+        color = "crimson" if distances[0] < limit else "black"
+        caption = f"nearest training images\nlabelled {CLASS_NAMES[k]}"
+        cells.append(Cell([[image] for image in images], caption, words, color))
+        limit = distances[0]
+    return cells
 
 
-def find_similar(
-    model: HybridClassifier, explanations: list[Explanation], training: TrainingImages, count: int
-) -> None:
-    """Fill in the nearest images the model was trained on, of each image's likeliest two classes.
-
-    Distances are between pooled tokens, from which the last layer takes its answer.
-    """
-    labels = training.labels[training.trained]
-    for e in explanations:
-        token = embed(model, torch.from_numpy(e.image)[None, None])
-        for label in e.probabilities.argsort()[::-1][:2].tolist():
-            members = training.trained[labels == label]
-            (distances,), (places,) = nearest(token, training.tokens[members], count)
-            index = members[places]
-            images = training.images[index, 0].numpy()
-            e.similar.append(Similar(label, index.tolist(), images, distances.tolist()))
-
-
-def is_contradicted(
-    model: HybridClassifier, images: torch.Tensor, labels: torch.Tensor, training: TrainingImages
-) -> torch.Tensor:
-    """Whether the model and most of the three nearest images give the same other label.
-
-    Of uint8 images (N, 1, 28, 28) with labels, int64 (N,), that the model was not trained on.
-    """
-    tokens = embed(model, images)
-    answers = model.head(tokens).argmax(dim=1)
-    places = nearest(tokens, training.tokens[training.trained], 3)[1]
-    votes = training.labels[training.trained][places] == answers[:, None]
-    return (answers != labels) & (votes.sum(dim=1) > 1)
+def labels_of_nearest(tokens: torch.Tensor, training: TrainingImages) -> torch.Tensor:
+    """What most of the three nearest images are labelled, int64 (N,), of pooled tokens (N, C)."""
+    vote = KNeighborsClassifier(3, algorithm="brute")
+    vote.fit(training.tokens.float(), training.labels[training.trained])
+    return torch.from_numpy(vote.predict(tokens))

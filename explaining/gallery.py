@@ -14,14 +14,13 @@ from PIL import Image
 from common.files import whole_file
 from dataset import CLASS_NAMES
 from explaining.explanation import Explanation
-from explaining.sheets import paint_all, scale_of, similar_cells
+from explaining.sheets import paint_all, scale_of
 
 PAGE = Template(Path(__file__).with_name("gallery.html").read_text(encoding="utf-8"))
 PANEL = Template(
     '<div><button><img src="$image" alt="$name"><img class="heat" src="$heat" alt="heatmap">'
     "</button>$caption</div>"
 )
-SIMILAR = Template('<p class="similar $color">$images $words</p>')
 FIGURE = Template(
     '<figure id="$link" data-true="$true" data-predicted="$predicted" data-result="$result"'
     ' data-map="$map" data-confidence="$confidence" data-effect="$effect">'
@@ -44,6 +43,11 @@ def figure(e: Explanation) -> str:
         image, heat = map(data_url, overlay)
         caption = evidence.caption()
         panels += PANEL.substitute(image=image, name=name, heat=heat, caption=caption)
+    similar = ""
+    for cell in e.similar:
+        images = [f'<img src="{data_url(*panel)}" alt="training image">' for panel in cell.panels]
+        words = f"{cell.caption}: {', '.join(cell.labels)}"
+        similar += f'<p class="similar {cell.color}">{"".join(images)} {words}</p>'
     true, result = "", ""
     if e.label >= 0:
         true = CLASS_NAMES[e.label]
@@ -58,23 +62,10 @@ def figure(e: Explanation) -> str:
         map=e.evidence[0].verdict(),
         effect=random - hottest,
         panels=panels,
-        similar=similar_images(e),
+        similar=similar,
         name=name,
         answer=e.answer(),
     )
-
-
-def similar_images(e: Explanation) -> str:
-    """The nearest training images of each class, with their distances."""
-    text = ""
-    for similar, cell in zip(e.similar, similar_cells(e), strict=True):
-        images = ""
-        for index, image in zip(similar.index, similar.images, strict=True):
-            name = f"training image {index}"
-            images += f'<img src="{data_url(image)}" alt="{name}" title="{name}">'
-        words = f"{cell.caption}: {', '.join(cell.labels)}"
-        text += SIMILAR.substitute(color=cell.color, images=images, words=words)
-    return text
 
 
 def save_gallery(path: Path, explanations: list[Explanation], source: str) -> None:

@@ -97,22 +97,11 @@ def make_cell(e: Explanation) -> Cell:
     return Cell(panels, caption, labels, "crimson" if is_wrong else "black")
 
 
-def similar_cells(e: Explanation) -> list[Cell]:
-    """The nearest training images of two classes; red if the other is nearer than the predicted."""
-    cells = []
-    for similar in e.similar:
-        is_nearer = similar.distances[0] < e.similar[0].distances[0]
-        panels = [[image] for image in similar.images]
-        labels = [f"{distance:.2f}" for distance in similar.distances]
-        cells.append(Cell(panels, similar.words(), labels, "crimson" if is_nearer else "black"))
-    return cells
-
-
 def many_sheet(file_name: str, title: str, explanations: list[Explanation]) -> Sheet:
-    """Many images, each followed by its similar ones."""
+    """Many images, each beside its similar ones."""
     cells = []
     for e in explanations:
-        cells += [make_cell(e), *similar_cells(e)]
+        cells += [make_cell(e), *e.similar]
     return Sheet(file_name, title, cells, 3)
 
 
@@ -124,7 +113,7 @@ def overlay_sheet(e: Explanation) -> Sheet:
         if e.photograph is not None:
             panels, labels = [[e.photograph], *panels], ["photograph", *labels]
         cells.append(Cell(panels, evidence.caption(), labels))
-    cells += similar_cells(e)
+    cells += e.similar
     return Sheet(e.file_name(), f"{e.name}: {e.answer()}", cells, 1)
 
 

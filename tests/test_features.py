@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import ledoit_wolf
-from sklearn.neighbors import NearestNeighbors
 
 import dataset
 import train
@@ -20,11 +19,10 @@ from explaining.features import (
     distance,
     familiarity_note,
     feature_statistics,
-    find_similar,
-    is_contradicted,
+    labels_of_nearest,
     load_training_images,
     measure,
-    nearest,
+    similar_images,
 )
 from model import SHIPPED_CHECKPOINT, load_checkpoint, save_checkpoint
 
@@ -155,56 +153,37 @@ def of_pixels(*values):
     return images
 
 
-@pytest.fixture
-def pixels():
-    """A model whose tokens are three pixels times 255, and whose answer is the largest."""
-    model = Pixels()
-    model.head = nn.Identity()
-    return model
-
-
-@pytest.fixture
-def plain(monkeypatch):
+def test_the_nearest_images_of_the_two_likeliest_classes_are_those_trained_on(monkeypatch):
     monkeypatch.setattr(dataset, "normalize", lambda images: images.float())
+    # From (0, 0, 0) they are 5, 3, 13, 7, 15, 2 and 4 away; the last two were held out.
+    images = [(3, 4, 0), (0, 0, 3), (5, 12, 0), (2, 3, 6), (9, 12, 0), (2, 0, 0), (4, 0, 0)]
+    images, trained = of_pixels(*images), torch.arange(5)
+    tokens = images[:5].flatten(1)[:, :3].half()
+
+    def similar(labels, count):
+        probabilities = np.array([0.3, 0.1, 0.6] + [0.0] * 7)
+        e = Explanation(np.zeros((28, 28), np.uint8), -1, probabilities, [])
+        held_out = torch.tensor([5, 6])
+        training = TrainingImages(images, torch.tensor(labels), trained, held_out, tokens)
+        return similar_images(Pixels(), e, training, count)
+
+    likeliest, other = similar([2, 1, 0, 2, 2, 2, 0], 2)
+    assert (likeliest.labels, other.labels) == (["5.00", "7.00"], ["13.00"])
+    panels = [panel[0] for panel in likeliest.panels + other.panels]
+    assert np.array_equal(panels, images[[0, 3, 2], 0])
+    words = [cell.caption.splitlines()[1] for cell in (likeliest, other)]
+    assert words == ["labelled Pullover", "labelled T-shirt/top"]
+    assert (likeliest.color, other.color) == ("black", "black")
+    likeliest, other = similar([2, 0, 0, 2, 2, 2, 0], 1)
+    assert (likeliest.color, other.color, other.labels) == ("black", "crimson", ["3.00"])
 
 
-# From (0, 0, 0) they are 5, 3, 13, 7, 15 and 2 away.
-KNOWN = of_pixels((3, 4, 0), (0, 0, 3), (5, 12, 0), (2, 3, 6), (9, 12, 0), (2, 0, 0))
-
-
-def test_the_nearest_images_of_the_two_likeliest_classes_are_those_trained_on(pixels, plain):
-    probabilities = np.array([0.3, 0.1, 0.6] + [0.0] * 7)
-    e = Explanation(np.zeros((28, 28), np.uint8), -1, probabilities, [])
-    labels, trained = torch.tensor([2, 1, 0, 2, 2, 2]), torch.arange(5)  # number 5 was held out
-    tokens = KNOWN.flatten(1)[:, :3].half()
-    training = TrainingImages(KNOWN, labels, tokens, trained, torch.tensor([5]))
-    find_similar(pixels, [e], training, 2)
-    likeliest, other = e.similar
-    assert (likeliest.label, likeliest.index, likeliest.distances) == (2, [0, 3], [5, 7])
-    assert (other.label, other.index, other.distances) == (0, [2], [13])
-    assert np.array_equal(likeliest.images, KNOWN[[0, 3], 0])
-
-
-def test_the_nearest_tokens_are_those_of_another_library():
-    generator = torch.Generator().manual_seed(0)
-    tokens, known = torch.randn(1100, 5, generator=generator).split([700, 400])
-    expected = NearestNeighbors(n_neighbors=3).fit(known.half().numpy()).kneighbors(tokens.numpy())
-    for found, value in zip(nearest(tokens, known.half(), 3), expected, strict=True):
-        assert found.numpy() == pytest.approx(value, abs=1e-2)
-    assert nearest(tokens, known, 500)[0].shape == (700, 400)
-
-
-def test_a_label_is_contradicted_by_the_answer_and_two_of_three_neighbours(pixels, plain):
-    # Answers: 1, 1, 1, 0. The neighbours of the first three are numbers 0, 1, 2.
-    images = of_pixels((0, 9, 0), (0, 9, 0), (0, 9, 0), (99, 0, 0))
-    known = of_pixels((0, 10, 0), (0, 11, 0), (0, 12, 0), (90, 0, 0), (91, 0, 0), (92, 0, 0))
-    tokens, trained = known.flatten(1)[:, :3].half(), torch.arange(6)
-    for names, expected in (([1, 2, 1], [True, False]), ([2, 2, 1], [False, False])):
-        known_labels = torch.tensor([*names, 5, 5, 5])
-        training = TrainingImages(known, known_labels, tokens, trained, torch.tensor([]))
-        found = is_contradicted(pixels, images, torch.tensor([2, 1, 0, 4]), training)
-        # the last: its neighbours' label is neither its own nor the answer
-        assert found.tolist() == [*expected, expected[0], False]
+def test_the_nearest_images_vote_on_a_label():
+    known = of_pixels(*((i, 0, 0) for i in (1, 2, 3, 101, 102, 103))).flatten(1)[:, :3]
+    labels = torch.tensor([9, 4, 6, 4, 5, 5, 6])  # the first was held out
+    training = TrainingImages(None, labels, torch.arange(1, 7), torch.tensor([0]), known.half())
+    tokens = torch.tensor([[0, 0, 0], [99, 0, 0], [2, 0, 1]]).float()
+    assert labels_of_nearest(tokens, training).tolist() == [4, 5, 4]
 
 
 def test_the_tokens_of_the_training_images_are_kept_for_these_images(
@@ -217,7 +196,7 @@ def test_the_tokens_of_the_training_images_are_kept_for_these_images(
     images, labels = dataset.load(small_data, train=True)
     found = load()
     assert torch.equal(found.images, images) and torch.equal(found.labels, labels)
-    expected = small_model.embed(dataset.normalize(images)).detach()
+    expected = small_model.embed(dataset.normalize(images[found.trained])).detach()
     torch.testing.assert_close(found.tokens.float(), expected, rtol=1e-2, atol=1e-3)
     assert len(found.trained) == 160 and len(found.held_out) == 100
     assert not torch.isin(found.trained, found.held_out).any()
