@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import dataset
-from explaining.explanation import classify
-from explaining.features import embed, load_training_images, nearest
+from explaining.features import embed, load_training_images
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 
 COLUMNS = dict(
@@ -31,8 +30,12 @@ COLUMNS = dict(
 
 def distances_of_classes(points: Tensor, known: Tensor, labels: Tensor) -> Tensor:
     """Distances (N, 10) from points (N, C) to the nearest known one (M, C) with each label."""
-    columns = [nearest(points, known[labels == k], 1)[0] for k in range(len(dataset.CLASS_NAMES))]
-    return torch.cat(columns, dim=1)
+    columns = []
+    for k in range(len(dataset.CLASS_NAMES)):
+        members = known[labels == k].float()
+        chunks = points.split(500)
+        columns.append(torch.cat([torch.cdist(chunk, members).amin(dim=1) for chunk in chunks]))
+    return torch.stack(columns, dim=1)
 
 
 def figures(neighbours: Tensor, probabilities: Tensor, labels: Tensor) -> results.Row:
@@ -56,14 +59,15 @@ def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     path = SHIPPED_CHECKPOINT
     model, checkpoint = load_checkpoint(path)
     training = load_training_images(path, model, checkpoint["train_config"], args.data_dir)
-    known, known_labels = training.trained, training.labels[training.trained]
+    known_labels = training.labels[training.trained]
     images, labels = dataset.load(args.data_dir, train=False)
-    probabilities = classify(model, images)
+    tokens = embed(model, images)
+    probabilities = model.head(tokens).detach().softmax(dim=1)
     likeliest = probabilities.topk(2).indices
 
-    found = distances_of_classes(embed(model, images), training.tokens[known], known_labels)
+    found = distances_of_classes(tokens, training.tokens, known_labels)
     of_two = likeliest.gather(1, found.gather(1, likeliest).argmin(dim=1, keepdim=True))[:, 0]
-    pixels = training.images[known].flatten(1)
+    pixels = training.images[training.trained].flatten(1)
     in_pixels = distances_of_classes(images.flatten(1).float(), pixels, known_labels)
     neighbours = {
         "in the model's features": found.argmin(dim=1),
