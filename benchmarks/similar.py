@@ -67,12 +67,9 @@ def measure(args: argparse.Namespace) -> Iterator[results.Row]:
 
     found = distances_of_classes(tokens, training.tokens, known_labels)
     of_two = likeliest.gather(1, found.gather(1, likeliest).argmin(dim=1, keepdim=True))[:, 0]
-    pixels = training.images[training.trained].flatten(1)
-    in_pixels = distances_of_classes(images.flatten(1).float(), pixels, known_labels)
     neighbours = {
-        "in the model's features": found.argmin(dim=1),
+        "of all": found.argmin(dim=1),
         "of the two likeliest classes (--similar)": of_two,
-        "in pixels": in_pixels.argmin(dim=1),
     }
     for name, nearest_labels in neighbours.items():
         yield dict(neighbour=name) | figures(nearest_labels, probabilities, labels)
