@@ -28,14 +28,22 @@ import dataset
 from common.files import UserError, errors_in_one_line, printable, user_path, whole_file
 from dataset import CLASS_NAMES, IMAGE_SIZE
 from explaining.explanation import FILE_NAMES, Explanation, classify, explain, mask_evidence
-from explaining.features import familiarity_note, feature_statistics
+from explaining.features import (
+    TrainingImages,
+    embed,
+    familiarity_note,
+    feature_statistics,
+    labels_of_nearest,
+    load_training_images,
+    similar_images,
+)
 from explaining.gallery import save_gallery
 from explaining.photo import read_image
 from explaining.sheets import (
     SHARES,
     Cell,
     Sheet,
-    make_cell,
+    many_sheet,
     overlay_sheet,
     paint,
     save_sheet,
@@ -76,17 +84,17 @@ def make_cam(model: HybridClassifier, layers: list[str], method: str) -> GradCAM
 def choose_images(
     args: Namespace, model: HybridClassifier, images: torch.Tensor, labels: torch.Tensor
 ) -> torch.Tensor:
-    """The indices of the test images to explain, int64 (N,)."""
+    """The indices of the images to explain, int64 (N,)."""
     if args.index:
         if not 0 <= min(args.index) <= max(args.index) < len(images):
             raise UserError(f"--index: give numbers from 0 to {len(images) - 1:,}")
         return torch.tensor(args.index)
     index = torch.isin(labels, torch.tensor(args.classes)).nonzero().flatten()
-    if args.only_errors or args.worst:
+    if args.only_errors or args.worst or args.label_errors:
         confidence, predicted = classify(model, images[index]).max(dim=1)
         wrong = predicted != labels[index]
         index = index[wrong][confidence[wrong].argsort(descending=True, stable=True)]
-    if args.worst or args.average:
+    if args.worst or args.label_errors or args.average:
         return index[: args.worst]
     index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
     by_class = [index[labels[index] == label][: args.num_images] for label in args.classes]
@@ -94,15 +102,26 @@ def choose_images(
     return chosen[:1] if args.compare_layers or args.all_classes else chosen
 
 
-def explain_test_images(args: Namespace, cam: GradCAM) -> list[Explanation]:
-    """Explain the chosen test images."""
-    images, labels = dataset.load(args.data_dir, train=False)
+def explain_images(
+    args: Namespace, cam: GradCAM, training: TrainingImages | None
+) -> list[Explanation]:
+    """Explain the chosen images: of the test split, or held out by training."""
+    kind, (images, labels) = "test image", dataset.load(args.data_dir, train=False)
+    numbers = torch.arange(len(images))
+    if args.label_errors and len(training.held_out):
+        kind, numbers = "training image", training.held_out
+        images, labels = training.images[numbers], training.labels[numbers]
+    chosen = choose_images(args, cam.model, images, labels)
+    if args.label_errors and len(chosen):
+        tokens = embed(cam.model, images[chosen])
+        answers = cam.model.head(tokens).argmax(dim=1)
+        chosen = chosen[labels_of_nearest(tokens, training) == answers][: args.label_errors]
     explanations = []
-    for index in choose_images(args, cam.model, images, labels).split(500):
+    for index in chosen.split(500):
         targets = labels[index] if args.average else args.target_class
         found = explain(cam, images[index], labels[index], targets, args.versus)
-        for e, i in zip(found, index.tolist(), strict=True):
-            e.index, e.name = i, f"test image {i}"
+        for e, i in zip(found, numbers[index].tolist(), strict=True):
+            e.index, e.name = i, f"{kind} {i}"
             e.file_stem = f"{i:05d}_{FILE_NAMES[e.label]}"
         explanations += found
     return explanations
@@ -210,12 +229,21 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
         title = "the most confident errors"
         if len(args.classes) < len(CLASS_NAMES):
             title += f": {', '.join(CLASS_NAMES[k] for k in args.classes)}"
-        sheets = [Sheet("worst.png", title, [make_cell(e) for e in explanations], 3)]
+        sheets = [many_sheet("worst.png", title, explanations)]
+    elif args.label_errors:
+        for e in explanations:
+            print(f"{e.name}: {e.answer()}")
+        kind = explanations[0].name.rpartition(" ")[0]
+        if kind == "test image":
+            print("note: these are test images, since training held no images out")
+        title = f"{kind}s whose label the model and similar training images contradict"
+        sheets = [many_sheet("label_errors.png", title, explanations)]
+    elif args.html:
+        sheets = []
     else:
         sheets = [overlay_sheet(e) for e in explanations]
         if len(explanations) > 1 and not args.image:
-            cells = [make_cell(e) for e in explanations]
-            sheets.append(Sheet("contact_sheet.png", "test images", cells, 3))
+            sheets.append(many_sheet("contact_sheet.png", "test images", explanations))
     for sheet in sheets:
         save_sheet(args.output_dir, sheet, scale_of(explanations[0]), args.source)
     names = [sheet.file_name for sheet in sheets]
@@ -268,6 +296,7 @@ def parse_arguments() -> Namespace:
     choose("--image", **path, **several, help="pictures of your own, or folders of them")
     choose("--index", type=int, **several, metavar="N", help="indices of test images")
     choose("--worst", **number, help="one sheet of the N most confident errors")
+    choose("--label-errors", **number, help="one sheet of N held-out images with doubtful labels")
     choose("--average", **yes, help="one sheet of each class's mean heatmap")
     choose("--num-images", **number, default="3", help="test images of each class (default: 3)")
     add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
@@ -277,10 +306,12 @@ def parse_arguments() -> Namespace:
     add("--target-layer", **several, metavar="NAME", help="default: last at 28x28, first at 14x14")
     add("--target-class", **one_class, help="class to explain (default: predicted)")
     add("--versus", type=other_class, metavar="CLASS", help='the class to compare with, or "next"')
+    similar = dict(type=int, choices=range(1, 11), metavar="N")
+    add("--similar", **similar, help="show N similar training images of the likeliest two classes")
     add("--compare-layers", **yes, help="draw an image as each layer sees it")
     add("--all-classes", **yes, help="draw an image's evidence for each class")
     add("--save-arrays", **yes, help="also write heatmaps.npz")
-    add("--html", **yes, help="also write index.html, a gallery")
+    add("--html", **yes, help="write index.html, a gallery, in place of pictures")
     add("--data-dir", **path, default="data", help="of Fashion-MNIST (default: data)")
     add("--output-dir", **path, help="default: HeapImg, or a folder in it")
     args = parser.parse_args()
@@ -291,6 +322,10 @@ def parse_arguments() -> Namespace:
         parser.error("--average has no use for --target-class, --versus, --compare-layers, --html")
     if args.all_classes and (args.average or args.compare_layers or args.versus is not None):
         parser.error("--all-classes has no use for --average, --compare-layers and --versus")
+    if args.similar and (args.average or args.compare_layers or args.all_classes):
+        parser.error("--similar has no use for --average, --compare-layers and --all-classes")
+    if args.label_errors:
+        args.similar = args.similar or 3
     args.classes = args.classes or range(len(CLASS_NAMES))
     pictures = []
     for path in args.image or []:
@@ -320,12 +355,18 @@ def main() -> None:
             words += f", mean of {len(args.target_layer)} layers"
         args.source = f"{words}\n({' + '.join(args.target_layer)} in {model_name})"
         cam = make_cam(model, args.target_layer, args.method)
+        train_config, training = checkpoint.get("train_config", {}), None
+        if args.similar:
+            source = args.checkpoint, model, train_config, args.data_dir
+            training = load_training_images(*source)
         if args.image:
-            explanations = explain_pictures(args, cam, checkpoint.get("train_config", {}))
+            explanations = explain_pictures(args, cam, train_config)
         else:
-            explanations = explain_test_images(args, cam)
+            explanations = explain_images(args, cam, training)
         if not explanations:
             raise UserError("no such image can be explained: ask for others")
+        for e in explanations if args.similar else []:
+            e.similar = similar_images(model, e, training, args.similar)
         draw(args, cam, explanations)
         if len(explanations) < len(args.image):
             raise UserError(f"{len(explanations)} of {len(args.image)} pictures could be explained")

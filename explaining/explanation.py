@@ -61,8 +61,9 @@ class Explanation:
     evidence: list[Evidence]  # for the class that was asked for; then for the true one, if another
     name: str = ""  # "test image 1917", or a picture's file name
     file_stem: str = ""  # what the names of its files begin with
-    index: int = -1  # in the test split; -1 for a person's own picture
+    index: int = -1  # in its split; -1 for a person's own picture
     photograph: np.ndarray | None = None  # uint8 RGB (400, 400, 3): what the image was made of
+    similar: list | tuple = ()  # cells of a sheet: similar training images
 
     @property
     def predicted(self) -> int:

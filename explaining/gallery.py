@@ -24,7 +24,7 @@ PANEL = Template(
 FIGURE = Template(
     '<figure id="$link" data-true="$true" data-predicted="$predicted" data-result="$result"'
     ' data-map="$map" data-confidence="$confidence" data-effect="$effect">'
-    '<div class="panels">$panels</div>'
+    '<div class="panels">$panels</div>$similar'
     '<figcaption><a href="#$link">$name</a>: $answer</figcaption></figure>'
 )
 
@@ -43,6 +43,11 @@ def figure(e: Explanation) -> str:
         image, heat = map(data_url, overlay)
         caption = evidence.caption()
         panels += PANEL.substitute(image=image, name=name, heat=heat, caption=caption)
+    similar = ""
+    for cell in e.similar:
+        images = [f'<img src="{data_url(*panel)}" alt="training image">' for panel in cell.panels]
+        words = f"{cell.caption}: {', '.join(cell.labels)}"
+        similar += f'<p class="similar {cell.color}">{"".join(images)} {words}</p>'
     true, result = "", ""
     if e.label >= 0:
         true = CLASS_NAMES[e.label]
@@ -57,6 +62,7 @@ def figure(e: Explanation) -> str:
         map=e.evidence[0].verdict(),
         effect=random - hottest,
         panels=panels,
+        similar=similar,
         name=name,
         answer=e.answer(),
     )

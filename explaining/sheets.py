@@ -97,6 +97,14 @@ def make_cell(e: Explanation) -> Cell:
     return Cell(panels, caption, labels, "crimson" if is_wrong else "black")
 
 
+def many_sheet(file_name: str, title: str, explanations: list[Explanation]) -> Sheet:
+    """Many images, each beside its similar ones."""
+    cells = []
+    for e in explanations:
+        cells += [make_cell(e), *e.similar]
+    return Sheet(file_name, title, cells, 3)
+
+
 def overlay_sheet(e: Explanation) -> Sheet:
     """The picture of one image: the input, and heatmap and overlay for each class."""
     cells = []
@@ -105,6 +113,7 @@ def overlay_sheet(e: Explanation) -> Sheet:
         if e.photograph is not None:
             panels, labels = [[e.photograph], *panels], ["photograph", *labels]
         cells.append(Cell(panels, evidence.caption(), labels))
+    cells += e.similar
     return Sheet(e.file_name(), f"{e.name}: {e.answer()}", cells, 1)
 
 

@@ -102,3 +102,20 @@ def test_a_planted_mark_is_where_its_mask_says_and_shares_are_measured_there():
     maps = torch.zeros(1, 28, 28)
     maps[0, 10, 8], maps[0, 9, 9] = 3.0, 1.0
     assert share_on(maps, mask) == pytest.approx(0.75)
+
+
+def test_the_nearest_image_gives_alarms_and_lowest_confidence_as_many():
+    from similar import distances_of_classes, figures
+
+    labels, answers = torch.tensor([1, 0, 2, 3, 4]), torch.tensor([1, 1, 2, 2, 4])
+    neighbours = torch.tensor([1, 0, 2, 2, 5])  # alarms for the second and the last
+    probabilities = torch.zeros(5, 10)
+    probabilities[range(5), answers] = torch.tensor([0.4, 0.9, 0.8, 0.5, 0.7])
+    expected = dict(right=0.6, model_right=0.6, alarms=2, exposed=0.5, false_alarms=1 / 3)
+    # The least confident: the first, which is right, and the fourth, which is wrong.
+    expected["exposed_by_confidence"] = 0.5
+    assert figures(neighbours, probabilities, labels) == pytest.approx(expected)
+    known = torch.arange(20.0)[:, None] ** 2
+    found = distances_of_classes(torch.tensor([[0.0], [400.0]]), known, torch.arange(20) % 10)
+    assert found[0].tolist() == [i**2 for i in range(10)]
+    assert found[1].tolist() == [400 - (10 + i) ** 2 for i in range(10)]

@@ -13,7 +13,17 @@ import dataset
 import train
 from common.files import UserError, checksum
 from explaining import features
-from explaining.features import distance, familiarity_note, feature_statistics, measure
+from explaining.explanation import Explanation
+from explaining.features import (
+    TrainingImages,
+    distance,
+    familiarity_note,
+    feature_statistics,
+    labels_of_nearest,
+    load_training_images,
+    measure,
+    similar_images,
+)
 from model import SHIPPED_CHECKPOINT, load_checkpoint, save_checkpoint
 
 
@@ -131,3 +141,66 @@ def test_a_note_says_that_the_model_has_never_seen_the_like(monkeypatch, corners
     statistics = dict(means=torch.zeros(1, 1), precision=torch.ones(1, 1), limit=100.0**2)
     note = familiarity_note(model, image, statistics)
     assert note.removesuffix(" it would look more familiar to the model") == words
+
+
+# ---- Similar training images ----
+
+
+def of_pixels(*values):
+    """Images that are black but for the first three pixels."""
+    images = torch.zeros(len(values), 1, 28, 28, dtype=torch.uint8)
+    images[:, 0, 0, :3] = torch.tensor(values, dtype=torch.uint8)
+    return images
+
+
+def test_the_nearest_images_of_the_two_likeliest_classes_are_those_trained_on(monkeypatch):
+    monkeypatch.setattr(dataset, "normalize", lambda images: images.float())
+    # From (0, 0, 0) they are 5, 3, 13, 7, 15, 2 and 4 away; the last two were held out.
+    images = [(3, 4, 0), (0, 0, 3), (5, 12, 0), (2, 3, 6), (9, 12, 0), (2, 0, 0), (4, 0, 0)]
+    images, trained = of_pixels(*images), torch.arange(5)
+    tokens = images[:5].flatten(1)[:, :3].half()
+
+    def similar(labels, count):
+        probabilities = np.array([0.3, 0.1, 0.6] + [0.0] * 7)
+        e = Explanation(np.zeros((28, 28), np.uint8), -1, probabilities, [])
+        held_out = torch.tensor([5, 6])
+        training = TrainingImages(images, torch.tensor(labels), trained, held_out, tokens)
+        return similar_images(Pixels(), e, training, count)
+
+    likeliest, other = similar([2, 1, 0, 2, 2, 2, 0], 2)
+    assert (likeliest.labels, other.labels) == (["5.00", "7.00"], ["13.00"])
+    panels = [panel[0] for panel in likeliest.panels + other.panels]
+    assert np.array_equal(panels, images[[0, 3, 2], 0])
+    words = [cell.caption.splitlines()[1] for cell in (likeliest, other)]
+    assert words == ["labelled Pullover", "labelled T-shirt/top"]
+    assert (likeliest.color, other.color) == ("black", "black")
+    likeliest, other = similar([2, 0, 0, 2, 2, 2, 0], 1)
+    assert (likeliest.color, other.color, other.labels) == ("black", "crimson", ["3.00"])
+
+
+def test_the_nearest_images_vote_on_a_label():
+    known = of_pixels(*((i, 0, 0) for i in (1, 2, 3, 101, 102, 103))).flatten(1)[:, :3]
+    labels = torch.tensor([4, 4, 6, 6, 5, 8, 8])  # the first was held out
+    training = TrainingImages(None, labels, torch.arange(1, 7), torch.tensor([0]), known.half())
+    tokens = torch.tensor([[0, 0, 0], [99, 0, 0], [2, 0, 1]]).float()
+    assert labels_of_nearest(tokens, training).tolist() == [6, 8, 6]
+
+
+def test_the_tokens_of_the_training_images_are_kept_for_these_images(
+    small_checkpoint, small_model, small_data, monkeypatch
+):
+    def load():
+        config = dict(val_size=100, train_size=160, seed=3)
+        return load_training_images(small_checkpoint, small_model, config, small_data)
+
+    images, labels = dataset.load(small_data, train=True)
+    found = load()
+    assert torch.equal(found.images, images) and torch.equal(found.labels, labels)
+    expected = small_model.embed(dataset.normalize(images[found.trained])).detach()
+    torch.testing.assert_close(found.tokens.float(), expected, rtol=1e-2, atol=1e-3)
+    assert len(found.trained) == 160 and len(found.held_out) == 100
+    assert not torch.isin(found.trained, found.held_out).any()
+    monkeypatch.setattr(features, "embed", lambda model, images: torch.zeros(len(images), 1))
+    assert torch.equal(load().tokens, found.tokens)  # read back
+    monkeypatch.setattr(dataset, "load", lambda data_dir, train: (images.flip(3), labels))
+    assert not load().tokens.any()

@@ -23,6 +23,7 @@ pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
 import Visulization
 from explaining.explanation import Evidence, Explanation, explain, mask_evidence
 from explaining.gallery import save_gallery
+from explaining.sheets import Cell
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -140,6 +141,42 @@ def test_the_values_are_those_of_the_class_asked_for(tmp_path):
     assert ": -1  1." in found.texts[0].replace("\n", " ")
     values = [float(found.attributes[0][f"data-{key}"]) for key in ("confidence", "effect")]
     assert values == pytest.approx([0.7, 0.07])
+
+
+def test_similar_images_are_shown_with_their_distances(tmp_path):
+    images = np.arange(4 * 784, dtype=np.uint8).reshape(4, 28, 28)
+    shirts = Cell([[images[0]], [images[1]]], "like a Shirt", ["1.25", "2.00"])
+    coats = Cell([[images[2]], [images[3]]], "like a Coat", ["1.00", "3.50"], "crimson")
+    heatmap, probabilities = np.eye(28, dtype=np.float32), np.eye(10)[6]
+    e = Explanation(images[0], 6, probabilities, [Evidence(6, -1, heatmap, (1.0,) * 4)])
+    e.similar = [shirts, coats]
+    save_gallery(tmp_path / "index.html", [e], "")
+    page = (tmp_path / "index.html").read_text()
+    found = Figures(page)
+    assert np.array_equal([decode(image) for image in found.images[0][2:]], images)
+    assert "like a Shirt: 1.25, 2.00" in found.texts[1]
+    assert "like a Coat: 1.00, 3.50" in found.texts[1]
+    assert re.findall('class="similar (.*?)"', page) == ["black", "crimson"]
+
+
+def test_a_card_is_no_larger_than_its_content(browser, page):
+    browser.get(page.as_uri())
+    for figure in browser.find_elements(By.TAG_NAME, "figure"):
+        panels = figure.find_element(By.CLASS_NAME, "panels")
+        caption = figure.find_element(By.TAG_NAME, "figcaption")
+        count = len(panels.find_elements(By.CLASS_NAME, "heat"))
+        border = 2 * 12 + 2  # pixels of padding and line
+        assert (
+            figure.size["width"] - border == panels.size["width"] == 168 * count + 8 * (count - 1)
+        )
+        height = panels.size["height"] + caption.size["height"] + border
+        assert figure.size["height"] == pytest.approx(height, abs=2)
+
+
+def test_the_colour_bar_is_printed(browser, page):
+    browser.get(page.as_uri())
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
+    assert b"/ShadingType" in base64.b64decode(printed["data"])
 
 
 def test_images_are_filtered_and_sorted(browser, page, explanations):

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from training import report
 
@@ -68,14 +69,29 @@ def test_the_history_is_a_table_whose_columns_come_and_go(tmp_path):
 
 def test_the_curves_are_those_of_the_history():
     drawn = []
-    assert not (report.draw_curves(HISTORY[:1]).axes[0].get_xticks() % 1).any()
-    for axes in report.draw_curves(HISTORY).axes:
+    for axes in report.draw_curves(HISTORY, 0.6).axes:
         drawn.append({line.get_label(): line.get_xydata().tolist() for line in axes.lines})
     assert drawn == [
         {"train split, as augmented": [[1, 2.0], [2, 1.0]], "val split": [[2, 1.5]]},
-        {"train split, as augmented": [[1, 0.5], [2, 0.75]], "val split": [[2, 0.625]]},
+        {"train split, as augmented": [[1, 0.5], [2, 0.75]], "val split": [[2, 0.625]]}
+        | {"test split: 0.6000": [[0, 0.6], [1, 0.6]]},  # from the left edge to the right one
         dict(lr=[[1, 0.2], [2, 0.1]]),
     ]
+
+
+def test_no_legend_covers_a_point_even_of_a_single_epoch(monkeypatch, tmp_path):
+    figures, draw = [], report.draw_curves
+    monkeypatch.setattr(
+        report, "draw_curves", lambda *given: figures.append(draw(*given)) or Figure()
+    )
+    labels, predictions = (torch.cat([some, torch.arange(10)]) for some in (LABELS, PREDICTIONS))
+    report.save_pictures(tmp_path / "best.pt", HISTORY[1:], labels, predictions, quiet=True)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert not (axes.get_xticks() % 1).any()
+        assert not axes.get_legend().get_window_extent().overlaps(axes.bbox)
+    assert figure.axes[1].lines[-1].get_ydata()[0] == pytest.approx(13 / 14)
 
 
 def test_the_confusion_matrix_has_the_true_classes_as_rows():

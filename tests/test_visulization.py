@@ -233,6 +233,11 @@ def test_a_picture_of_each_image_and_a_sheet_of_all(run, drawn, few_images):
     assert max(hottest) == 230 and min(hottest) < 225  # both on one scale
 
 
+def test_a_gallery_takes_the_place_of_pictures(run, drawn, capsys, tmp_path):
+    run("--index", 0, 2, "--html")
+    assert not drawn and capsys.readouterr().out == "wrote HeapImg/index.html\n"
+
+
 def test_images_are_chosen_by_class_seed_and_result(run, drawn, few_images):
     def chosen(*flags):
         drawn.clear()
@@ -383,6 +388,94 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, shipped, few_images, tmp
     assert [f"{number:.2f}" for number in saved["masking"][1]] == re.findall(r"\d\.\d+", words)
 
 
+# ---- Similar training images, and labels in doubt ----
+
+
+def of_own(shipped, tmp_path, **train_config):
+    """Flags for the shipped model with a history of its own."""
+    save_checkpoint(tmp_path / "own.pt", shipped, train_config=train_config)
+    return "--checkpoint", "own.pt", "--output-dir", "out"
+
+
+def test_similar_training_images_are_beside_the_map(run, drawn, shipped, few_images, tmp_path):
+    # The test images are the training images here: the nearest is the image itself.
+    flags = of_own(shipped, tmp_path)
+    run("--index", 499, 0, "--similar", 2, *flags)
+    contact = drawn.pop("out/contact_sheet.png")[0]
+    assert (contact.columns, len(contact.cells)) == (3, 6)
+    for sheet, _, _ in drawn.values():
+        i = int(sheet.file_name[:5])
+        predicted, other = sheet.cells[-2:]
+        p = probabilities(shipped, few_images[0][[i]])[0]
+        names = [CLASS_NAMES[k] for k in p.argsort(descending=True)[:2]]
+        words = [cell.caption.splitlines()[1] for cell in (predicted, other)]
+        assert words == [f"labelled {name}" for name in names]
+        own = other if i == 499 else predicted  # 499 is a Coat that is taken for a Shirt
+        assert own.labels[0] in ("0.00", "0.01") and len(own.panels) == 2
+        assert np.array_equal(own.panels[0][0], few_images[0][i, 0])
+        colors = "black", "crimson" if i == 499 else "black"
+        assert (predicted.color, other.color) == colors
+        at = 3 * (i == 0)
+        assert contact.cells[at].caption.startswith(f"{i}: ")
+        captions = [cell.caption for cell in contact.cells[at + 1 : at + 3]]
+        assert captions == [predicted.caption, other.caption]
+
+
+@pytest.mark.parametrize("flags", [["--worst", 2], ["--image", "shoe.png"]])
+def test_similar_images_are_on_every_kind_of_sheet(run, drawn, small_model, tmp_path, flags):
+    save_garment(tmp_path / "shoe.png")
+    assert run(*flags, "--similar", 1, *of_own(small_model, tmp_path)) == 0
+    ((sheet, _, _),) = drawn.values()
+    count = sum("nearest training images" in cell.caption for cell in sheet.cells)
+    assert count == (4 if "--worst" in flags else 2)
+
+
+def test_wrong_labels_of_held_out_images_are_found(
+    run, drawn, shipped, few_images, monkeypatch, capsys, tmp_path
+):
+    images, labels = few_images
+    wrong = torch.arange(0, 500, 7)
+    labels = labels.clone()
+    labels[wrong] = (labels[wrong] + 1) % 10
+    monkeypatch.setattr(dataset, "load", lambda data_dir, train: (images, labels))
+    held_out = dataset.split_indices(labels, 200, 3)[1]
+    flags = of_own(shipped, tmp_path, val_size=200, seed=3)
+    assert run("--label-errors", 200, *flags) == 0
+    *lines, _ = capsys.readouterr().out.splitlines()
+    found = [int(re.match(r"training image (\d+): true", line).group(1)) for line in lines]
+    assert not set(found) - set(held_out.tolist())
+    planted = set(wrong.tolist()) & set(held_out.tolist())
+    assert len(planted & set(found)) > 0.8 * len(planted) > 20
+    assert len(set(found) - planted) < 8
+    p = probabilities(shipped, images[found])
+    answers, confidence = p.argmax(dim=1), p.amax(dim=1)
+    assert (answers != labels[found]).all() and (confidence.diff() < 1e-5).all()
+    ((sheet, _, _),) = drawn.values()
+    assert sheet.file_name == "label_errors.png" and sheet.title.startswith("training images")
+    assert [int(cell.caption.split(":")[0]) for cell in sheet.cells[::3]] == found
+    assert all(len(cell.panels) == 3 for cell in sheet.cells)
+    # Where the similar images do not agree with the answer, the label is in no doubt.
+    monkeypatch.setattr(Visulization, "labels_of_nearest", lambda tokens, _: torch.tensor(4))
+    drawn.clear()
+    run("--label-errors", 200, *flags)
+    ((sheet, _, _),) = drawn.values()
+    coats = [i for i, answer in zip(found, answers, strict=True) if answer == 4]
+    shown = [int(cell.caption.split(":")[0]) for cell in sheet.cells[::3]]
+    assert set(coats) <= set(shown) and (answers != 4).sum() > 20
+    assert (probabilities(shipped, images[shown]).argmax(dim=1) == 4).all()
+
+
+def test_a_model_that_saw_all_training_labels_is_asked_about_test_images(
+    run, drawn, shipped, few_images, capsys, tmp_path
+):
+    assert run("--label-errors", 1, *of_own(shipped, tmp_path, val_size=0)) == 0
+    line, note, _ = capsys.readouterr().out.splitlines()
+    i = int(re.match(r"test image (\d+): ", line).group(1))
+    assert probabilities(shipped, few_images[0][[i]]).argmax() != few_images[1][i]
+    assert note == "note: these are test images, since training held no images out"
+    assert drawn["out/label_errors.png"][0].title.startswith("test images")
+
+
 # ---- One's own pictures and checkpoints ----
 
 
@@ -401,14 +494,16 @@ def test_one_bad_file_does_not_stop_the_others(run, small_model, capsys, tmp_pat
     for name in odd:  # matplotlib would read $^$ as a formula
         save_garment(tmp_path / name)
     save_checkpoint(tmp_path / "\x1b[3J.pt", small_model)
-    flags = ("--checkpoint", "\x1b[3J.pt", "--html", "--output-dir", "\x1b")
+    flags = ("--checkpoint", "\x1b[3J.pt", "--output-dir", "\x1b")
+    run("--image", odd[0], "--html", *flags)
+    capsys.readouterr()
     status = run("--image", "text.png", *odd, "missing\x1b.png", *flags)
     assert status == "Visulization.py: error: 5 of 7 pictures could be explained"
     output = capsys.readouterr()
     errors = [line.split(":")[0] for line in output.err.splitlines()]
     assert errors == ["text.png", "missing�.png"]
     *lines, last = (line for line in output.out.splitlines() if not line.startswith("  note: "))
-    assert last == "wrote 6 files in �"
+    assert last == "wrote 5 files in �"
     assert [line.split(": ")[0] for line in lines] == [*odd[:2], "a�b.png", "sch�h.png", odd[4]]
     assert all(line.count("%") == 3 for line in lines)
     names = {path.name.split("_as_")[0] for path in (tmp_path / "\x1b").glob("*.png")}
@@ -486,6 +581,9 @@ def test_a_checkpoint_has_a_folder(run, drawn, small_model, tmp_path, monkeypatc
         ("--average --versus Bag", "no use for"),
         ("--average --html", "no use for"),
         ("--all-classes --average", "no use for"),
+        ("--similar 2 --average", "no use for"),
+        ("--similar 11", "argument --similar: invalid choice: 11"),
+        ("--label-errors 3 --index 0", "not allowed with argument"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

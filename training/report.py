@@ -77,7 +77,8 @@ def save_pictures(
     """Draw curves and confusion matrix beside a checkpoint."""
     pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions))
     if history:
-        pictures["curves"] = draw_curves(history)
+        accuracy = (predictions == labels).double().mean().item()
+        pictures["curves"] = draw_curves(history, accuracy)
     for name, figure in pictures.items():
         path = checkpoint.with_name(f"{checkpoint.stem}_{name}.png")
         with whole_file(path) as file:
@@ -86,9 +87,9 @@ def save_pictures(
             print(f"wrote {printable(path)}")
 
 
-def draw_curves(history: list[Row]) -> Figure:
+def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
     """Cross-entropy, accuracy and learning rate over the epochs."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     panels = {
         "cross-entropy": ("train_loss", "val_loss"),
         "accuracy": ("train_accuracy", "val_accuracy"),
@@ -102,10 +103,14 @@ def draw_curves(history: list[Row]) -> Figure:
                 values = [row[name] for row in rows]
                 label = SPLITS.get(name.split("_")[0], name)
                 axes.plot(epochs, values, "o-", markersize=4, label=label)
+        if title == "accuracy":
+            label = f"{SPLITS['test']}: {test_accuracy:.4f}"
+            axes.axhline(test_accuracy, color="black", linestyle="--", linewidth=1, label=label)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        axes.legend(loc="lower right" if title == "accuracy" else "upper right")  # off the curve
+        # below, where it covers no point, not even of a single epoch
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13))
     return figure
 
 
