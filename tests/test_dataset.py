@@ -336,3 +336,29 @@ def test_cutmix_puts_a_rectangle_of_the_image_before_and_mixes_the_targets_by_it
     is_mixed = shares > 0
     assert is_mixed.double().mean().item() == pytest.approx(0.8, abs=0.07)
     assert shares[is_mixed].mean().item() == pytest.approx(0.45, abs=0.07) and shares.max() > 0.85
+
+
+@pytest.mark.parametrize(
+    "draw, width, height, new_width, new_height",
+    [
+        (1.0, 14, 28, 28, 28),  # twice as wide
+        (0.0, 14, 28, 7, 28),  # half as wide
+        (1.0, 20, 10, 28, 7),  # 40 wide, so it is made smaller
+        (0.0, 28, 14, 28, 28),  # 14 wide and high, so it is made larger
+        (0.5, 28, 14, 28, 14),  # as it was
+    ],
+)
+def test_a_stretched_garment_fills_the_frame(
+    monkeypatch, draw, width, height, new_width, new_height
+):
+    def garment(width, height):
+        image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+        top, left = (28 - height) // 2, (28 - width) // 2
+        image[:, :, top : top + height, left : left + width] = 200
+        return image
+
+    monkeypatch.setattr(dataset, "_uniform", lambda *_: torch.full((1, 1, 1, 1), draw))
+    found = dataset.random_stretch(garment(width, height), None, 2.0).float() / 200
+    assert found.sum().item() == pytest.approx(new_width * new_height, rel=0.02)
+    assert found[0, 0].mean(dim=0).mul(28).max().item() == pytest.approx(new_height, abs=0.1)
+    assert found[0, 0].mean(dim=1).mul(28).max().item() == pytest.approx(new_width, abs=0.1)
