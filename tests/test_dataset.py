@@ -211,7 +211,7 @@ def full_of(value, number):
 
 def test_the_generator_decides_and_the_images_stay(test_split):
     images = test_split[0][:50].clone()
-    options = dict(flip=True, shift=2, erase=0.5, rotate=15.0, noise=0.1)
+    options = dict(flip=True, shift=2, erase=0.5, rotate=15.0, noise=0.1, stretch=1.3)
     variants = augmented(images, **options)
     assert torch.equal(images, test_split[0][:50]) and torch.equal(augmented(images), images)
     assert torch.equal(augmented(images, **options), variants)
@@ -358,7 +358,7 @@ def test_a_stretched_garment_fills_the_frame(
         return image
 
     monkeypatch.setattr(dataset, "_uniform", lambda *_: torch.full((1, 1, 1, 1), draw))
-    found = dataset.random_stretch(garment(width, height), None, 2.0).float() / 200
+    found = augmented(garment(width, height), stretch=2.0).float() / 200
     assert found.sum().item() == pytest.approx(new_width * new_height, rel=0.02)
     assert found[0, 0].mean(dim=0).mul(28).max().item() == pytest.approx(new_height, abs=0.1)
     assert found[0, 0].mean(dim=1).mul(28).max().item() == pytest.approx(new_width, abs=0.1)

@@ -63,6 +63,12 @@ def test_a_folder_that_is_no_clone_is_named(tmp_path):
         photographs.read_photographs(tmp_path)
 
 
+def test_a_picture_that_is_missing_is_named(clone):
+    (clone / "images" / "a2.jpg").unlink()
+    with pytest.raises(UserError, match=r"a2\.jpg is not a file"):
+        photographs.read_photographs(clone)
+
+
 def test_what_was_sorted_by_eye_names_each_photograph_once():
     codes = " ".join(photographs.SHOES.values()).split() + photographs.SKIPPED
     assert len(codes) == len(set(codes)) > 100
