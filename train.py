@@ -400,7 +400,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     torch.set_num_threads(config.threads)
 
     images, labels, train_index, held_out = load_data(config, device)
-    teachers = runs.load_teachers(config, labels, device)
+    split_labels = labels  # for the teachers' validation split, without photographs
     if config.photographs:
         parts = add_photographs(config, images, labels, train_index, held_out)
         images, labels, train_index, held_out = parts
@@ -426,7 +426,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
         model=model,
         optimizers=optimizers,
-        teachers=teachers,
+        teachers=runs.load_teachers(config, split_labels, device),
     )
     if resume:
         runs.resume_run(run)

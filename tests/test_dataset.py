@@ -358,7 +358,8 @@ def test_a_stretched_garment_fills_the_frame(
         return image
 
     monkeypatch.setattr(dataset, "_uniform", lambda *_: torch.full((1, 1, 1, 1), draw))
+    # Half a pixel at the frame is mixed with the dark outside.
     found = augmented(garment(width, height), stretch=2.0).float() / 200
-    assert found.sum().item() == pytest.approx(new_width * new_height, rel=0.02)
-    assert found[0, 0].mean(dim=0).mul(28).max().item() == pytest.approx(new_height, abs=0.1)
-    assert found[0, 0].mean(dim=1).mul(28).max().item() == pytest.approx(new_width, abs=0.1)
+    assert found.sum().item() == pytest.approx(new_width * new_height, rel=0.04)
+    assert found[0, 0].sum(dim=0).max().item() == pytest.approx(new_height, abs=0.6)
+    assert found[0, 0].sum(dim=1).max().item() == pytest.approx(new_width, abs=0.6)
