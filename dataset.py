@@ -171,6 +171,7 @@ def augment(
     erase_area: float = 0.33,
     rotate: float = 0.0,
     noise: float = 0.0,
+    stretch: float = 1.0,
 ) -> Tensor:
     """A random variant of each of the uint8 images (N, C, H, W), which are left as they are.
 
@@ -178,6 +179,8 @@ def augment(
     """
     if rotate:
         images = random_rotate(images, generator, rotate)
+    if stretch > 1:
+        images = random_stretch(images, generator, stretch)
     if flip:
         mirrored = _uniform(images, generator) < 0.5
     if shift:
@@ -292,3 +295,19 @@ def cutmix(
     inside = random_rectangles(images, generator, probability, (0.0, 1.0))
     share = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)
     return torch.where(inside, images.roll(1, 0), images), targets.lerp(targets.roll(1, 0), share)
+
+
+def random_stretch(images: Tensor, generator: Generator, most: float) -> Tensor:
+    """Make garments up to `most` times wider or narrower, filling the frame as photographs do.
+
+    Takes uint8 images (N, 1, H, W) with the garment in the middle.
+    """
+    wider = most ** (2 * _uniform(images, generator).flatten() - 1)
+    width = (images > 0).any(dim=2).sum(dim=(1, 2)) * wider
+    height = (images > 0).any(dim=3).sum(dim=(1, 2))
+    zoom = images.shape[3] / torch.maximum(width, height).clamp(min=1)
+    zero = torch.zeros_like(zoom)
+    rows = [1 / (zoom * wider), zero, zero, zero, 1 / zoom, zero]
+    matrices = torch.stack(rows, dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()

@@ -59,6 +59,8 @@ SETTINGS: Table = dict(
     val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
     train_size=(0, (0, INF), "train on only this many of the others; 0: on all"),
     skip_easy=(0.0, (0.0, 1.0), "pruned share of the easiest 60 % of images after epoch 1"),
+    photographs=("", None, "archive of explaining/photographs.py, to train on as well"),
+    repeat=(1, (1, INF), "how often an epoch shows each photograph"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
     alternate_flip=(False, None, "mirror each image in every other epoch, not at random"),
@@ -68,7 +70,9 @@ SETTINGS: Table = dict(
     cutmix=(0.3, (0.0, 1.0), "probability that a rectangle is another image's, with its label"),
     rotate=(0.0, (0.0, 180.0), "rotate an eighth of the images by up to this many degrees"),
     noise=(0.0, (0.0, 1.0), "add noise to an eighth, of up to this standard deviation"),
+    stretch=(1.0, (1.0, 10.0), "make garments up to this many times wider or narrower"),
     # model
+    start=("", None, "checkpoint whose weights training starts from"),
     stem_dims=((16, 32), (1, INF), "channels of the stem at 28x28 and at 14x14"),
     stem_blocks=((2, 2, 2), (0, INF), "residual blocks at 28x28, at 14x14 and at 7x7"),
     embed_dim=(96, (1, INF), "channels at 7x7: the width of a token"),
@@ -158,11 +162,25 @@ RECIPES = dict(  # they replace defaults; flags override both
         epochs=121,
         teacher=("checkpoints/teacher/best.pt",),
     ),
+    # The record learns people's own pictures. First: python -m explaining.photographs CLONE
+    photographs=BIG
+    | dict(
+        photographs="data/photographs.npz",
+        repeat=4,
+        train_size=10000,
+        stretch=1.4,
+        start="checkpoints/shipped/model.pt",
+        stem_dims=(32, 64),
+        stem_blocks=(3, 3, 1),
+        epochs=4,
+        lr=2e-3,
+        ema_decay=0.98,
+    ),
 )
 GROUPS = dict(  # of --help, by first row
     data_dir="data",
     flip="augmentation",
-    stem_dims="model",
+    start="model",
     epochs="optimisation",
     teacher="distillation",
     seed="system",
@@ -199,6 +217,25 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     return images, labels, train_index.to(device), held_out
 
 
+def add_photographs(
+    config: SimpleNamespace, images: Tensor, labels: Tensor, train_index: Tensor, held_out: dict
+) -> tuple:
+    """Add an archive to what `load_data` returns; some people's photographs are held out."""
+    path = user_path(config.photographs)
+    try:
+        archive = np.load(path)
+        parts = [torch.from_numpy(archive[name]) for name in ("images", "labels", "held_out")]
+    except Exception as error:  # of several types, if it is damaged
+        advice = "make it by python -m explaining.photographs CLONE"
+        raise UserError(f"cannot read {path} ({error}): {advice}") from error
+    new, new_labels, is_held_out = (part.to(images.device) for part in parts)
+    new, new_labels = new[:, None], new_labels.long()
+    held_out = held_out | dict(photographs=(new[is_held_out], new_labels[is_held_out]))
+    new_index = len(labels) + torch.nonzero(~is_held_out).flatten()
+    train_index = torch.cat([train_index, new_index.repeat(config.repeat)])
+    return torch.cat([images, new]), torch.cat([labels, new_labels]), train_index, held_out
+
+
 def augmented_batch(
     images: Tensor, labels: Tensor, generator: torch.Generator, config: SimpleNamespace
 ) -> tuple[Tensor, Tensor]:
@@ -206,7 +243,7 @@ def augmented_batch(
 
     These are the labels, int64 (N,), or with CutMix the share of each class, (N, 10).
     """
-    names = ("shift", "erase", "erase_area", "rotate", "noise")
+    names = ("shift", "erase", "erase_area", "rotate", "noise", "stretch")
     options = {name: getattr(config, name) for name in names}
     flip = config.flip and not config.alternate_flip  # which mirrors them once an epoch
     images = dataset.augment(images, generator, flip, **options)
@@ -368,6 +405,10 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     torch.set_num_threads(config.threads)
 
     images, labels, train_index, held_out = load_data(config, device)
+    split_labels = labels  # for the teachers' validation split, without photographs
+    if config.photographs:
+        parts = add_photographs(config, images, labels, train_index, held_out)
+        images, labels, train_index, held_out = parts
     steps, pruned = steps_of_epochs(config, len(train_index))
     seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
@@ -375,6 +416,8 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     model = (model or make_model(config)).to(device, memory_format=layout)
     if config.whiten:
         whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
+    if config.start and not resume:
+        runs.load_start(model, user_path(config.start))
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay, config.momentum)
     check_optimizers(model, optimizers)
     run = Run(
@@ -388,7 +431,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
         model=model,
         optimizers=optimizers,
-        teachers=runs.load_teachers(config, labels, device),
+        teachers=runs.load_teachers(config, split_labels, device),
     )
     if resume:
         runs.resume_run(run)

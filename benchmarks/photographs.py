@@ -1,6 +1,12 @@
 """What the background of a photograph costs: simulated ones, read as `--image` reads them.
 
     python benchmarks/photographs.py    300 images on each background, 1,000 strange pictures
+    python benchmarks/photographs.py --real FOLDER --list LIST     real photographs, by kind
+    python benchmarks/photographs.py --archive data/photographs.npz  those that training held out
+
+A list is a table of group, labels (accepted classes: Coat|Pullover), repository, and path; a
+picture is FOLDER/repository/path. Both can measure several --checkpoints. They also show how well
+the answer's probability tells wrong answers.
 
 An image is inverted, enlarged, made opaque, given a colour, and put on a background. Thresholds in
 `explaining/photo.py` were chosen on training images, and not on grass. Life is harder: no garment
@@ -8,6 +14,7 @@ here is worn, folded or seen from the side, and none has more detail than 28x28 
 """
 
 import argparse
+import csv
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +24,7 @@ import numpy as np
 import results
 import torch
 from PIL import Image
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import dataset
@@ -278,10 +286,97 @@ def measure(args: argparse.Namespace) -> Iterator[results.Row]:
         yield row
 
 
+# ---- Real photographs ----
+
+
+def read_listed(folder: Path, path: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """Images, uint8 (N, 1, 28, 28), which classes are accepted, bool (N, 10), and the kinds."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    images = [read_image(folder / row["repository"] / row["path"])[0] for row in rows]
+    accepted = torch.zeros(len(rows), len(dataset.CLASS_NAMES), dtype=torch.bool)
+    for number, row in enumerate(rows):
+        for name in row["labels"].split("|"):
+            accepted[number, dataset.CLASS_NAMES.index(name)] = True
+    kinds = []
+    for row in rows:
+        is_of_training = "clothing-dataset" in row["repository"]
+        kinds.append(f"{row['group']}, {'training' if is_of_training else 'another'}'s source")
+    return torch.from_numpy(np.stack(images))[:, None], accepted, kinds
+
+
+def read_held_out(path: Path) -> tuple[Tensor, Tensor, list[str]]:
+    """The same of the photographs that an archive holds out; their kinds are the classes."""
+    archive = np.load(path)
+    images, labels = (torch.from_numpy(archive[name]) for name in ("images", "labels"))
+    is_held_out = torch.from_numpy(archive["held_out"])
+    images, labels = images[is_held_out][:, None], labels[is_held_out].long()
+    accepted = torch.nn.functional.one_hot(labels, len(dataset.CLASS_NAMES)).bool()
+    return images, accepted, [dataset.CLASS_NAMES[label] for label in labels]
+
+
+def share(right: np.ndarray) -> str:
+    """How many are right, in per cent, with the binomial standard error."""
+    rate = right.mean()
+    error = (rate * (1 - rate) / len(right)) ** 0.5
+    return f"{right.sum()}: {rate:.1%} ± {100 * error:.1f}"
+
+
+def warning_rows(name: str, probability: np.ndarray, right: np.ndarray) -> list[results.Row]:
+    """How well a note below some limits of the answer's probability tells wrong answers."""
+    rows = []
+    area = roc_auc_score(~right, -probability)
+    for limit in (0.5, 0.6, 0.7, 0.8, 0.9):
+        noted = probability < limit
+        row = dict(checkpoint=name, area=area, limit=limit, noted=noted.mean())
+        row["precision"] = (~right)[noted].mean() if noted.any() else ""
+        rows.append(row | dict(recall=noted[~right].mean()))
+    return rows
+
+
+def print_real(args: argparse.Namespace) -> None:
+    """Print the shares of right answers by kind, and what the probability tells."""
+    if args.archive:
+        images, accepted, kinds = read_held_out(args.archive)
+    else:
+        images, accepted, kinds = read_listed(args.real, args.list)
+    kinds = np.array(kinds)
+    groups = {kind: kinds == kind for kind in sorted(set(kinds))}
+    general = np.array([kind.split(",")[0] for kind in kinds])
+    groups |= {f"{kind}, all": general == kind for kind in sorted(set(general) - set(kinds))}
+    groups["all"] = np.ones(len(kinds), bool)
+    rows = [dict(kind=kind, pictures=members.sum()) for kind, members in groups.items()]
+    warnings = []
+    for checkpoint in args.checkpoints:
+        probabilities = train.predict(load_checkpoint(checkpoint)[0], images).softmax(dim=1)
+        probability, answer = probabilities.max(dim=1)
+        right = accepted[torch.arange(len(answer)), answer].numpy()
+        for row, members in zip(rows, groups.values(), strict=True):
+            row[str(checkpoint)] = share(right[members])
+        warnings += warning_rows(str(checkpoint), probability.numpy(), right)
+    columns = dict(kind=("", ""), pictures=("pictures", ""))
+    columns |= {str(path): (path.name, "") for path in args.checkpoints}
+    results.print_table([{k: str(v) for k, v in row.items()} for row in rows], columns)
+    print()
+    columns = dict(checkpoint=("", "code"), area=("area under the curve", ".3f"))
+    columns |= dict(limit=("note below", ".0%"), noted=("with a note", ".1%"))
+    columns |= dict(precision=("wrong of these", ".1%"), recall=("of all wrong", ".1%"))
+    results.print_table([{k: str(v) for k, v in row.items()} for row in warnings], columns)
+
+
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
-    parser.add_argument("--num-images", type=int, help="of each kind, for a quick try")
-    results.run(parser, measure, ("pictures",), COLUMNS)
+    add = parser.add_argument
+    add("--num-images", type=int, help="of each kind, for a quick try")
+    add("--real", type=Path, help="a folder of real photographs; with --list")
+    add("--list", type=Path, help="what is in it: group, labels, repository, path")
+    add("--archive", type=Path, help="of explaining/photographs.py: its held-out photographs")
+    add("--checkpoints", type=Path, nargs="+", default=[SHIPPED_CHECKPOINT])
+    args = parser.parse_args()
+    if args.archive or args.real:
+        print_real(args)
+    else:
+        results.run(parser, measure, ("pictures",), COLUMNS)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def full_of(value, number):
 
 def test_the_generator_decides_and_the_images_stay(test_split):
     images = test_split[0][:50].clone()
-    options = dict(flip=True, shift=2, erase=0.5, rotate=15.0, noise=0.1)
+    options = dict(flip=True, shift=2, erase=0.5, rotate=15.0, noise=0.1, stretch=1.3)
     variants = augmented(images, **options)
     assert torch.equal(images, test_split[0][:50]) and torch.equal(augmented(images), images)
     assert torch.equal(augmented(images, **options), variants)
@@ -336,3 +336,30 @@ def test_cutmix_puts_a_rectangle_of_the_image_before_and_mixes_the_targets_by_it
     is_mixed = shares > 0
     assert is_mixed.double().mean().item() == pytest.approx(0.8, abs=0.07)
     assert shares[is_mixed].mean().item() == pytest.approx(0.45, abs=0.07) and shares.max() > 0.85
+
+
+@pytest.mark.parametrize(
+    "draw, width, height, new_width, new_height",
+    [
+        (1.0, 14, 28, 28, 28),  # twice as wide
+        (0.0, 14, 28, 7, 28),  # half as wide
+        (1.0, 20, 10, 28, 7),  # 40 wide, so it is made smaller
+        (0.0, 28, 14, 28, 28),  # 14 wide and high, so it is made larger
+        (0.5, 28, 14, 28, 14),  # as it was
+    ],
+)
+def test_a_stretched_garment_fills_the_frame(
+    monkeypatch, draw, width, height, new_width, new_height
+):
+    def garment(width, height):
+        image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+        top, left = (28 - height) // 2, (28 - width) // 2
+        image[:, :, top : top + height, left : left + width] = 200
+        return image
+
+    monkeypatch.setattr(dataset, "_uniform", lambda *_: torch.full((1, 1, 1, 1), draw))
+    # Half a pixel at the frame is mixed with the dark outside.
+    found = augmented(garment(width, height), stretch=2.0).float() / 200
+    assert found.sum().item() == pytest.approx(new_width * new_height, rel=0.04)
+    assert found[0, 0].sum(dim=0).max().item() == pytest.approx(new_height, abs=0.6)
+    assert found[0, 0].sum(dim=1).max().item() == pytest.approx(new_width, abs=0.6)

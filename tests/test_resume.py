@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_alike, assert_identical, state_of
@@ -65,6 +66,7 @@ def contents(folder):
         dict(alternate_flip=True, skip_easy=0.5, whiten=True),
         dict(cutmix=0.5, optimizer="adamw", val_size=0),
         dict(teacher_weight=1.0, temperature=2.0),
+        dict(repeat=2, stretch=1.5),
     ],
 )
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
@@ -73,6 +75,13 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
     if "temperature" in changes:
         teacher = train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
         changes = changes | dict(teacher=(str(teacher),))
+    if "repeat" in changes:
+        start = tmp_path / "start.pt"
+        train.train(run_config(epochs=1, output_dir=str(tmp_path / "first"))).rename(start)
+        images = np.arange(3 * 784, dtype=np.uint8).reshape(3, 28, 28)
+        archive = dict(images=images, labels=np.uint8([1, 2, 3]), held_out=np.array([0, 0, 1]) > 0)
+        np.savez(tmp_path / "photographs.npz", **archive)
+        changes = changes | dict(photographs=str(tmp_path / "photographs.npz"), start=str(start))
     whole, parts = whole_and_parts(**changes, epochs=3)
     train.train(whole)
     for step in (13, 3):  # in the second epoch; then, in the run that goes on, in the second again
@@ -174,7 +183,7 @@ def test_another_teacher_in_its_place_is_refused_on_resume(run_config, stop, tmp
     first, config = teacher.read_bytes(), run_config(teacher=(str(teacher),), epochs=1)
     train.train(config)
     train.train(run_config(epochs=1, lr=0.1, **options))
-    with pytest.raises(UserError, match="the teacher has changed since the run began"):
+    with pytest.raises(UserError, match="the teacher or the photographs have changed"):
         train.train(config, resume=True)
     moved = tmp_path / "moved.pt"
     moved.write_bytes(first)

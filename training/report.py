@@ -18,6 +18,7 @@ from dataset import CLASS_NAMES
 Row = dict[str, float]  # the numbers of an epoch
 # Training accuracy looks low, since its images are augmented.
 SPLITS = dict(train="train split, as augmented", val="val split", test="test split")
+SPLITS["photographs"] = "held-out photographs"
 
 
 def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
@@ -45,7 +46,8 @@ def epoch_line(history: list[Row], steps: list[int]) -> str:
     if done > 1:
         seconds -= history[-2]["seconds"]
     words = [f"epoch {done}/{len(steps)}"]
-    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
+    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "photographs_accuracy")
+    for name in names:
         if name in row:
             words.append(f"{name} {row[name]:.4f}")
     elapsed = timedelta(seconds=round(row["seconds"]))
@@ -92,7 +94,7 @@ def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = {
         "cross-entropy": ("train_loss", "val_loss"),
-        "accuracy": ("train_accuracy", "val_accuracy"),
+        "accuracy": ("train_accuracy", "val_accuracy", "photographs_accuracy"),
         "learning rate of the last step": ("lr",),
     }
     for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):

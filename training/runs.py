@@ -58,7 +58,10 @@ class Run:
         # The loss of each image when last seen.
         self.losses = torch.full_like(self.labels, 100, dtype=torch.float32)
         self.generator = torch.Generator(self.images.device)  # for order and augmentation
-        self.teacher_checksums = [checksum(path) for path in paths_of_teachers(self.config)]
+        paths = paths_of_teachers(self.config)
+        if self.config.photographs:
+            paths.append(user_path(self.config.photographs))
+        self.checksums = [checksum(path) for path in paths]
 
     @property
     def folder(self) -> Path:
@@ -168,7 +171,7 @@ def save_run(run: Run, row: dict[str, Any]) -> None:
         best=run.best.state_dict(),
         optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
         losses=run.losses,
-        teachers=run.teacher_checksums,
+        checksums=run.checksums,
         processes=processes.count(),
     )
     # It comes last: a run that is killed before repeats this epoch, bit for bit.
@@ -191,8 +194,9 @@ def resume_run(run: Run) -> None:
     if state["processes"] != count:  # batch norm would see other batches
         what = f"the run to resume had {state['processes']} processes, not {count}"
         raise UserError(f"{what}: start as many again")
-    if state["teachers"] != run.teacher_checksums:
-        raise UserError("the teacher has changed since the run began: put it back")
+    if state["checksums"] != run.checksums:
+        what = "the teacher or the photographs have changed since the run began"
+        raise UserError(f"{what}: put them back")
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -208,7 +212,17 @@ def resume_run(run: Run) -> None:
         save_best(run)  # it may be lost, or of the next epoch
 
 
-# ---- Teachers ----
+# ---- Other checkpoints ----
+
+
+def load_start(model: nn.Module, path: Path) -> None:
+    """Give a new model the weights of a checkpoint, or refuse them."""
+    weights = load_checkpoint(path)[0].state_dict()
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        what = f"--start {path} is of another model"
+        raise UserError(f"{what}: give its settings of the model") from error
 
 
 def paths_of_teachers(config: SimpleNamespace) -> list[Path]:

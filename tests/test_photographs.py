@@ -1,0 +1,165 @@
+"""People's own photographs: the archive, and what training makes of it."""
+
+import csv
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from common.files import UserError
+from model import load_checkpoint, save_checkpoint
+from training import runs
+
+pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
+import photographs as benchmark
+
+from explaining import photographs
+from explaining.photo import read_image
+
+
+def row(image, sender, label, kids="False"):
+    return dict(image=image, sender_id=str(sender), label=label, kids=kids)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone with six pictures; three are of a class, and one of these is of sender 9."""
+    sneaker = photographs.SHOES["Sneaker"].split()[0]
+    rows = [row("a1", 1, "Pants"), row("a2", 9, "Longsleeve"), row(f"{sneaker}-0", 2, "Shoes")]
+    rows += [row("a4", 204, "Pants"), row("a5", 1, "Pants", "True"), row("a6", 1, "Shoes")]
+    folder = tmp_path / "clone"
+    (folder / "images").mkdir(parents=True)
+    with open(folder / "images.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    for number, name in enumerate(r["image"] for r in rows):
+        picture = np.full((60, 60, 3), 255, np.uint8)
+        picture[10:50, 20 : 30 + number] = 50
+        Image.fromarray(picture).save(folder / "images" / f"{name}.jpg")
+    return folder
+
+
+def test_the_command_writes_what_image_reads_and_counts_it(clone, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "data" / "photographs.npz"
+    monkeypatch.setattr(sys, "argv", ["photographs", str(clone), "--output", str(path)])
+    photographs.main()
+    archive = np.load(path)
+    assert archive["labels"].tolist() == [1, 2, 7]  # Trouser, Pullover, Sneaker
+    assert archive["held_out"].tolist() == [False, True, False]
+    names = ["a1", "a2", photographs.SHOES["Sneaker"].split()[0] + "-0"]
+    for image, name in zip(archive["images"], names, strict=True):
+        assert (image == read_image(clone / "images" / f"{name}.jpg")[0]).all()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["Pullover", "0", "1"] in lines and ["Sneaker", "1", "0"] in lines
+    assert ["Bag", "0", "0"] in lines
+
+
+def test_a_folder_that_is_no_clone_is_named(tmp_path):
+    with pytest.raises(UserError, match="no clone of clothing-dataset"):
+        photographs.read_photographs(tmp_path)
+
+
+def test_a_picture_that_is_missing_is_named(clone):
+    (clone / "images" / "a2.jpg").unlink()
+    with pytest.raises(UserError, match=r"a2\.jpg is not a file"):
+        photographs.read_photographs(clone)
+
+
+def test_what_was_sorted_by_eye_names_each_photograph_once():
+    codes = " ".join(photographs.SHOES.values()).split() + photographs.SKIPPED
+    assert len(codes) == len(set(codes)) > 100
+    assert all(len(code) == 6 and int(code, 16) >= 0 for code in codes)
+
+
+# ---- Training ----
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Four photographs, grey values 1 to 4, of the classes 5 to 8; the third is held out."""
+    images = np.zeros((4, 28, 28), np.uint8) + np.arange(1, 5, dtype=np.uint8)[:, None, None]
+    held_out = np.array([False, False, True, False])
+    np.savez(tmp_path / "a.npz", images=images, labels=np.uint8([5, 6, 7, 8]), held_out=held_out)
+    return str(tmp_path / "a.npz")
+
+
+def test_photographs_join_the_training_images_but_those_held_out(run_config, archive):
+    plain = train.start_run(run_config())
+    run = train.start_run(run_config(photographs=archive, repeat=3))
+    assert torch.equal(run.images[:500], plain.images) and len(run.images) == 504
+    assert run.images[500:, 0, 0, 0].tolist() == [1, 2, 3, 4]
+    assert run.labels[500:].tolist() == [5, 6, 7, 8]
+    counts = run.train_index.bincount(minlength=504)
+    assert counts[500:].tolist() == [3, 3, 0, 3]
+    assert torch.equal(counts[:500], plain.train_index.bincount(minlength=500))
+    images, labels = run.held_out["photographs"]
+    assert images.shape == (1, 1, 28, 28) and images.unique().tolist() == [3]
+    assert labels.tolist() == [7] and torch.equal(run.held_out["val"][1], plain.held_out["val"][1])
+
+
+def test_the_held_out_photographs_are_in_the_history_and_on_the_screen(
+    run_config, archive, capsys, small_data
+):
+    model, checkpoint = load_checkpoint(train.train(run_config(photographs=archive, epochs=1)))
+    image = torch.full((1, 1, 28, 28), 3, dtype=torch.uint8)
+    is_right = train.predict(model, image).argmax().item() == 7
+    assert checkpoint["history"][0]["photographs_accuracy"] == is_right
+    assert f"photographs_accuracy {is_right:.4f}" in capsys.readouterr().out
+
+
+def test_an_archive_that_is_missing_or_damaged_says_how_to_make_it(run_config, archive, tmp_path):
+    (tmp_path / "b.npz").write_bytes(b"PK")
+    for name in ("b.npz", "c.npz"):
+        with pytest.raises(UserError, match="make it by python -m explaining"):
+            train.start_run(run_config(photographs=str(tmp_path / name)))
+
+
+def test_a_run_goes_on_only_with_the_same_photographs(run_config, archive):
+    config = run_config(photographs=archive, epochs=1)
+    train.train(config)
+    contents = dict(np.load(archive))
+    np.savez(archive, **contents | dict(labels=contents["labels"][::-1]))
+    with pytest.raises(UserError, match="the photographs have changed"):
+        train.train(config, resume=True)
+
+
+def test_training_starts_from_the_weights_of_a_checkpoint(run_config, small_model, tmp_path):
+    path = tmp_path / "start.pt"
+    save_checkpoint(path, small_model)
+    run = train.start_run(run_config(start=str(path), seed=7, whiten=False))
+    for name, weight in small_model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], weight)
+        assert torch.equal(run.ema.state_dict()[name], weight)
+    with pytest.raises(UserError, match="is of another model: give its settings"):
+        runs.load_start(train.make_model(run_config(embed_dim=8)), path)
+
+
+def test_the_recipe_fits_the_shipped_model():
+    config = train.choose_settings(train.SETTINGS, train.RECIPES, dict(recipe="photographs"))
+    runs.load_start(train.make_model(config), train.user_path(config.start))
+
+
+# ---- The benchmark ----
+
+
+def test_a_listed_photograph_may_be_of_several_classes(clone, tmp_path):
+    text = "group,labels,repository,path\nphone,Coat|Pullover,clone,images/a1.jpg\n"
+    (tmp_path / "list.csv").write_text(text)
+    images, accepted, kinds = benchmark.read_listed(tmp_path, tmp_path / "list.csv")
+    assert accepted.nonzero().tolist() == [[0, 2], [0, 4]]
+    assert kinds == ["phone, another's source"]
+    assert (images[0, 0].numpy() == read_image(clone / "images/a1.jpg")[0]).all()
+
+
+def test_shares_and_notes_are_those_counted_by_hand():
+    right = np.array([True, True, True, False])
+    assert benchmark.share(right) == "3: 75.0% ± 21.7"
+    rows = benchmark.warning_rows("a", np.array([0.95, 0.85, 0.55, 0.65]), right)
+    # Of the three right answers two have a higher probability than the wrong one.
+    assert rows[0]["area"] == pytest.approx(2 / 3)
+    numbers = [(r["noted"], r["precision"], r["recall"]) for r in rows]
+    assert numbers == [(0, "", 0), (0.25, 0, 0), (0.5, 0.5, 1), (0.5, 0.5, 1), (0.75, 1 / 3, 1)]
