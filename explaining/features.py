@@ -12,7 +12,8 @@ from sklearn.covariance import LedoitWolf
 
 import dataset
 from common.files import UserError, checksum, whole_file
-from model import HybridClassifier
+from explaining.photo import image_of
+from model import HybridClassifier, check_classes
 
 SAMPLE = 2000  # images: enough for a covariance, and quick
 FLAGGED = 0.015  # share of the images that set the limit beyond it; of new ones, about 2 %
@@ -22,7 +23,8 @@ Statistics = dict[str, torch.Tensor]  # the classes' `means` (K, C), `precision`
 @torch.no_grad()
 def embed(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
     """The pooled tokens, float32 (N, C), of uint8 images (N, 1, 28, 28)."""
-    return torch.cat([model.embed(dataset.normalize(chunk)) for chunk in images.split(100)])
+    chunks = images.split(100)
+    return torch.cat([model.embed(dataset.normalize(chunk, model.data)) for chunk in chunks])
 
 
 def distance(model: HybridClassifier, images: torch.Tensor, statistics: Statistics) -> torch.Tensor:
@@ -60,7 +62,8 @@ def feature_statistics(
         statistics = torch.load(kept, weights_only=True)
         if statistics.pop("checkpoint") == digest:
             return statistics
-    images, labels = dataset.load(data_dir, train=True)
+    check_classes(path, model, data_dir)
+    images, labels = dataset.load(data_dir, train=True, read_image=image_of)
     names = ("val_size", "train_size", "seed")
     val_size, train_size, seed = (train_config.get(name, 0) for name in names)
     try:
