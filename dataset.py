@@ -172,8 +172,7 @@ def load(
     images, labels = tensors
     if len(labels) != len(images) or labels.max() >= len(names):
         what = f"{len(labels):,} labels up to {labels.max()}"
-        fit = f"{len(images):,} images and {len(names)} class names"
-        raise DataError(f"{path} has {what}, which do not fit {fit}: correct one of them")
+        raise DataError(f"{path}: {what} do not fit {len(images):,} images, {len(names)} classes")
     return images.unsqueeze(1), labels.long()
 
 
@@ -181,7 +180,7 @@ def load(
 
 
 def class_names(data_dir: str | Path) -> tuple[str, ...]:
-    """The lines of classes.txt, the names of the folders of pictures, or else Fashion-MNIST's."""
+    """Lines of classes.txt, names of folders of pictures, or Fashion-MNIST's."""
     path = user_path(data_dir)
     names = [folder.name for folder in _class_folders(path)]
     if (path / CLASS_LIST).exists():

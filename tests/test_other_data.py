@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SMALL_RUN, flags_of, write_data
 from PIL import Image
+from torch.nn.functional import cross_entropy
 
 import dataset
 import train
@@ -22,6 +23,7 @@ IMAGES = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
 IMAGES[3], IMAGES[0, 0, 0, 5] = 255, 7
 LABELS = torch.tensor([2, 0, 1, 2])
 PICTURES = "disc", "frame", "cross & $x"
+RESULT = r"test accuracy (\S+), loss (\S+), .* 19 images"
 
 
 @pytest.fixture
@@ -67,8 +69,8 @@ FAULTS = [
     (0, b"", ANEW),
     (1, gzip.compress(header(1, 4) + bytes(4))[:-9], ANEW),
     (1, header(3, 4, 28, 28) + bytes(4 * 784), ANEW),
-    (1, header(1, 3) + bytes(3), "3 labels up to 0, which do not fit 4 images"),
-    (1, header(1, 4) + bytes([0, 1, 2, 3]), "4 labels up to 3, .* and 3 class names"),
+    (1, header(1, 3) + bytes(3), "3 labels up to 0 do not fit 4 images"),
+    (1, header(1, 4) + bytes([0, 1, 2, 3]), "4 labels up to 3 do not fit 4 images, 3 classes"),
 ]
 
 
@@ -171,8 +173,8 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
     visulization = pytest.importorskip("Visulization", exc_type=SystemExit)
     monkeypatch.setattr(visulization, "set_threads", lambda: None)
     settings = SMALL_RUN | dict(train_size=0, val_size=0, epochs=6, batch_size=12, lr=0.02)
-    settings |= dict(data_dir=str(pictures), quiet=False)
-    step, calls = train.take_step, []
+    settings |= dict(data_dir=str(pictures), quiet=False, cutmix=0.1)
+    step, loss, calls, darkest = train.take_step, train.training_loss, [], []
 
     def stop_later(*arguments):
         calls.append(arguments)
@@ -180,7 +182,12 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
             raise KeyboardInterrupt
         step(*arguments)
 
+    def look(model, teachers, x, *others):
+        darkest.append(x.min().item())
+        return loss(model, teachers, x, *others)
+
     monkeypatch.setattr(train, "take_step", stop_later)
+    monkeypatch.setattr(train, "training_loss", look)
     assert main(*flags_of(settings)) == 130
     said = capsys.readouterr()
     assert f"left out: {pictures / 'disc/broken.png'} cannot be read" in said.err
@@ -189,12 +196,16 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
     )
     assert main("--resume") == 0
     out = capsys.readouterr().out
-    accuracy = float(re.search(r"test accuracy (\S+),.* 19 images", out)[1])
+    accuracy, test_loss = map(float, re.search(RESULT, out).groups())
     assert accuracy > 0.9 and "cross & $x     " in out and "Trouser" not in out
     model, _ = load_checkpoint("checkpoints/best.pt")
     images = dataset.load(pictures, True, visulization.image_of)[0]
     assert model.data == dataset.describe(pictures, images) and len(images) == 71
     assert model.data.class_names == tuple(sorted(PICTURES))
+    assert darkest == pytest.approx([-model.data.mean / model.data.std] * len(darkest))
+    x, y = dataset.load(pictures, False, visulization.image_of)
+    logits = model((x / 255 - model.data.mean) / model.data.std)
+    assert test_loss == pytest.approx(cross_entropy(logits, y).item(), abs=1e-3)
 
     wrong = ["--evaluate", SHIPPED_CHECKPOINT, "--data-dir", pictures]
     for flags in (wrong, ["--evaluate", "checkpoints/best.pt", "--data-dir", small_data]):
@@ -214,7 +225,7 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
     page = (tmp_path / "HeapImg/checkpoints_best/index.html").read_text()
     assert 'data-true="cross &amp; $x"' in page and "predicted cross &amp; $x" in page
     names = [path.name for path in (tmp_path / "HeapImg/checkpoints_best").glob("*_*_as_*.png")]
-    assert len(names) == 3 and any(name[5:].startswith("_cross-----x_as_") for name in names)
+    assert len(names) == 3 and any(name[5:].startswith("_cross----x_as_") for name in names)
     draw("--image", pictures / "frame/003.png", *own)
     assert "frame/003.png: frame " in capsys.readouterr().out
     assert "give numbers from 0 to 18" in draw("--index", 19, *own)
