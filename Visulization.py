@@ -3,13 +3,14 @@
 python Visulization.py --image shoe.jpg photos/    # README.md shows more
 """
 
-from common.console import command, outlive_output, prepare
+from common.console import outlive_output, prepare
 
 if __name__ == "__main__":
     prepare("Visulization.py")
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +18,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-try:
-    import cv2  # noqa: F401 - for explaining/
-except ImportError as error:  # most servers have no libGL.so.1
-    advice = [command("-m", "pip", "uninstall", "-y", "opencv-python")]
-    advice += [command("-m", "pip", "install", "opencv-python-headless")]
-    raise SystemExit(f"Visulization.py: error: {error}: {' && '.join(advice)}") from None
-
 import dataset
 from common.files import UserError, errors_in_one_line, printable, user_path, whole_file
-from dataset import CLASS_NAMES, IMAGE_SIZE
-from explaining.explanation import FILE_NAMES, Explanation, classify, explain, mask_evidence
+from dataset import CHANNELS, IMAGE_SIZE, pictures_in
+from explaining.explanation import Explanation, classify, explain, in_file_name, mask_evidence
 from explaining.features import (
     TrainingImages,
     embed,
@@ -38,7 +32,7 @@ from explaining.features import (
     similar_images,
 )
 from explaining.gallery import save_gallery
-from explaining.photo import read_image
+from explaining.photo import image_of, read_image
 from explaining.sheets import (
     SHARES,
     Cell,
@@ -50,13 +44,12 @@ from explaining.sheets import (
     scale_of,
 )
 from gradcam import METHODS, GradCAM, tokens_to_grid
-from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
+from model import SHIPPED_CHECKPOINT, HybridClassifier, check_classes, load_checkpoint
 from training.processes import set_threads
 
 METHOD = "layercam"
 NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM"}
 NAMES |= {"layercam": "LayerCAM"}
-ENDINGS = {*Image.registered_extensions(), ".heic"}  # of a folder's pictures
 
 
 def default_layers(model: HybridClassifier) -> list[str]:
@@ -75,7 +68,7 @@ def make_cam(model: HybridClassifier, layers: list[str], method: str) -> GradCAM
     reshape = partial(tokens_to_grid, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=[1])
     try:
         cam = GradCAM(model, layers, method, reshape)
-        cam(torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE))  # complains of a layer without places
+        cam(torch.zeros(1, CHANNELS, IMAGE_SIZE, IMAGE_SIZE))  # complains of a layer without places
     except ValueError as error:
         raise UserError(f"--target-layer: {error}") from error
     return cam
@@ -106,7 +99,9 @@ def explain_images(
     args: Namespace, cam: GradCAM, training: TrainingImages | None
 ) -> list[Explanation]:
     """Explain the chosen images: of the test split, or held out by training."""
-    kind, (images, labels) = "test image", dataset.load(args.data_dir, train=False)
+    check_classes(args.checkpoint, cam.model, args.data_dir)
+    kind = "test image"
+    images, labels = dataset.load(args.data_dir, train=False, read_image=image_of)
     numbers = torch.arange(len(images))
     if args.label_errors and len(training.held_out):
         kind, numbers = "training image", training.held_out
@@ -122,7 +117,7 @@ def explain_images(
         found = explain(cam, images[index], labels[index], targets, args.versus)
         for e, i in zip(found, numbers[index].tolist(), strict=True):
             e.index, e.name = i, f"{kind} {i}"
-            e.file_stem = f"{i:05d}_{FILE_NAMES[e.label]}"
+            e.file_stem = f"{i:05d}_{in_file_name(e.class_names[e.label])}"
         explanations += found
     return explanations
 
@@ -141,7 +136,7 @@ def explain_pictures(args: Namespace, cam: GradCAM, train_config: dict) -> list[
         (e,) = explain(cam, image[None], torch.tensor([-1]), args.target_class, args.versus)
         shares = e.probabilities.clip(max=0.999)
         likeliest = shares.argsort()[::-1][:3]
-        answer = ", ".join(f"{CLASS_NAMES[k]} {shares[k]:.1%}" for k in likeliest)
+        answer = ", ".join(f"{e.class_names[k]} {shares[k]:.1%}" for k in likeliest)
         print(f"{printable(path)}: {answer}")
         for doubt in filter(None, (note, familiarity_note(cam.model, image, statistics))):
             print(f"  note: {doubt}")
@@ -156,7 +151,8 @@ def explain_pictures(args: Namespace, cam: GradCAM, train_config: dict) -> list[
 
 def layer_sheet(args: Namespace, cam: GradCAM, e: Explanation) -> Sheet:
     """One image seen from `args.target_layer`, and from every layer."""
-    x, asked = dataset.normalize(torch.from_numpy(e.image)[None, None]), e.evidence[0]
+    x = dataset.normalize(torch.from_numpy(e.image)[None, None], cam.model.data)
+    asked = e.evidence[0]
     versus = asked.versus if asked.versus >= 0 else None
     cells = []
     for layers in [args.target_layer, *([name] for name in all_layers(cam.model))]:
@@ -169,10 +165,10 @@ def layer_sheet(args: Namespace, cam: GradCAM, e: Explanation) -> Sheet:
 
 def class_sheet(cam: GradCAM, e: Explanation) -> Sheet:
     """One image's evidence for each class."""
-    x = dataset.normalize(torch.from_numpy(e.image)[None, None])
-    maps = [cam(x, label, normalize=False)[0].numpy() for label in range(len(CLASS_NAMES))]
+    x = dataset.normalize(torch.from_numpy(e.image)[None, None], cam.model.data)
+    maps = [cam(x, label, normalize=False)[0].numpy() for label in range(len(e.class_names))]
     cells = []
-    for name, share, heatmap in zip(CLASS_NAMES, e.probabilities, maps, strict=True):
+    for name, share, heatmap in zip(e.class_names, e.probabilities, maps, strict=True):
         panels = paint(e.image, heatmap / (np.max(maps) or 1), SHARES)[1:]
         cells.append(Cell(panels, f"{name} {min(share, 0.99):.0%}"))
     title = f"{e.name}: {e.answer()}\nshares of each class's evidence, on one scale"
@@ -187,7 +183,7 @@ def average_sheet(explanations: list[Explanation]) -> Sheet:
         image = np.mean([e.image for e in group], axis=0).round().astype(np.uint8)
         heatmap = np.mean([e.evidence[0].heatmap for e in group], axis=0)
         panels = paint(image, heatmap / (np.abs(heatmap).max() or 1), scale_of(group[0]))
-        cells.append(Cell(panels, f"{CLASS_NAMES[label]}: {len(group):,} images"))
+        cells.append(Cell(panels, f"{group[0].class_names[label]}: {len(group):,} images"))
     return Sheet("average.png", "mean test images and their mean heatmaps", cells, 2)
 
 
@@ -210,7 +206,8 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
         row |= dict(target_classes=asked.label, versus=asked.versus, masking=asked.probabilities)
         rows.append(row | dict(maps=asked.heatmap, true_maps=true_map))
     arrays = {key: [row[key] for row in rows] for key in rows[0]}
-    arrays |= dict(class_names=CLASS_NAMES, target_layers=args.target_layer, method=args.method)
+    names = explanations[0].class_names
+    arrays |= dict(class_names=names, target_layers=args.target_layer, method=args.method)
     with whole_file(args.output_dir / "heatmaps.npz") as file:
         np.savez_compressed(file, **arrays)
 
@@ -227,8 +224,9 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
         sheets = [class_sheet(cam, e) for e in explanations]
     elif args.worst:
         title = "the most confident errors"
-        if len(args.classes) < len(CLASS_NAMES):
-            title += f": {', '.join(CLASS_NAMES[k] for k in args.classes)}"
+        names = cam.model.data.class_names
+        if len(args.classes) < len(names):
+            title += f": {', '.join(names[k] for k in args.classes)}"
         sheets = [many_sheet("worst.png", title, explanations)]
     elif args.label_errors:
         for e in explanations:
@@ -259,17 +257,24 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
     print(f"wrote {printable(wrote)}")
 
 
-def class_index(text: str) -> int:
-    """A class from its name, in any case, or its number."""
-    for label, name in enumerate(CLASS_NAMES):
-        if text.lower() in (name.lower(), str(label)):
-            return label
-    raise ArgumentTypeError(f"{text!r} is none of: {', '.join(CLASS_NAMES)}, or 0 to 9")
+def class_index(text: str, names: Sequence[str]) -> int:
+    """A class from its name, at best in the same case, or its number."""
+    lower = [name.lower() for name in names]
+    numbers = [str(label) for label in range(len(names))]
+    for known, word in ((names, text), (lower, text.lower()), (numbers, text)):
+        if word in known:
+            return known.index(word)
+    last = len(names) - 1
+    raise UserError(f"class {text!r} is none of: {', '.join(names)}, or 0 to {last}")
 
 
-def other_class(text: str) -> int | str:
-    """A class, or "next"."""
-    return text if text == "next" else class_index(text)
+def find_classes(args: Namespace, names: Sequence[str]) -> None:
+    """Turn the classes that the flags name into numbers."""
+    args.classes = [class_index(text, names) for text in args.classes or names]
+    if args.target_class is not None:
+        args.target_class = class_index(args.target_class, names)
+    if args.versus not in (None, "next"):
+        args.versus = class_index(args.versus, names)
 
 
 def count(text: str) -> int:
@@ -290,7 +295,7 @@ def parse_arguments() -> Namespace:
     path = dict(type=Path, metavar="PATH")
     number = dict(type=count, metavar="N")
     several = dict(nargs="+", action="extend")
-    one_class = dict(type=class_index, metavar="CLASS")
+    one_class = dict(metavar="CLASS")
     checkpoint = "written by train.py (default: the shipped one)"
     add("--checkpoint", **path, default=SHIPPED_CHECKPOINT, help=checkpoint)
     choose("--image", **path, **several, help="pictures of your own, or folders of them")
@@ -305,14 +310,14 @@ def parse_arguments() -> Namespace:
     add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
     add("--target-layer", **several, metavar="NAME", help="default: last at 28x28, first at 14x14")
     add("--target-class", **one_class, help="class to explain (default: predicted)")
-    add("--versus", type=other_class, metavar="CLASS", help='the class to compare with, or "next"')
+    add("--versus", **one_class, help='the class to compare with, or "next"')
     similar = dict(type=int, choices=range(1, 11), metavar="N")
     add("--similar", **similar, help="show N similar training images of the likeliest two classes")
     add("--compare-layers", **yes, help="draw an image as each layer sees it")
     add("--all-classes", **yes, help="draw an image's evidence for each class")
     add("--save-arrays", **yes, help="also write heatmaps.npz")
     add("--html", **yes, help="write index.html, a gallery, in place of pictures")
-    add("--data-dir", **path, default="data", help="of Fashion-MNIST (default: data)")
+    add("--data-dir", **path, default="data", help="of the model's data set (default: data)")
     add("--output-dir", **path, help="default: HeapImg, or a folder in it")
     args = parser.parse_args()
     if (args.image or args.index) and (args.classes or args.only_errors):
@@ -326,11 +331,9 @@ def parse_arguments() -> Namespace:
         parser.error("--similar has no use for --average, --compare-layers and --all-classes")
     if args.label_errors:
         args.similar = args.similar or 3
-    args.classes = args.classes or range(len(CLASS_NAMES))
     pictures = []
     for path in args.image or []:
-        files = sorted(path.glob("[!.]*"))  # of a folder
-        files = [file for file in files if file.suffix.lower() in ENDINGS]
+        files = pictures_in(path)
         if path.is_dir() and not files:
             parser.error(f"--image {path}: there are no pictures in this folder")
         pictures += files or [path]
@@ -348,6 +351,7 @@ def main() -> None:
     with errors_in_one_line("Visulization.py"), outlive_output("Visulization.py"):
         set_threads()
         model, checkpoint = load_checkpoint(args.checkpoint)
+        find_classes(args, model.data.class_names)
         args.target_layer = args.target_layer or default_layers(model)
         model_name = printable("/".join(args.checkpoint.parts[-2:]))
         words = NAMES.get(args.method, args.method)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST: from its files to augmented batches.
+"""Fashion-MNIST, or images of your own: from files to augmented batches.
 
     images, labels = load("data", train=True)  # uint8 (60000, 1, 28, 28), int64 (60000,)
     train, val = split_indices(labels, val_size=5000, seed=0)
@@ -10,17 +10,23 @@ The data set: Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
 import gzip
 import hashlib
 import math
+import struct
 import subprocess
 import sys
 import tempfile
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import urlopen
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Generator, Tensor
+from tqdm import tqdm
 
 from common.files import UserError, user_path, whole_file
 
@@ -28,6 +34,7 @@ from common.files import UserError, user_path, whole_file
 CLASS_NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
 CLASS_NAMES += ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 IMAGE_SIZE = 28  # pixels
+CHANNELS = 1
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixel values scaled to [0, 1]
 EASY_SHARE = 0.6  # of the images, see `epoch_order`
 DISTORTED_SHARE = 0.125  # are rotated, as many are noisy; a share of 0.5 cost 0.5 points
@@ -43,10 +50,25 @@ SOURCE = "https://github.com/zalandoresearch/fashion-mnist"
 MIRRORS = ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+CLASS_LIST = "classes.txt"  # beside the files of another data set
+
+
+class DataInfo(NamedTuple):
+    """What a model has to know about its data set."""
+
+    class_names: tuple[str, ...] = CLASS_NAMES
+    mean: float = MEAN
+    std: float = STD
+
+
+FASHION_MNIST = DataInfo()
 
 
 class DataError(UserError):
     """The data set cannot be found, fetched or trusted."""
+
+
+# ---- The files ----
 
 
 def _read(path: Path) -> bytes:
@@ -72,8 +94,8 @@ def _find(name: str, data_dir: Path) -> bytes | None:
             if hashlib.sha256(content).hexdigest() == FILES[name]:
                 return content
             if content and folder != DEBIAN_FOLDER:
-                advice = 'move it away, or see "Another data set" in README.md'
-                raise DataError(f"{path} is damaged, or not of Fashion-MNIST: {advice}")
+                what = f"{path} is damaged, or not of Fashion-MNIST: move it away, or"
+                raise DataError(f"{what} write its classes to {folder / CLASS_LIST}, one a line")
     return None
 
 
@@ -121,20 +143,103 @@ def _fetch(name: str, data_dir: Path) -> bytes:
     raise DataError(f"{problem} ({'; '.join(failures)}): {advice}")
 
 
-def load(data_dir: str | Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Read the training or the test split; what is missing is fetched into `data_dir`.
+def load(
+    data_dir: str | Path, train: bool, read_image: Callable | None = None
+) -> tuple[Tensor, Tensor]:
+    """Read the training or the test split; if there is no data, fetch Fashion-MNIST.
 
-    Returns images, uint8 (N, 1, 28, 28), 0 is the dark background, and labels, int64 (N,), indices
-    of `CLASS_NAMES`.
+    `read_image` makes a picture an array, uint8 (28, 28). Returns images, uint8 (N, 1, 28, 28), 0
+    is the dark background, and labels, int64 (N,), indices of `class_names`.
     """
     data_dir = user_path(data_dir)
-    split = "train" if train else "t10k"
-    tensors = []
-    for name, header in ((f"{split}-images-idx3-ubyte", 16), (f"{split}-labels-idx1-ubyte", 8)):
-        content = _find(name, data_dir) or _fetch(name, data_dir)
-        tensors.append(torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header))
+    if folders := _class_folders(data_dir):
+        return _read_pictures(folders, train, read_image)
+    names, tensors = class_names(data_dir), []
+    for kind, side in (("images-idx3", [IMAGE_SIZE, IMAGE_SIZE]), ("labels-idx1", [])):
+        name = f"{'train' if train else 't10k'}-{kind}-ubyte"
+        path = data_dir / name
+        if names is CLASS_NAMES:
+            content = _find(name, data_dir) or _fetch(name, data_dir)
+        else:
+            content = _read(path) or _read(data_dir / f"{name}.gz")
+        header = 4 * len(side) + 8
+        magic, *shape = struct.unpack(f">{header // 4}I", content[:header].ljust(header))
+        size = len(content) - header
+        if magic != 0x801 + len(side) or shape[1:] != side or not 0 < math.prod(shape) == size:
+            raise DataError(f"{path} is missing, damaged or not of 28x28 pixels: make it anew")
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+        tensors.append(values.view(shape))
     images, labels = tensors
-    return images.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE), labels.long()
+    if len(labels) != len(images) or labels.max() >= len(names):
+        what = f"{len(labels):,} labels up to {labels.max()}"
+        raise DataError(f"{path}: {what} do not fit {len(images):,} images, {len(names)} classes")
+    return images.unsqueeze(1), labels.long()
+
+
+# ---- Other data ----
+
+
+def class_names(data_dir: str | Path) -> tuple[str, ...]:
+    """Lines of classes.txt, names of folders of pictures, or Fashion-MNIST's."""
+    path = user_path(data_dir)
+    names = [folder.name for folder in _class_folders(path)]
+    if (path / CLASS_LIST).exists():
+        path = path / CLASS_LIST
+        lines = path.read_text("utf-8-sig", "replace").rstrip().splitlines()
+        names = [line.strip() for line in lines]
+    elif not names:
+        return CLASS_NAMES
+    if not 1 < len(names) == len(set(names)) or "" in names:
+        raise DataError(f"{path} has to name two classes or more, each by another name")
+    return tuple(names)
+
+
+def describe(data_dir: str | Path, images: Tensor) -> DataInfo:
+    """The classes, and the mean and deviation of all training images, uint8 (N, 1, 28, 28)."""
+    names = class_names(data_dir)
+    if names is CLASS_NAMES:
+        return FASHION_MNIST
+    std, mean = torch.std_mean(images / 255)
+    return DataInfo(names, round(mean.item(), 4), round(std.item(), 4))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files right in a folder, by name."""
+    endings = {*Image.registered_extensions(), ".heic"}
+    return [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in endings]
+
+
+def _class_folders(data_dir: Path) -> list[Path]:
+    """The folders in a folder of pictures, one for each class; none if it has other data."""
+    if (data_dir / CLASS_LIST).exists() or any(data_dir.glob("*-ubyte*")):
+        return []
+    folders = [path for path in sorted(data_dir.glob("[!.]*")) if path.is_dir()]
+    return folders if any(map(pictures_in, folders)) else []
+
+
+def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tuple[Tensor, Tensor]:
+    """Four fifths of each class's pictures, or the last fifth for the test, in random order.
+
+    What `read_image` returns None for is left out.
+    """
+    drawn = []
+    for label, folder in enumerate(folders):
+        # The lots are checksums of names: if pictures are added, nearly all others stay in place.
+        lots = [(hashlib.sha256(p.name.encode()).digest(), p, label) for p in pictures_in(folder)]
+        test_size = math.ceil(len(lots) / 5)
+        drawn += sorted(lots)[test_size:] if train else sorted(lots)[:test_size]
+    _, paths, labels = zip(*sorted(drawn), strict=True)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        results = pool.map(read_image, paths)
+        images = list(tqdm(results, "reading pictures", len(paths), leave=False))
+    found = [i for i, image in enumerate(images) if image is not None]
+    labels = torch.tensor(labels)[found]
+    if len(labels.unique()) < len(folders):
+        raise DataError(f"{folders[0].parent} has a class of too few pictures: add some")
+    return torch.stack([torch.from_numpy(images[i]) for i in found]).unsqueeze(1), labels
+
+
+# ---- Batches ----
 
 
 def split_indices(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -152,11 +257,11 @@ def split_indices(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Ten
     return torch.tensor(sorted(train)), torch.tensor(sorted(val))
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalize(images: Tensor, data: DataInfo = FASHION_MNIST) -> Tensor:
     """Turn uint8 images (N, 1, 28, 28) into the float32 tensor that the model takes."""
-    if images.dtype != torch.uint8 or images.shape[1:] != (1, IMAGE_SIZE, IMAGE_SIZE):
+    if images.dtype != torch.uint8 or images.shape[1:] != (CHANNELS, IMAGE_SIZE, IMAGE_SIZE):
         raise ValueError(f"expected uint8 images (N, 1, 28, 28), not {images.dtype} {images.shape}")
-    return images.float().div_(255).sub_(MEAN).div_(STD)
+    return images.float().div_(255).sub_(data.mean).div_(data.std)
 
 
 # ---- Augmentation: batched, on the device, drawn from the given generator ----

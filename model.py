@@ -17,8 +17,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import dataset
 from common.files import UserError, whole_file
-from dataset import CLASS_NAMES, IMAGE_SIZE
+from dataset import CHANNELS, FASHION_MNIST, IMAGE_SIZE, DataInfo
 
 MAX_PARAMETERS = 600_000
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints/shipped/model.pt"
@@ -133,13 +134,17 @@ class Pool(nn.Module):
 
 
 class HybridClassifier(nn.Module):
-    """From images (N, 1, 28, 28), as `dataset.normalize` makes them, to logits (N, 10)."""
+    """From images (N, 1, 28, 28), as `dataset.normalize` makes them, to logits (N, 10).
 
-    def __init__(self, config: ModelConfig) -> None:
+    If `data` has other classes than Fashion-MNIST, there are as many logits.
+    """
+
+    def __init__(self, config: ModelConfig, data: DataInfo = FASHION_MNIST) -> None:
         super().__init__()
         self.config = config
+        self.data = data
         self.stem = nn.Sequential()
-        in_channels = 1
+        in_channels = CHANNELS
         for stage, channels in enumerate((*config.stem_dims, config.embed_dim)):
             name, stride = ("first", 1) if stage == 0 else (f"down{stage}", 2)
             entry = nn.Sequential(conv_bn(in_channels, channels, stride), nn.ReLU())
@@ -158,7 +163,7 @@ class HybridClassifier(nn.Module):
             )
         self.norm = nn.LayerNorm(config.embed_dim)
         self.pool = Pool(config.embed_dim, config.pool)
-        self.head = nn.Linear(config.embed_dim, len(CLASS_NAMES))
+        self.head = nn.Linear(config.embed_dim, len(data.class_names))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -212,6 +217,7 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
     checkpoint = dict(
         format=CHECKPOINT_FORMAT,
         model_config=asdict(model.config),
+        data=model.data._asdict(),
         model={name: tensor.cpu() for name, tensor in model.state_dict().items()},
         **contents,
     )
@@ -242,7 +248,8 @@ def load_checkpoint(
             reason = error.strerror
         raise CheckpointError(f"cannot read {path}: {reason}; name another checkpoint") from error
     try:
-        model = HybridClassifier(ModelConfig(**checkpoint["model_config"]))
+        data = DataInfo(**checkpoint.get("data", {}))  # old ones are of Fashion-MNIST
+        model = HybridClassifier(ModelConfig(**checkpoint["model_config"]), data)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -250,3 +257,10 @@ def load_checkpoint(
             f"{path} does not fit the model that model.py builds ({reason}): train again"
         ) from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
+
+
+def check_classes(path: Path, model: HybridClassifier, data_dir: str | Path) -> None:
+    """Refuse a data folder of other classes than the checkpoint's."""
+    if dataset.class_names(data_dir) != model.data.class_names:
+        what = f"{path} knows other classes than those of {data_dir}"
+        raise CheckpointError(f"{what}: give another --data-dir or checkpoint")

@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 import dataset
 from common.files import UserError, errors_in_one_line, printable, user_path
-from model import HybridClassifier, ModelConfig, load_checkpoint
+from dataset import FASHION_MNIST, DataInfo
+from model import HybridClassifier, ModelConfig, check_classes, load_checkpoint
 from training import processes, report, runs
 from training.optim import (
     check_optimizers,
@@ -55,7 +56,7 @@ from training.settings import INF, Table, choose_settings, flag, make_parser, re
 SETTINGS: Table = dict(
     recipe=("default", None, "values for many of the others"),
     # data
-    data_dir=("data", None, "folder of the data set, which is fetched if it is missing"),
+    data_dir=("data", None, "folder of Fashion-MNIST, which is fetched, or of other data"),
     val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
     train_size=(0, (0, INF), "train on only this many of the others; 0: on all"),
     skip_easy=(0.0, (0.0, 1.0), "pruned share of the easiest 60 % of images after epoch 1"),
@@ -193,15 +194,23 @@ MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 # ---- Data ----
 
 
+def read_picture(path: Path) -> np.ndarray | None:
+    """A picture of your own data, uint8 (28, 28); None if it cannot be read."""
+    from explaining.photo import image_of  # OpenCV may be missing
+
+    return image_of(path)
+
+
 def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     """Put the training images on the device, and hold some out for validation.
 
     Returns images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), indices to train on, int64
     (N,), and the images and labels of "val", if any.
     """
-    images, labels = (part.to(device) for part in dataset.load(config.data_dir, train=True))
-    dataset.load(config.data_dir, train=False)  # if it is missing, that is said now
-    left, classes = len(labels), len(dataset.CLASS_NAMES)
+    read = partial(dataset.load, config.data_dir, read_image=read_picture)
+    images, labels = (part.to(device) for part in read(train=True))
+    read(train=False)  # if it is missing, that is said now
+    left, classes = len(labels), len(dataset.class_names(config.data_dir))
     for name in ("val_size", "train_size"):
         size = getattr(config, name)
         if size and not classes <= size <= left - classes:
@@ -237,7 +246,11 @@ def add_photographs(
 
 
 def augmented_batch(
-    images: Tensor, labels: Tensor, generator: torch.Generator, config: SimpleNamespace
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    config: SimpleNamespace,
+    data: DataInfo,
 ) -> tuple[Tensor, Tensor]:
     """Normalised random variants of uint8 images (N, 1, 28, 28), and their targets.
 
@@ -248,9 +261,9 @@ def augmented_batch(
     flip = config.flip and not config.alternate_flip  # which mirrors them once an epoch
     images = dataset.augment(images, generator, flip, **options)
     if config.cutmix:
-        targets = F.one_hot(labels, len(dataset.CLASS_NAMES)).float()
+        targets = F.one_hot(labels, len(data.class_names)).float()
         images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
-    return dataset.normalize(images), labels
+    return dataset.normalize(images, data), labels
 
 
 # ---- The loss ----
@@ -285,12 +298,14 @@ def training_loss(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, images: Tensor, batch_size: int = 100) -> Tensor:
+def predict(
+    model: nn.Module, images: Tensor, data: DataInfo = FASHION_MNIST, batch_size: int = 100
+) -> Tensor:
     """Logits, float32 (N, 10), of uint8 images (N, 1, 28, 28), in evaluation mode."""
     was_training = model.training
     model.eval()
     chunks = images.split(batch_size)
-    logits = torch.cat([model(dataset.normalize(chunk)) for chunk in chunks])
+    logits = torch.cat([model(dataset.normalize(chunk, data)) for chunk in chunks])
     model.train(was_training)
     return logits
 
@@ -313,7 +328,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         if not processes.is_first():
             continue  # the first process reports and saves
         for split, (images, labels) in run.held_out.items():
-            row |= report.summary(split, predict(run.ema, images), labels, config.quiet)
+            logits = predict(run.ema, images, run.data)
+            row |= report.summary(split, logits, labels, run.data.class_names, config.quiet)
         row["seconds"] = round(time.perf_counter() - started, 2)
         runs.save_run(run, row)
         print(report.epoch_line(run.history, run.steps), flush=True)
@@ -355,7 +371,8 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         raise UserError(f"{what}: lower --lr, or give --precision float32")
     row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
     if processes.is_first():
-        row |= report.summary("train", logits, run.labels[seen], config.quiet)
+        names = run.data.class_names
+        row |= report.summary("train", logits, run.labels[seen], names, config.quiet)
     # A number that you add to the row goes to history.csv and the checkpoints.
     return row
 
@@ -364,7 +381,8 @@ def training_step(
     run: Run, index: Tensor, lr: float | Tensor, decay: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step on the images of these indices, int64 (N,); returns loss and logits, (N, 10)."""
-    x, y = augmented_batch(run.images[index], run.labels[index], run.generator, run.config)
+    images, labels = run.images[index], run.labels[index]
+    x, y = augmented_batch(images, labels, run.generator, run.config, run.data)
     x, y = processes.own_part(x), processes.own_part(y)
     loss, logits = training_loss(run.compiled, run.teachers, x, y, run.config)
     loss.backward()
@@ -405,23 +423,27 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     torch.set_num_threads(config.threads)
 
     images, labels, train_index, held_out = load_data(config, device)
+    data = dataset.describe(config.data_dir, images)
     split_labels = labels  # for the teachers' validation split, without photographs
     if config.photographs:
+        if data != FASHION_MNIST:
+            raise UserError("--photographs have Fashion-MNIST's classes: give its --data-dir")
         parts = add_photographs(config, images, labels, train_index, held_out)
         images, labels, train_index, held_out = parts
     steps, pruned = steps_of_epochs(config, len(train_index))
     seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    model = (model or make_model(config)).to(device, memory_format=layout)
+    model = (model or make_model(config, data)).to(device, memory_format=layout)
     if config.whiten:
-        whiten_first_layer(model, dataset.normalize(images[train_index[:5000]]))
+        whiten_first_layer(model, dataset.normalize(images[train_index[:5000]], data))
     if config.start and not resume:
         runs.load_start(model, user_path(config.start))
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay, config.momentum)
     check_optimizers(model, optimizers)
     run = Run(
         config=config,
+        data=data,
         images=images,
         labels=labels,
         train_index=train_index,
@@ -431,7 +453,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
         model=model,
         optimizers=optimizers,
-        teachers=runs.load_teachers(config, split_labels, device),
+        teachers=runs.load_teachers(config, data, split_labels, device),
     )
     if resume:
         runs.resume_run(run)
@@ -459,13 +481,13 @@ def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]
     return steps, pruned
 
 
-def make_model(config: SimpleNamespace) -> HybridClassifier:
+def make_model(config: SimpleNamespace, data: DataInfo = FASHION_MNIST) -> HybridClassifier:
     """A model of these settings; every field of `ModelConfig` is one of them."""
     try:
         shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
     except AttributeError as error:
         raise UserError(f"ModelConfig has {error.name}: give it a row in SETTINGS") from error
-    return HybridClassifier(ModelConfig(**shape))
+    return HybridClassifier(ModelConfig(**shape), data)
 
 
 # ---- The command line ----
@@ -526,16 +548,19 @@ def evaluate(path: Path, config: SimpleNamespace) -> None:
     """Print a checkpoint's report on the test split, and draw its pictures beside it."""
     device = processes.choose_device(config.device)
     model, checkpoint = load_checkpoint(path, device)
-    images, labels = dataset.load(config.data_dir, train=False)
-    logits = predict(model, images.to(device)).cpu()
+    check_classes(path, model, config.data_dir)
+    images, labels = dataset.load(config.data_dir, train=False, read_image=read_picture)
+    logits = predict(model, images.to(device), model.data).cpu()
     if not config.quiet:
         print(f"\n{printable(path)}")
-    row = report.summary("test", logits, labels, config.quiet)
+    names = model.data.class_names
+    row = report.summary("test", logits, labels, names, config.quiet)
     print(f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}", end=", ")
     print(f"{model.num_parameters():,} parameters, {len(labels):,} images")
     predictions = logits.argmax(dim=1)
     try:
-        report.save_pictures(path, checkpoint.get("history"), labels, predictions, config.quiet)
+        history = checkpoint.get("history")
+        report.save_pictures(path, history, labels, predictions, names, config.quiet)
     except UserError as error:  # the folder may be read-only
         print(f"note: no pictures: {error}")
     if config.quiet:

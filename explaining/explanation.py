@@ -1,5 +1,6 @@
 """An image, the model's answer, and where the evidence for it lies."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +12,12 @@ from dataset import CLASS_NAMES, IMAGE_SIZE
 from gradcam import GradCAM
 from model import HybridClassifier
 
-FILE_NAMES = [name.replace("/", "-").replace(" ", "-") for name in CLASS_NAMES]
 DRAWS = 20  # of random pixels
+
+
+def in_file_name(class_name: str) -> str:
+    """A class's name without what file names may not have: "T-shirt-top"."""
+    return re.sub(r"[^\w.-]", "-", class_name)
 
 
 @dataclass
@@ -25,6 +30,7 @@ class Evidence:
     # The probability of the class; without the hottest tenth of the garment; without a random
     # tenth: mean and standard deviation
     probabilities: tuple[float, ...] = (np.nan,) * 4
+    class_names: tuple[str, ...] = CLASS_NAMES
 
     def verdict(self) -> str:
         """Whether the hottest tenth matters more than a random one, by over a deviation.
@@ -37,9 +43,9 @@ class Evidence:
 
     def role(self) -> str:
         """What it is for: "for Coat", "for Coat, not Shirt", or "no evidence"."""
-        words = f"for {CLASS_NAMES[self.label]}"
+        words = f"for {self.class_names[self.label]}"
         if self.versus >= 0:
-            words += f", not {CLASS_NAMES[self.versus]}"
+            words += f", not {self.class_names[self.versus]}"
         return words if self.heatmap.any() else f"no evidence\n{words}"
 
     def caption(self) -> str:
@@ -64,6 +70,7 @@ class Explanation:
     index: int = -1  # in its split; -1 for a person's own picture
     photograph: np.ndarray | None = None  # uint8 RGB (400, 400, 3): what the image was made of
     similar: list | tuple = ()  # cells of a sheet: similar training images
+    class_names: tuple[str, ...] = CLASS_NAMES
 
     @property
     def predicted(self) -> int:
@@ -73,29 +80,29 @@ class Explanation:
     def answer(self) -> str:
         """What it is and what the model takes it for: "true Coat 3%, predicted Shirt 96%"."""
         share = min(self.probabilities.max(), 0.99)  # never rounded up to 100%
-        words = f"predicted {CLASS_NAMES[self.predicted]} {share:.0%}"
+        words = f"predicted {self.class_names[self.predicted]} {share:.0%}"
         if self.label < 0:
             return words
-        true = f"true {CLASS_NAMES[self.label]}"
+        true = f"true {self.class_names[self.label]}"
         if self.label != self.predicted:
             true += f" {self.probabilities[self.label]:.0%}"
         return f"{true}, {words}"
 
     def file_name(self) -> str:
         """The name of its picture: "01917_Coat_as_Coat_not_Shirt.png"."""
-        asked = self.evidence[0]
-        name = f"{self.file_stem}_as_{FILE_NAMES[self.predicted]}"
+        asked, names = self.evidence[0], [*map(in_file_name, self.class_names)]
+        name = f"{self.file_stem}_as_{names[self.predicted]}"
         if asked.label != self.predicted:
-            name += f"_for_{FILE_NAMES[asked.label]}"
+            name += f"_for_{names[asked.label]}"
         if asked.versus >= 0:
-            name += f"_not_{FILE_NAMES[asked.versus]}"
+            name += f"_not_{names[asked.versus]}"
         return f"{name}.png"
 
 
 @torch.no_grad()
 def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
     """Class probabilities, float32 (N, 10), of uint8 images (N, 1, 28, 28)."""
-    logits = [model(dataset.normalize(chunk)) for chunk in images.split(500)]
+    logits = [model(dataset.normalize(chunk, model.data)) for chunk in images.split(500)]
     return torch.cat(logits).softmax(dim=1)
 
 
@@ -138,7 +145,8 @@ def explain(
     probabilities = classify(cam.model, images)
     targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets)
     targets = targets.expand(len(images))
-    x = dataset.normalize(images)
+    data = cam.model.data
+    x = dataset.normalize(images, data)
     if versus is None:
         others = torch.full_like(targets, -1)
         maps = cam(x, targets, normalize=False).numpy()
@@ -149,12 +157,14 @@ def explain(
         maps = cam(x, targets, others, normalize=False).numpy()
     explanations = []
     for i, (target, other) in enumerate(zip(targets.tolist(), others.tolist(), strict=True)):
-        evidence = [Evidence(target, other, maps[i])]
+        evidence = [Evidence(target, other, maps[i], class_names=data.class_names)]
         e = Explanation(images[i, 0].numpy(), int(labels[i]), probabilities[i].numpy(), evidence)
+        e.class_names = data.class_names
         explanations.append(e)
     if versus is None:
         wrong = ((labels >= 0) & (labels != targets)).nonzero().flatten()
         also = cam(x[wrong], labels[wrong], normalize=False).numpy()
         for i, heatmap in zip(wrong.tolist(), also, strict=True):
-            explanations[i].evidence.append(Evidence(explanations[i].label, -1, heatmap))
+            e = explanations[i]
+            e.evidence.append(Evidence(e.label, -1, heatmap, class_names=e.class_names))
     return explanations

@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 import dataset
 from common.files import UserError, checksum, whole_file
-from dataset import CLASS_NAMES
 from explaining.explanation import Explanation
+from explaining.photo import image_of
 from explaining.sheets import Cell
-from model import HybridClassifier
+from model import HybridClassifier, check_classes
 
 SAMPLE = 2000  # images: enough for a covariance, and quick
 FLAGGED = 0.015  # share of the images that set the limit beyond it; of new ones, about 2 %
@@ -30,7 +30,8 @@ Statistics = dict[str, torch.Tensor]  # the classes' `means` (K, C), `precision`
 @torch.no_grad()
 def embed(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
     """The pooled tokens, float32 (N, C), of uint8 images (N, 1, 28, 28)."""
-    return torch.cat([model.embed(dataset.normalize(chunk)) for chunk in images.split(100)])
+    chunks = images.split(100)
+    return torch.cat([model.embed(dataset.normalize(chunk, model.data)) for chunk in chunks])
 
 
 def distance(model: HybridClassifier, images: torch.Tensor, statistics: Statistics) -> torch.Tensor:
@@ -92,7 +93,8 @@ def feature_statistics(
     """
 
     def find() -> Statistics:
-        images, labels = dataset.load(data_dir, train=True)
+        check_classes(path, model, data_dir)
+        images, labels = dataset.load(data_dir, train=True, read_image=image_of)
         trained, others = training_split(path, train_config, labels)
         if not len(others):
             trained, others = trained[: 2 * SAMPLE].chunk(2)
@@ -130,7 +132,8 @@ def load_training_images(
     path: Path, model: HybridClassifier, train_config: dict[str, Any], data_dir: Path
 ) -> TrainingImages:
     """Their pooled tokens are kept beside the checkpoint, in NAME.similar.pt."""
-    images, labels = dataset.load(data_dir, train=True)
+    check_classes(path, model, data_dir)
+    images, labels = dataset.load(data_dir, train=True, read_image=image_of)
     trained, held_out = training_split(path, train_config, labels)
 
     def find() -> Statistics:
@@ -158,7 +161,7 @@ def similar_images(
         images = training.images[training.trained[members][places[:count]], 0].numpy()
         words = [f"{distance:.2f}" for distance in distances[:count]]
         color = "crimson" if distances[0] < limit else "black"
-        caption = f"nearest training images\nlabelled {CLASS_NAMES[k]}"
+        caption = f"nearest training images\nlabelled {e.class_names[k]}"
         cells.append(Cell([[image] for image in images], caption, words, color))
         limit = distances[0]
     return cells

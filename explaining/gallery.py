@@ -12,7 +12,6 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from common.files import whole_file
-from dataset import CLASS_NAMES
 from explaining.explanation import Explanation
 from explaining.sheets import paint_all, scale_of
 
@@ -41,7 +40,7 @@ def figure(e: Explanation) -> str:
     name, panels = html.escape(e.name), ""
     for evidence, (_, _, overlay) in zip(e.evidence, paint_all(e), strict=True):
         image, heat = map(data_url, overlay)
-        caption = evidence.caption()
+        caption = html.escape(evidence.caption())
         panels += PANEL.substitute(image=image, name=name, heat=heat, caption=caption)
     similar = ""
     for cell in e.similar:
@@ -50,13 +49,13 @@ def figure(e: Explanation) -> str:
         similar += f'<p class="similar {cell.color}">{"".join(images)} {words}</p>'
     true, result = "", ""
     if e.label >= 0:
-        true = CLASS_NAMES[e.label]
+        true = html.escape(e.class_names[e.label])
         result = "right" if e.label == e.predicted else "wrong"
     _, hottest, random, _ = e.evidence[0].probabilities
     return FIGURE.substitute(
         link=quote(e.file_stem),
         true=true,
-        predicted=CLASS_NAMES[e.predicted],
+        predicted=html.escape(e.class_names[e.predicted]),
         result=result,
         confidence=e.probabilities.max(),
         map=e.evidence[0].verdict(),
@@ -64,7 +63,7 @@ def figure(e: Explanation) -> str:
         panels=panels,
         similar=similar,
         name=name,
-        answer=e.answer(),
+        answer=html.escape(e.answer()),
     )
 
 

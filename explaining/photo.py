@@ -1,17 +1,28 @@
 """A person's own picture of a garment becomes an image as the data set has it."""
 
 import os
+import sys
 import warnings
 from contextlib import suppress
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image, ImageOps, ImageSequence
+from tqdm import tqdm
 
-from common.files import UserError
+from common.console import command
+from common.files import UserError, printable
 from dataset import IMAGE_SIZE
+
+try:
+    import cv2
+except ImportError as error:  # most servers have no libGL.so.1
+    advice = [command("-m", "pip", "uninstall", "-y", "opencv-python")]
+    advice += [command("-m", "pip", "install", "opencv-python-headless")]
+    script = os.path.basename(sys.argv[0])
+    raise SystemExit(f"{script}: error: {error}: {' && '.join(advice)}") from None
 
 # Without PostScript: it is a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
@@ -55,6 +66,7 @@ def decode(path: str | Path) -> tuple[Picture, Gray, list[str]]:
         raise UserError("is not a file: name a picture")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
+            picture.draft(None, (1024, 1024))  # a large JPEG, twice as fast
             frame, is_deep = read_frame(picture)
             frame.thumbnail((1024, 1024), Image.BOX)
             pixels = np.asarray(frame, np.float32)
@@ -231,3 +243,13 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
         background = float((gray * opacity).sum() <= 0.8 * opacity.sum())
     image = to_data_set(gray, opacity, background)
     return image, np.uint8(np.rint(picture * 255)), "; ".join(notes)
+
+
+@cache
+def image_of(path: Path) -> np.ndarray | None:
+    """The image of a picture in a folder of data, read once; if it cannot be, None and a note."""
+    try:
+        return read_image(path)[0]
+    except UserError as error:
+        tqdm.write(f"left out: {printable(path)} {printable(error)}", sys.stderr)
+        return None

@@ -12,6 +12,8 @@ from sklearn.covariance import ledoit_wolf
 import dataset
 import train
 from common.files import UserError, checksum
+
+pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
 from explaining import features
 from explaining.explanation import Explanation
 from explaining.features import (
@@ -29,6 +31,8 @@ from model import SHIPPED_CHECKPOINT, load_checkpoint, save_checkpoint
 
 class Pixels(nn.Module):
     """A model whose pooled tokens are the first three pixels."""
+
+    data = dataset.FASHION_MNIST
 
     def embed(self, x):
         return x.flatten(1)[:, :3]
@@ -135,9 +139,10 @@ def test_the_shipped_file_is_of_the_shipped_model(test_split, tmp_path):
 )
 def test_a_note_says_that_the_model_has_never_seen_the_like(monkeypatch, corners, words):
     # A model that sees the top left pixel alone, and is familiar with 0.
-    image, model = torch.zeros(1, 28, 28), SimpleNamespace(embed=lambda x: x[:, 0, 0, :1])
+    image, model = torch.zeros(1, 28, 28), SimpleNamespace(data=None)
+    model.embed = lambda x: x[:, 0, 0, :1]
     image[0, [0, 0, -1, -1], [0, -1, -1, 0]] = torch.tensor(corners, dtype=torch.float32)
-    monkeypatch.setattr(dataset, "normalize", lambda x: x)
+    monkeypatch.setattr(dataset, "normalize", lambda x, data: x)
     statistics = dict(means=torch.zeros(1, 1), precision=torch.ones(1, 1), limit=100.0**2)
     note = familiarity_note(model, image, statistics)
     assert note.removesuffix(" it would look more familiar to the model") == words

@@ -142,23 +142,25 @@ def test_initial_weights_have_the_sizes_that_the_papers_give():
 class Extended(HybridClassifier):
     """The model as a student may extend it."""
 
-    def __init__(self, config):
-        super().__init__(config)
+    def __init__(self, config, data):
+        super().__init__(config, data)
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.gain = nn.Parameter(torch.tensor([1.5], dtype=torch.bfloat16))
 
 
 def test_a_checkpoint_comes_back_as_it_was(test_split, tmp_path, monkeypatch):
     monkeypatch.setattr(model_module, "HybridClassifier", Extended)
-    saved = Extended(SMALL_MODEL).to(memory_format=torch.channels_last)
+    data = dataset.DataInfo(("one", "two", "three"), mean=0.25, std=0.5)
+    saved = Extended(SMALL_MODEL, data).to(memory_format=torch.channels_last)
     contents = dict(epoch=3, history=[dict(epoch=1, lr=0.5)], note="a word")
     save_checkpoint(tmp_path / "a.pt", saved, **contents)
     model, checkpoint = load_checkpoint(tmp_path / "a.pt")
-    assert not model.training and model.config == SMALL_MODEL
+    assert not model.training and (model.config, model.data) == (SMALL_MODEL, data)
     assert checkpoint.items() >= contents.items()
     assert_identical(dict(model.state_dict()), dict(saved.state_dict()))
-    x = dataset.normalize(test_split[0][:4])
-    assert torch.equal(model(x), saved.eval()(x))
+    x = dataset.normalize(test_split[0][:4], data)
+    assert (4 * x + 2).mul(255 / 8).round().byte().equal(test_split[0][:4])
+    assert torch.equal(model(x), saved.eval()(x)) and model(x).shape == (4, 3)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from dataset import CLASS_NAMES
 from training import report
 
 # Three images of class 0, one of them taken for class 1; and one image of class 1.
@@ -18,7 +19,7 @@ HISTORY = [
 
 
 def test_the_report_by_class_has_precision_recall_and_f1():
-    lines = report.class_report(LABELS, PREDICTIONS).splitlines()
+    lines = report.class_report(LABELS, PREDICTIONS, CLASS_NAMES).splitlines()
     rows = {line.rsplit(maxsplit=4)[0].strip(): line.split()[-4:] for line in lines if line.strip()}
     # both answers right, for 2 of 3 images
     assert rows["T-shirt/top"] == ["1.0000", "0.6667", "0.8000", "3"]
@@ -32,12 +33,13 @@ def test_a_summary_has_cross_entropy_and_accuracy(capsys):
     # the answer's probability is 11 / 20, any other's 1 / 20
     logits[torch.arange(4), PREDICTIONS] = math.log(11.0)
     loss = (3 * math.log(20 / 11) + math.log(20)) / 4
-    row = report.summary("val", logits, LABELS, quiet=True)
+    row = report.summary("val", logits, LABELS, CLASS_NAMES, quiet=True)
     assert row == dict(val_loss=pytest.approx(loss, rel=1e-5), val_accuracy=0.75)
     assert capsys.readouterr().out == ""
-    report.summary("val", logits, LABELS, quiet=False)
+    report.summary("val", logits, LABELS, CLASS_NAMES, quiet=False)
     out = capsys.readouterr().out
-    assert out.startswith("\nval split\n") and report.class_report(LABELS, PREDICTIONS) in out
+    assert out.startswith("\nval split\n")
+    assert report.class_report(LABELS, PREDICTIONS, CLASS_NAMES) in out
 
 
 def test_the_line_of_an_epoch_gives_pace_and_time_left():
@@ -97,7 +99,7 @@ def test_no_legend_covers_a_point_even_of_a_single_epoch(monkeypatch, tmp_path):
 def test_the_confusion_matrix_has_the_true_classes_as_rows():
     right = torch.arange(10)
     figure = report.draw_confusion_matrix(
-        torch.cat([LABELS, right]), torch.cat([PREDICTIONS, right])
+        torch.cat([LABELS, right]), torch.cat([PREDICTIONS, right]), CLASS_NAMES
     )
     (axes,) = figure.axes
     expected = np.eye(10)
@@ -106,3 +108,12 @@ def test_the_confusion_matrix_has_the_true_classes_as_rows():
     labels = [axis.get_text() for axis in axes.get_yticklabels()]
     assert labels[:2] == ["T-shirt/top", "Trouser"] and axes.get_ylabel() == "True label"
     assert axes.get_title() == "test split: 92.86% right"  # 13 of 14
+
+
+def test_other_classes_have_their_names_and_place_even_where_none_was_seen(tmp_path):
+    names = ("a", "b", "$\\no formula$")
+    (axes,) = report.draw_confusion_matrix(LABELS, PREDICTIONS, names).axes
+    assert axes.images[0].get_array().tolist() == [[2, 1, 0], [0, 1, 0], [0, 0, 0]]
+    report.save_pictures(tmp_path / "a.pt", None, LABELS, PREDICTIONS, names, quiet=True)
+    assert (tmp_path / "a_confusion_matrix.png").stat().st_size > 9000
+    assert "formula$     0.0000" in report.class_report(LABELS, PREDICTIONS, names)

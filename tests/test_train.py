@@ -502,7 +502,7 @@ def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_els
     accuracy = multiclass_accuracy(predictions, labels, num_classes=10, average="micro").item()
     out = capsys.readouterr().out
     assert f"test accuracy {accuracy:.4f}, loss " in out and "100 images" in out
-    assert report.class_report(labels, predictions) in out
+    assert report.class_report(labels, predictions, dataset.CLASS_NAMES) in out
 
     def refuse(path):
         raise UserError(f"cannot write {path}")

@@ -48,7 +48,7 @@ def few_images(test_split):
 def run(monkeypatch, few_images, tmp_path):
     """Runs Visulization.py on `few_images`; returns the exit status or the line of an error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train: few_images)
+    monkeypatch.setattr(dataset, "load", lambda data_dir, train, read_image: few_images)
     monkeypatch.setattr(Visulization, "set_threads", lambda: None)
 
     def run(*flags):
@@ -591,7 +591,7 @@ def test_what_cannot_be_done_is_refused(
 ):
     (tmp_path / "file").touch()
     trouser = tuple(part[2:3] for part in few_images)
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train: trouser)
+    monkeypatch.setattr(dataset, "load", lambda data_dir, train, read_image: trouser)
     status = run(*flags.split())
     said = status if isinstance(status, str) else capsys.readouterr().err.strip()
     assert status and words in said and "\n" not in said
@@ -601,6 +601,7 @@ def test_what_cannot_be_done_is_refused(
 def test_help_and_a_missing_libgl(run, monkeypatch, capsys):
     assert run("--help") == 0 and "--compare-layers" in capsys.readouterr().out
     monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.delitem(sys.modules, "explaining.photo")
     with pytest.raises(SystemExit, match="pip install opencv-python-headless") as stop:
         runpy.run_path(str(ROOT / "Visulization.py"))
     assert "\n" not in stop.value.code

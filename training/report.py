@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, classification_report
 
 from common.files import printable, whole_file
-from dataset import CLASS_NAMES
 
 Row = dict[str, float]  # the numbers of an epoch
 # Training accuracy looks low, since its images are augmented.
@@ -21,18 +21,20 @@ SPLITS = dict(train="train split, as augmented", val="val split", test="test spl
 SPLITS["photographs"] = "held-out photographs"
 
 
-def class_report(labels: torch.Tensor, predictions: torch.Tensor) -> str:
+def class_report(labels: torch.Tensor, predictions: torch.Tensor, names: Sequence[str]) -> str:
     """scikit-learn's classification report with the class names."""
-    options = dict(labels=range(len(CLASS_NAMES)), target_names=CLASS_NAMES, zero_division=0)
+    options = dict(labels=range(len(names)), target_names=names, zero_division=0)
     return classification_report(labels.cpu(), predictions.cpu(), digits=4, **options)
 
 
-def summary(split: str, logits: torch.Tensor, labels: torch.Tensor, quiet: bool) -> Row:
+def summary(
+    split: str, logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str], quiet: bool
+) -> Row:
     """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints a report."""
     predictions = logits.argmax(dim=1)
     if not quiet:
         print(f"\n{SPLITS[split]}")
-        print(class_report(labels, predictions))
+        print(class_report(labels, predictions, names))
     return {
         f"{split}_loss": F.cross_entropy(logits, labels).item(),
         f"{split}_accuracy": (predictions == labels).sum().item() / len(labels),
@@ -68,16 +70,17 @@ def write_history(history: list[Row], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-@style.context("default")  # not a reader's own
+@style.context(["default", {"text.parse_math": False}])  # not a reader's own; a name may hold a $
 def save_pictures(
     checkpoint: Path,
     history: list[Row] | None,
     labels: torch.Tensor,
     predictions: torch.Tensor,
+    names: Sequence[str],
     quiet: bool,
 ) -> None:
     """Draw curves and confusion matrix beside a checkpoint."""
-    pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions))
+    pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions, names))
     if history:
         accuracy = (predictions == labels).double().mean().item()
         pictures["curves"] = draw_curves(history, accuracy)
@@ -116,13 +119,15 @@ def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
     return figure
 
 
-def draw_confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor) -> Figure:
+def draw_confusion_matrix(
+    labels: torch.Tensor, predictions: torch.Tensor, names: Sequence[str]
+) -> Figure:
     """How many images of each class (rows) were taken for each class (columns)."""
-    figure = Figure(figsize=(8, 7), layout="constrained")
+    side = max(7, 0.5 * len(names))
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
     options = dict(cmap="Blues", colorbar=False, xticks_rotation=45, ax=axes)
-    ConfusionMatrixDisplay.from_predictions(
-        labels, predictions, display_labels=CLASS_NAMES, **options
-    )
+    options |= dict(labels=range(len(names)), display_labels=names)
+    ConfusionMatrixDisplay.from_predictions(labels, predictions, **options)
     axes.set_title(f"test split: {(predictions == labels).double().mean():.2%} right")
     return figure

@@ -23,6 +23,7 @@ except ImportError:  # Windows
 import dataset
 from common.console import command
 from common.files import UserError, checksum, user_path
+from dataset import DataInfo
 from model import HybridClassifier, load_checkpoint, save_checkpoint
 from training import processes
 from training.report import write_history
@@ -37,6 +38,7 @@ class Run:
     """A run: what it looks at, and what its steps change."""
 
     config: SimpleNamespace
+    data: DataInfo
     images: Tensor  # all training images, uint8 (60000, 1, 28, 28), on the device
     labels: Tensor  # int64 (60000,)
     train_index: Tensor  # those to train on, int64 (N,)
@@ -194,6 +196,8 @@ def resume_run(run: Run) -> None:
     if state["processes"] != count:  # batch norm would see other batches
         what = f"the run to resume had {state['processes']} processes, not {count}"
         raise UserError(f"{what}: start as many again")
+    if DataInfo(**checkpoint.get("data", {})) != run.data:
+        raise UserError("the data has changed since the run began: put it back")
     if state["checksums"] != run.checksums:
         what = "the teacher or the photographs have changed since the run began"
         raise UserError(f"{what}: put them back")
@@ -231,7 +235,9 @@ def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
     return [user_path(path) for path in paths]
 
 
-def load_teachers(config: SimpleNamespace, labels: Tensor, device: torch.device) -> list[nn.Module]:
+def load_teachers(
+    config: SimpleNamespace, data: DataInfo, labels: Tensor, device: torch.device
+) -> list[nn.Module]:
     """Load the teachers, or refuse them."""
     val_index = dataset.split_indices(labels, config.val_size, config.seed)[1]
     folder = user_path(config.output_dir).resolve()
@@ -244,6 +250,8 @@ def load_teachers(config: SimpleNamespace, labels: Tensor, device: torch.device)
             what = f"the teacher {path} lies where this run saves"
             raise UserError(f"{what}: give another --output-dir")
         teacher, checkpoint = load_checkpoint(path, device)
+        if teacher.data != data:
+            raise UserError(f"{path} was trained on other data than {config.data_dir}: change one")
         saw = checkpoint.get("train_config", {})
         if len(checkpoint.get("history", ())) < saw.get("epochs", 0):
             raise UserError(f"{path} is of an unfinished run: finish it with --resume")
