@@ -8,7 +8,9 @@ writes data/photographs.npz: what `--image` makes of them, their classes, and wh
 
 import argparse
 import csv
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from common.files import UserError, errors_in_one_line, user_path, whole_file
 from dataset import CLASS_NAMES
-from explaining.photo import read_image
+from explaining.photo import image_of
 
 CLASSES = dict(Pants="Trouser", Dress="Dress", Shirt="Shirt", Outwear="Coat")
 CLASSES |= {"Blazer": "Coat", "T-Shirt": "T-shirt/top", "Longsleeve": "Pullover"}
@@ -42,7 +44,7 @@ def class_of(row: dict[str, str], seen: dict[str, str]) -> str:
 
 
 def read_photographs(clone: Path) -> dict[str, np.ndarray]:
-    """The photographs of a clone that have a class.
+    """The photographs of a clone that have a class; those that cannot be read are left out.
 
     Returns `images`, uint8 (N, 28, 28), `labels`, uint8 (N,), and `held_out`, bool (N,): no
     contributor has photographs on both sides.
@@ -52,19 +54,17 @@ def read_photographs(clone: Path) -> dict[str, np.ndarray]:
     except OSError as error:
         raise UserError(f"{clone} is no clone of clothing-dataset: {error}") from error
     seen = {row["image"]: row["class"] for row in read_table(SEEN)}
-    classes = [class_of(row, seen) for row in rows]
-    rows = [row for row, name in zip(rows, classes, strict=True) if name]
-    labels = [CLASS_NAMES.index(name) for name in classes if name]
-    images = []
-    for row in tqdm(rows):
-        path = clone / "images" / f"{row['image']}.jpg"
-        try:
-            images.append(read_image(path)[0])
-        except UserError as error:
-            raise UserError(f"{path} {error}") from error
+    rows = [row for row in rows if class_of(row, seen)]
+    paths = [clone / "images" / f"{row['image']}.jpg" for row in rows]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        images = list(tqdm(pool.map(image_of, paths), "reading", len(paths)))
+    found = [i for i, image in enumerate(images) if image is not None]
+    if not found:
+        raise UserError(f"{clone} has none of its pictures: clone it anew")
+    rows = [rows[i] for i in found]
     return dict(
-        images=np.stack(images),
-        labels=np.uint8(labels),
+        images=np.stack([images[i] for i in found]),
+        labels=np.uint8([CLASS_NAMES.index(class_of(row, seen)) for row in rows]),
         held_out=np.array([int(row["sender_id"]) % 6 == HELD_OUT for row in rows]),
     )
 

@@ -159,7 +159,7 @@ def of_pixels(*values):
 
 
 def test_the_nearest_images_of_the_two_likeliest_classes_are_those_trained_on(monkeypatch):
-    monkeypatch.setattr(dataset, "normalize", lambda images: images.float())
+    monkeypatch.setattr(dataset, "normalize", lambda images, data: images.float())
     # From (0, 0, 0) they are 5, 3, 13, 7, 15, 2 and 4 away; the last two were held out.
     images = [(3, 4, 0), (0, 0, 3), (5, 12, 0), (2, 3, 6), (9, 12, 0), (2, 0, 0), (4, 0, 0)]
     images, trained = of_pixels(*images), torch.arange(5)
@@ -207,5 +207,7 @@ def test_the_tokens_of_the_training_images_are_kept_for_these_images(
     assert not torch.isin(found.trained, found.held_out).any()
     monkeypatch.setattr(features, "embed", lambda model, images: torch.zeros(len(images), 1))
     assert torch.equal(load().tokens, found.tokens)  # read back
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train: (images.flip(3), labels))
+    monkeypatch.setattr(
+        dataset, "load", lambda data_dir, train, read_image: (images.flip(3), labels)
+    )
     assert not load().tokens.any()

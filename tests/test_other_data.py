@@ -222,6 +222,7 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
 
     own = ["--data-dir", pictures]
     draw("--num-images", 1, "--html", *own)
+    draw("--num-images", 1, *own)
     page = (tmp_path / "HeapImg/checkpoints_best/index.html").read_text()
     assert 'data-true="cross &amp; $x"' in page and "predicted cross &amp; $x" in page
     names = [path.name for path in (tmp_path / "HeapImg/checkpoints_best").glob("*_*_as_*.png")]

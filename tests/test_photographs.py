@@ -1,6 +1,8 @@
 """People's own photographs: the archive, and what training makes of it."""
 
 import csv
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -64,9 +66,13 @@ def test_a_folder_that_is_no_clone_is_named(tmp_path):
         photographs.read_photographs(tmp_path)
 
 
-def test_a_picture_that_is_missing_is_named(clone):
+def test_a_picture_that_is_missing_is_left_out_and_named(clone, capsys):
     (clone / "images" / "a2.jpg").unlink()
-    with pytest.raises(UserError, match=r"a2\.jpg is not a file"):
+    archive = photographs.read_photographs(clone)
+    assert archive["labels"].tolist() == [1, 7] and len(archive["images"]) == 2
+    assert re.search(r"left out: .*a2\.jpg is not a file", capsys.readouterr().err)
+    shutil.rmtree(clone / "images")
+    with pytest.raises(UserError, match="none of its pictures"):
         photographs.read_photographs(clone)
 
 

@@ -87,7 +87,9 @@ def test_no_legend_covers_a_point_even_of_a_single_epoch(monkeypatch, tmp_path):
         report, "draw_curves", lambda *given: figures.append(draw(*given)) or Figure()
     )
     labels, predictions = (torch.cat([some, torch.arange(10)]) for some in (LABELS, PREDICTIONS))
-    report.save_pictures(tmp_path / "best.pt", HISTORY[1:], labels, predictions, quiet=True)
+    report.save_pictures(
+        tmp_path / "best.pt", HISTORY[1:], labels, predictions, CLASS_NAMES, quiet=True
+    )
     (figure,) = figures
     figure.draw_without_rendering()
     for axes in figure.axes:

@@ -437,7 +437,7 @@ def test_wrong_labels_of_held_out_images_are_found(
     wrong = torch.arange(0, 500, 7)
     labels = labels.clone()
     labels[wrong] = (labels[wrong] + 1) % 10
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train: (images, labels))
+    monkeypatch.setattr(dataset, "load", lambda data_dir, train, read_image: (images, labels))
     held_out = dataset.split_indices(labels, 200, 3)[1]
     flags = of_own(shipped, tmp_path, val_size=200, seed=3)
     assert run("--label-errors", 200, *flags) == 0
