@@ -84,14 +84,16 @@ def whiten_first_layer(model: nn.Module, x: Tensor) -> None:
 
     Its batch norm then whitens the patches (after Jordan 2024, arXiv 2404.00498). The nine
     components, of largest variance first, come with both signs, as ReLU keeps only one; more than
-    18 filters raise a UserError. Takes normalised images, float32 (N, 1, 28, 28).
+    18 filters raise a UserError. Takes normalised images, float32 (N, 1, 28, 28); with three
+    channels there are three times as many components.
     """
-    patches = F.unfold(x.cpu(), kernel_size=3).transpose(0, 1).flatten(1)  # (9, N * 26 * 26)
+    patches = F.unfold(x.cpu(), kernel_size=3).transpose(0, 1).flatten(1)  # (9 * C, N * 26 * 26)
     components = torch.linalg.eigh(patches.cov()).eigenvectors.T.flip(0)  # eigh is ascending
-    filters = torch.stack([components, -components], dim=1).view(-1, 1, 3, 3)
+    filters = torch.stack([components, -components], dim=1).view(-1, x.shape[1], 3, 3)
     weight = model.stem.first.requires_grad_(False)[0][0].weight
     if len(weight) > len(filters):
-        raise UserError("--whiten makes at most 18 filters: lower the first --stem-dims")
+        what = f"--whiten makes at most {len(filters)} filters"
+        raise UserError(f"{what}: lower the first --stem-dims")
     weight.copy_(filters[: len(weight)])
 
 
