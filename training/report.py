@@ -17,8 +17,12 @@ from common.files import printable, whole_file
 
 Row = dict[str, float]  # the numbers of an epoch
 # Training accuracy looks low, since its images are augmented.
-SPLITS = dict(train="train split, as augmented", val="val split", test="test split")
-SPLITS["photographs"] = "held-out photographs"
+SPLITS = dict(
+    train="train split, as augmented",
+    val="val split",
+    photographs="held-out photographs",
+    test="test split",
+)
 
 
 def class_report(labels: torch.Tensor, predictions: torch.Tensor, names: Sequence[str]) -> str:
