@@ -373,6 +373,8 @@ def main() -> None:
     add("--archive", type=Path, help="of explaining/photographs.py: its held-out photographs")
     add("--checkpoints", type=Path, nargs="+", default=[SHIPPED_CHECKPOINT])
     args = parser.parse_args()
+    if args.real and not args.list:
+        parser.error("--real needs --list, a table of what is in the folder")
     if args.archive or args.real:
         print_real(args)
     else:
