@@ -1,0 +1,83 @@
+"""The plan of the next record: its order, its choices, and what is not looked at."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+record = pytest.importorskip("record", exc_type=ImportError)
+
+
+@pytest.fixture
+def play(monkeypatch, tmp_path):
+    """Runs the script with steps that only write a history; returns what was done, in order."""
+    losses = dict(large=0.3, wide_resnet=0.2, as_today=0.4, warm=0.1)
+    done = []
+
+    def step(config, **_):
+        name, epochs = Path(config.output_dir).name, config.epochs
+        done.append(name)
+        row = dict(val_loss=losses.get(name, 0.5))
+        Path(name).mkdir(exist_ok=True)
+        record.write_history([row] * epochs, Path(name, "history.csv"))
+
+    monkeypatch.setattr(record.train, "train", step)
+    monkeypatch.setattr(record, "train_peer", step)
+    monkeypatch.setattr(record, "test", lambda _: done.append("test"))
+    monkeypatch.setattr(record.signal, "alarm", lambda _: None)
+    monkeypatch.setattr(record.signal, "signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+
+    def run():
+        done.clear()
+        monkeypatch.setattr(sys, "argv", ["record.py", "--tiny", "--folder", str(tmp_path)])
+        record.main()
+        return list(done)
+
+    return run
+
+
+def test_the_steps_have_an_order_and_none_is_repeated_and_the_test_comes_last(play):
+    order = play()
+    teachers = ["large", "wide_resnet", "as_today"]
+    assert order[:3] == teachers
+    assert order[-9:-2] == ["teacher_0", "teacher_1", *(f"final_{i}" for i in range(5))]
+    assert order[-2:] == [record.PEER, "test"]
+    assert len(set(order)) == len(order)
+    Path("upright/history.csv").unlink()
+    assert play() == ["upright", "test"]
+
+
+def test_the_lowest_validation_loss_is_carried_on(play):
+    assert "--teacher large/best.pt" in record.make_plan(record.TINY)["warm"]
+    play()
+    steps = record.make_plan(record.TINY)
+    assert "--teacher wide_resnet/best.pt" in steps["as_record"]
+    assert "--depth 0" in steps["teacher_1"]
+    for name in ("upright", "final_4"):
+        assert "--temperature 2" in steps[name]
+    config = record.config_of(steps["final_4"])
+    assert (config.val_size, config.seed, config.rotate) == (0, 4, 15.0)
+
+
+def test_the_peer_goes_on_bit_for_bit(small_data, tmp_path, monkeypatch):
+    flags = "--val-size 0 --train-size 200 --epochs 2"
+    weights = []
+    for folder in ("whole", "parts"):
+        path = tmp_path / folder
+        path.mkdir()
+        places = dict(data_dir=str(small_data), output_dir=str(path))
+        config = record.config_of(flags, **places)
+        if folder == "parts":
+            monkeypatch.setattr(record, "write_history", stop)
+            with pytest.raises(KeyboardInterrupt):
+                record.train_peer(config)
+            monkeypatch.undo()
+            monkeypatch.setattr(record.train.dataset, "FILES", {})
+        record.train_peer(config)
+        weights.append(record.torch.load(path / "run.pt")[0])
+    assert all(record.torch.equal(a, b) for a, b in zip(*map(dict.values, weights), strict=True))
+
+
+def stop(*_):
+    raise KeyboardInterrupt
