@@ -3,7 +3,7 @@
     python benchmarks/record.py --folder FOLDER --plan        the steps, on an H200
     python benchmarks/record.py --folder FOLDER --minutes 8   do what is next
 
-A changed plan needs a new folder. Validation losses choose; the test split comes last.
+A changed plan needs a new folder. Validation losses choose; testing comes last.
 """
 
 import argparse
@@ -85,12 +85,12 @@ def make_plan(size: str) -> Steps:
 
 
 def print_plan(steps: Steps) -> None:
-    work, minutes = {}, 0.0
+    work, minutes = {}, 0
     for name, flags in steps.items():
         config = config_of(flags)
         model = peers.preact_resnet() if name == PEER else train.make_model(config)
         work[name] = peers.multiply_adds(model)
-        each = 3 * work[name]  # backwards is twice the work
+        each = 3 * work[name]  # backwards: twice the work
         each += sum(work[Path(path).parent.name] for path in config.teacher)
         minutes += config.epochs * (60_000 - config.val_size) * each / PACE
         done = len(history(name))

@@ -4,8 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-record = pytest.importorskip("record", exc_type=ImportError)
+import record
 
 
 @pytest.fixture
@@ -69,11 +68,9 @@ def test_the_peer_goes_on_bit_for_bit(small_data, tmp_path, monkeypatch):
         places = dict(data_dir=str(small_data), output_dir=str(path))
         config = record.config_of(flags, **places)
         if folder == "parts":
-            monkeypatch.setattr(record, "write_history", stop)
-            with pytest.raises(KeyboardInterrupt):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(record, "write_history", stop)
                 record.train_peer(config)
-            monkeypatch.undo()
-            monkeypatch.setattr(record.train.dataset, "FILES", {})
         record.train_peer(config)
         weights.append(record.torch.load(path / "run.pt")[0])
     assert all(record.torch.equal(a, b) for a, b in zip(*map(dict.values, weights), strict=True))
