@@ -132,15 +132,15 @@ def explain_images(
 def explain_pictures(args: Namespace, cam: GradCAM) -> list[Explanation]:
     """Explain one's own pictures; print the answers, or what is wrong."""
     explanations = []
-    for path in args.image:
+    for path in tqdm(args.image, "reading", leave=False, disable=None):
         try:
             image, photograph = read_image(path)
         except UserError as error:
-            print(f"{printable(path)}: {printable(error)}", file=sys.stderr)
+            tqdm.write(f"{printable(path)}: {printable(error)}", sys.stderr)
             continue
         image = torch.from_numpy(image)[None, None]
         (e,) = explain(cam, image, torch.tensor([-1]), args.target_class, args.versus)
-        print(f"{printable(path)}: {e.answer()}")
+        tqdm.write(f"{printable(path)}: {e.answer()}")
         photograph = ImageOps.pad(Image.fromarray(photograph), (400, 400), color="white")
         e.photograph = np.asarray(photograph)
         e.name, e.file_stem = printable(path.name), printable(path.stem)[:50]
@@ -226,11 +226,7 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
     elif args.all_classes:
         sheets = [class_sheet(cam, e) for e in explanations]
     elif args.worst:
-        title = "the most confident errors"
-        names = cam.model.data.class_names
-        if len(args.classes) < len(names):
-            title += f": {', '.join(names[k] for k in args.classes)}"
-        sheets = [many_sheet("worst.png", title, explanations)]
+        sheets = [many_sheet("worst.png", "the most confident errors", explanations)]
     elif args.label_errors:
         for e in explanations:
             print(f"{e.name}: {e.answer()}")

@@ -148,26 +148,6 @@ def test_similar_images_and_the_scale_of_a_contrast_are_shown(tmp_path):
     assert ": -1  1." in found.texts[0].replace("\n", " ")
 
 
-def test_a_card_is_no_larger_than_its_content(browser, page):
-    browser.get(page.as_uri())
-    for figure in browser.find_elements(By.TAG_NAME, "figure"):
-        panels = figure.find_element(By.CLASS_NAME, "panels")
-        caption = figure.find_element(By.TAG_NAME, "figcaption")
-        count = len(panels.find_elements(By.CLASS_NAME, "heat"))
-        border = 2 * 12 + 2  # pixels of padding and line
-        assert (
-            figure.size["width"] - border == panels.size["width"] == 168 * count + 8 * (count - 1)
-        )
-        height = panels.size["height"] + caption.size["height"] + border
-        assert figure.size["height"] == pytest.approx(height, abs=2)
-
-
-def test_the_colour_bar_is_printed(browser, page):
-    browser.get(page.as_uri())
-    printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
-    assert b"/ShadingType" in base64.b64decode(printed["data"])
-
-
 def test_images_are_filtered_and_sorted(browser, page, explanations):
     browser.get(page.as_uri())
     everything, count = shown(browser), browser.find_element(By.TAG_NAME, "output")
