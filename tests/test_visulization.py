@@ -303,14 +303,7 @@ def test_what_is_asked_for_is_in_the_files_name(run, drawn, tmp_path):
     assert [path.split("_as_")[1] for path in drawn] == [f"{name}.png" for name in names]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--num-images", 3],
-        ["--worst", 24],
-        ["--index", 0, 1, "--versus", "Coat"],
-    ],
-)
+@pytest.mark.parametrize("flags", [["--num-images", 3], ["--index", 0, 1, "--versus", "Coat"]])
 def test_words_are_legible_in_the_readme(run, monkeypatch, flags):
     figures = []
     monkeypatch.setattr(sheets.Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
