@@ -96,9 +96,8 @@ def choose_images(
         index = index[wrong][confidence[wrong].argsort(descending=True, stable=True)]
     if args.worst or args.label_errors or args.average:
         return index[: args.worst]
-    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
     by_class = [index[labels[index] == label][: args.num_images] for label in args.classes]
-    chosen = torch.cat([some.sort().values for some in by_class])
+    chosen = torch.cat(by_class)
     return chosen[:1] if args.compare_layers or args.all_classes else chosen
 
 
@@ -303,9 +302,8 @@ def parse_arguments() -> Namespace:
     choose("--worst", **number, help="one sheet of the N most confident errors")
     choose("--label-errors", **number, help="one sheet of N held-out images with doubtful labels")
     choose("--average", **yes, help="one sheet of each class's mean heatmap")
-    choose("--num-images", **number, default="3", help="test images of each class (default: 3)")
+    choose("--num-images", **number, default="3", help="first images of each class (default: 3)")
     add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
-    add("--seed", type=int, default=0, metavar="N", help="of the choice of images (default: 0)")
     add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
     add("--target-layer", **several, metavar="NAME", help="default: last at 28x28, first at 14x14")
     add("--target-class", **one_class, help="class to explain (default: predicted)")

@@ -6,7 +6,6 @@
 
 A list is a table of group, labels (accepted classes: Coat|Pullover), repository, and path; a
 picture is FOLDER/repository/path. The archive also shows what other limits of the note would do.
-Life is harder than simulations: no garment there is worn, folded or seen from the side.
 """
 
 import argparse
@@ -24,16 +23,16 @@ from PIL import Image
 from torch import Tensor
 
 import dataset
+from dataset import CLASS_NAMES
 from explaining.explanation import PHOTOGRAPHS_CHECKPOINT, UNSURE, classify, model_name
 from explaining.photo import read_image
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 
 Random = np.random.Generator
-Shape = tuple[int, int]
 Picture = np.ndarray  # float (H, W, 3), RGB, 0 to 1
 # uint8 images (N, 1, 28, 28); accepted classes, bool (N, 10); the groups that each belongs to
 Photographs = tuple[Tensor, Tensor, list[tuple[str, ...]]]
-SHAPES = (480, 360), (360, 480), (420, 420)
+SHAPE = 480, 360
 LIMITS = 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9
 COLUMNS = dict(
     model=("model", ""),
@@ -51,38 +50,38 @@ COLUMNS = dict(
 # ---- Simulated photographs ----
 
 
-def white(shape: Shape, rng: Random) -> Picture:
-    return np.ones((*shape, 3))
+def white(rng: Random) -> Picture:
+    return np.ones((*SHAPE, 3))
 
 
-def paper(shape: Shape, rng: Random) -> Picture:
-    return np.full((*shape, 3), rng.uniform(0.3, 0.8, 3))
+def paper(rng: Random) -> Picture:
+    return np.full((*SHAPE, 3), rng.uniform(0.3, 0.8, 3))
 
 
-def blobs(shape: Shape, rng: Random, height: float, width: float) -> Picture:
+def blobs(rng: Random, height: float, width: float) -> Picture:
     """Smooth noise of deviation 1, in spots of about `height` by `width` pixels."""
-    noise = rng.standard_normal((round(shape[0] / height), round(shape[1] / width)))
-    noise = cv2.resize(noise, shape[::-1], interpolation=cv2.INTER_CUBIC)
+    noise = rng.standard_normal((round(SHAPE[0] / height), round(SHAPE[1] / width)))
+    noise = cv2.resize(noise, SHAPE[::-1], interpolation=cv2.INTER_CUBIC)
     return ((noise - noise.mean()) / noise.std())[..., None]
 
 
-def wall_and_floor(shape: Shape, rng: Random) -> Picture:
-    picture = np.full((*shape, 3), (0.85, 0.83, 0.78))
-    picture[round(shape[0] * rng.uniform(0.5, 0.75)) :] = (0.55, 0.42, 0.32)
+def wall_and_floor(rng: Random) -> Picture:
+    picture = np.full((*SHAPE, 3), (0.85, 0.83, 0.78))
+    picture[round(SHAPE[0] * rng.uniform(0.5, 0.75)) :] = (0.55, 0.42, 0.32)
     return picture
 
 
-def wood(shape: Shape, rng: Random) -> Picture:
+def wood(rng: Random) -> Picture:
     """Boards with a grain."""
-    grain = 0.07 * blobs(shape, rng, 4, 120) + 0.05 * blobs(shape, rng, 30, 200)
+    grain = 0.07 * blobs(rng, 4, 120) + 0.05 * blobs(rng, 30, 200)
     picture = np.array([0.62, 0.45, 0.30]) * (1 + grain)
-    for edge in range(int(rng.uniform(20, 100)), shape[0], 100):
+    for edge in range(int(rng.uniform(20, 100)), SHAPE[0], 100):
         picture[edge : edge + 2] *= 0.6
     return picture
 
 
-def grass(shape: Shape, rng: Random) -> Picture:
-    blades = 0.35 * blobs(shape, rng, 12, 2.5) + 0.2 * blobs(shape, rng, 60, 60)
+def grass(rng: Random) -> Picture:
+    blades = 0.35 * blobs(rng, 12, 2.5) + 0.2 * blobs(rng, 60, 60)
     return np.array([0.33, 0.45, 0.16]) * (1 + blades).clip(0.3)
 
 
@@ -117,8 +116,7 @@ def cut_out(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def photograph(image: np.ndarray, kind: str, rng: Random) -> np.ndarray:
     """A photograph, uint8 RGB (H, W, 3), of the garment of an image, uint8 (28, 28), inverted."""
     make_background, darker, noise, bars = KINDS[kind]
-    shape = SHAPES[rng.integers(len(SHAPES))]
-    picture = make_background(shape, rng)
+    picture = make_background(rng)
     value, opacity = cut_out(image)
     gray = 1 - value
     behind = picture.mean()
@@ -126,16 +124,16 @@ def photograph(image: np.ndarray, kind: str, rng: Random) -> np.ndarray:
         gray = value  # a light garment instead of a dark one that nobody would see
     tint = rng.uniform(-0.2, 0.2, 3) * (rng.random() < 0.5)
     garment = gray[..., None] + tint * np.minimum(gray, 1 - gray)[..., None]
-    side = round(min(shape) * rng.uniform(0.55, 0.9))
+    side = round(min(SHAPE) * rng.uniform(0.55, 0.9))
     layer = np.dstack([garment * opacity[..., None], opacity])
     layer = cv2.resize(layer, (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
-    top, left = (rng.integers(0, n - side + 1) for n in shape)
+    top, left = (rng.integers(0, n - side + 1) for n in SHAPE)
     place = picture[top : top + side, left : left + side]
     place[:] = place * (1 - layer[..., 3:]) + layer[..., :3]
-    y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    y, x = np.mgrid[-1 : 1 : SHAPE[0] * 1j, -1 : 1 : SHAPE[1] * 1j]
     picture *= 1 - darker * (x**2 + y**2)[..., None] / 2
     picture += noise * rng.standard_normal(picture.shape)
-    width = round(bars * shape[1])
+    width = round(bars * SHAPE[1])
     picture = np.pad(picture, ((0, 0), (width, width), (0, 0)))
     return (picture * 255).round().clip(0, 255).astype(np.uint8)
 
@@ -155,7 +153,7 @@ def strokes(rng: Random) -> np.ndarray:
 
 
 def simulate(data_dir: Path, count: int) -> Photographs:
-    """Test images as they are and on each background, and what is no garment."""
+    """Test images, as they are and on each background, and what is no garment."""
     images, labels = dataset.load(data_dir, train=False)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
     images = images[order, 0].numpy()
@@ -170,7 +168,7 @@ def simulate(data_dir: Path, count: int) -> Photographs:
         "noise": rng.integers(0, 256, images.shape, dtype=np.uint8),
     }
     pictures = np.concatenate([*made.values(), *nothing.values()])
-    accepted = F.one_hot(labels[order], len(dataset.CLASS_NAMES)).bool()
+    accepted = F.one_hot(labels[order], len(CLASS_NAMES)).bool()
     accepted = torch.cat([accepted] * len(made) + [accepted & False] * len(nothing))
     groups = [(kind,) for kind in (made | nothing) for _ in images]
     return torch.from_numpy(pictures)[:, None], accepted, groups
@@ -184,11 +182,11 @@ def read_listed(folder: Path, path: Path) -> Photographs:
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     images = [read_image(folder / row["repository"] / row["path"])[0] for row in rows]
-    accepted = torch.zeros(len(rows), len(dataset.CLASS_NAMES), dtype=torch.bool)
+    accepted = torch.zeros(len(rows), len(CLASS_NAMES), dtype=torch.bool)
     groups = []
     for number, row in enumerate(rows):
-        for name in row["labels"].split("|"):
-            accepted[number, dataset.CLASS_NAMES.index(name)] = True
+        classes = [CLASS_NAMES.index(name) for name in row["labels"].split("|")]
+        accepted[number, classes] = True
         source = "training's" if "clothing-dataset" in row["repository"] else "another's"
         groups.append((row["group"], f"{row['group']}, {source} source", "all listed"))
     return torch.from_numpy(np.stack(images))[:, None], accepted, groups
@@ -198,8 +196,8 @@ def read_held_out(path: Path) -> Photographs:
     """The photographs that an archive holds out, by class."""
     archive = np.load(path)
     images, labels = (archive[name][archive["held_out"]] for name in ("images", "labels"))
-    accepted = F.one_hot(torch.from_numpy(labels).long(), len(dataset.CLASS_NAMES)).bool()
-    groups = [(f"held out: {dataset.CLASS_NAMES[label]}", "all held out") for label in labels]
+    accepted = F.one_hot(torch.from_numpy(labels).long(), len(CLASS_NAMES)).bool()
+    groups = [(f"held out: {CLASS_NAMES[label]}", "all held out") for label in labels]
     return torch.from_numpy(images)[:, None], accepted, groups
 
 
@@ -238,14 +236,14 @@ def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     add = parser.add_argument
     add("--num-images", type=int, default=300, help="of each background")
-    add("--archive", type=Path, help="written by explaining/photographs.py")
+    add("--archive", type=Path, help="of explaining/photographs.py")
     add("--real", type=Path, help="a folder of photographs; with --list")
     add("--list", type=Path, help="what is in it")
     shipped = [SHIPPED_CHECKPOINT, PHOTOGRAPHS_CHECKPOINT]
     add("--checkpoints", type=Path, nargs="+", default=shipped)
     args = parser.parse_args()
     if args.real and not args.list:
-        parser.error("--real needs --list, a table of what is in the folder")
+        parser.error("--real needs --list")
     results.run(parser, measure, ("model", "pictures", "limit"), COLUMNS)
 
 
