@@ -343,7 +343,8 @@ def choose_paths(args: Namespace) -> None:
     if args.image and PHOTOGRAPHS_CHECKPOINT.exists():
         default = PHOTOGRAPHS_CHECKPOINT
     elif args.image and not args.checkpoint:
-        print(f"note: {PHOTOGRAPHS_CHECKPOINT} is missing: the record, which saw none, answers")
+        advice = "the record answers, which was trained on no photographs"
+        print(f"note: {PHOTOGRAPHS_CHECKPOINT} is missing: {advice}")
     # no shell expands --checkpoint=~/best.pt
     args.checkpoint = path = user_path(args.checkpoint or default).resolve()
     folder = "" if path == default else f"{path.parent.name}_{path.stem}"
