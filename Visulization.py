@@ -17,16 +17,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 import dataset
 from common.files import UserError, errors_in_one_line, printable, user_path, whole_file
 from dataset import CHANNELS, IMAGE_SIZE, pictures_in
-from explaining.explanation import Explanation, classify, explain, in_file_name, mask_evidence
+from explaining.explanation import (
+    PHOTOGRAPHS_CHECKPOINT,
+    Explanation,
+    classify,
+    explain,
+    in_file_name,
+    mask_evidence,
+    model_name,
+)
 from explaining.features import (
     TrainingImages,
     embed,
-    familiarity_note,
-    feature_statistics,
     labels_of_nearest,
     load_training_images,
     similar_images,
@@ -83,15 +90,14 @@ def choose_images(
             raise UserError(f"--index: give numbers from 0 to {len(images) - 1:,}")
         return torch.tensor(args.index)
     index = torch.isin(labels, torch.tensor(args.classes)).nonzero().flatten()
-    if args.only_errors or args.worst or args.label_errors:
+    if args.worst or args.label_errors:
         confidence, predicted = classify(model, images[index]).max(dim=1)
         wrong = predicted != labels[index]
         index = index[wrong][confidence[wrong].argsort(descending=True, stable=True)]
     if args.worst or args.label_errors or args.average:
         return index[: args.worst]
-    index = index[torch.randperm(len(index), generator=torch.Generator().manual_seed(args.seed))]
     by_class = [index[labels[index] == label][: args.num_images] for label in args.classes]
-    chosen = torch.cat([some.sort().values for some in by_class])
+    chosen = torch.cat(by_class)
     return chosen[:1] if args.compare_layers or args.all_classes else chosen
 
 
@@ -122,24 +128,18 @@ def explain_images(
     return explanations
 
 
-def explain_pictures(args: Namespace, cam: GradCAM, train_config: dict) -> list[Explanation]:
-    """Explain one's own pictures; print likely classes and doubts, or what is wrong."""
-    statistics = feature_statistics(args.checkpoint, cam.model, train_config, args.data_dir)
+def explain_pictures(args: Namespace, cam: GradCAM) -> list[Explanation]:
+    """Explain one's own pictures; print the answers, or what is wrong."""
     explanations = []
-    for path in args.image:
+    for path in tqdm(args.image, "reading", leave=False, disable=None):
         try:
-            pixels, photograph, note = read_image(path)
+            image, photograph = read_image(path)
         except UserError as error:
-            print(f"{printable(path)}: {printable(error)}", file=sys.stderr)
+            tqdm.write(f"{printable(path)}: {printable(error)}", sys.stderr)
             continue
-        image = torch.from_numpy(pixels)[None]
-        (e,) = explain(cam, image[None], torch.tensor([-1]), args.target_class, args.versus)
-        shares = e.probabilities.clip(max=0.999)
-        likeliest = shares.argsort()[::-1][:3]
-        answer = ", ".join(f"{e.class_names[k]} {shares[k]:.1%}" for k in likeliest)
-        print(f"{printable(path)}: {answer}")
-        for doubt in filter(None, (note, familiarity_note(cam.model, image, statistics))):
-            print(f"  note: {doubt}")
+        image = torch.from_numpy(image)[None, None]
+        (e,) = explain(cam, image, torch.tensor([-1]), args.target_class, args.versus)
+        tqdm.write(f"{printable(path)}: {e.answer()}")
         photograph = ImageOps.pad(Image.fromarray(photograph), (400, 400), color="white")
         e.photograph = np.asarray(photograph)
         e.name, e.file_stem = printable(path.name), printable(path.stem)[:50]
@@ -168,9 +168,9 @@ def class_sheet(cam: GradCAM, e: Explanation) -> Sheet:
     x = dataset.normalize(torch.from_numpy(e.image)[None, None], cam.model.data)
     maps = [cam(x, label, normalize=False)[0].numpy() for label in range(len(e.class_names))]
     cells = []
-    for name, share, heatmap in zip(e.class_names, e.probabilities, maps, strict=True):
+    for label, heatmap in enumerate(maps):
         panels = paint(e.image, heatmap / (np.max(maps) or 1), SHARES)[1:]
-        cells.append(Cell(panels, f"{name} {min(share, 0.99):.0%}"))
+        cells.append(Cell(panels, e.share(label)))
     title = f"{e.name}: {e.answer()}\nshares of each class's evidence, on one scale"
     return Sheet(f"{e.file_stem}_classes.png", title, cells, 2)
 
@@ -191,23 +191,25 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
     """Write `heatmaps.npz`, which `numpy.load` reads.
 
     `maps`, float32 (N, 28, 28), are shares of the evidence for the `target_classes`, signed where
-    there is a `versus`. `true_maps` are for the `labels`; zeros where there is none, and of
-    contrasts. In `indices`, `labels` and `versus`, -1 is none. `masking`, (N, 4), has the
-    numbers above the maps; NaN with --average.
+    there is a `versus`. In `indices`, `labels` and `versus`, -1 is none. `masking`, (N, 4), has
+    the numbers above the maps; NaN with --average.
     """
-    rows = []
-    for e in explanations:
-        asked, last = e.evidence[0], e.evidence[-1]
-        true_map = last.heatmap
-        if last.label != e.label or last.versus >= 0:
-            true_map = np.zeros_like(last.heatmap)
-        row = dict(names=e.name, indices=e.index, images=e.image, labels=e.label)
-        row |= dict(predictions=e.predicted, probabilities=e.probabilities)
-        row |= dict(target_classes=asked.label, versus=asked.versus, masking=asked.probabilities)
-        rows.append(row | dict(maps=asked.heatmap, true_maps=true_map))
-    arrays = {key: [row[key] for row in rows] for key in rows[0]}
-    names = explanations[0].class_names
-    arrays |= dict(class_names=names, target_layers=args.target_layer, method=args.method)
+    asked = [e.evidence[0] for e in explanations]
+    arrays = dict(
+        names=[e.name for e in explanations],
+        indices=[e.index for e in explanations],
+        images=[e.image for e in explanations],
+        labels=[e.label for e in explanations],
+        predictions=[e.predicted for e in explanations],
+        probabilities=[e.probabilities for e in explanations],
+        target_classes=[evidence.label for evidence in asked],
+        versus=[evidence.versus for evidence in asked],
+        maps=[evidence.heatmap for evidence in asked],
+        masking=[evidence.probabilities for evidence in asked],
+        class_names=explanations[0].class_names,
+        target_layers=args.target_layer,
+        method=args.method,
+    )
     with whole_file(args.output_dir / "heatmaps.npz") as file:
         np.savez_compressed(file, **arrays)
 
@@ -223,11 +225,7 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
     elif args.all_classes:
         sheets = [class_sheet(cam, e) for e in explanations]
     elif args.worst:
-        title = "the most confident errors"
-        names = cam.model.data.class_names
-        if len(args.classes) < len(names):
-            title += f": {', '.join(names[k] for k in args.classes)}"
-        sheets = [many_sheet("worst.png", title, explanations)]
+        sheets = [many_sheet("worst.png", "the most confident errors", explanations)]
     elif args.label_errors:
         for e in explanations:
             print(f"{e.name}: {e.answer()}")
@@ -242,7 +240,7 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
         sheets = [overlay_sheet(e) for e in explanations]
         if len(explanations) > 1 and not args.image:
             sheets.append(many_sheet("contact_sheet.png", "test images", explanations))
-    for sheet in sheets:
+    for sheet in tqdm(sheets, "drawing", leave=False, disable=None):
         save_sheet(args.output_dir, sheet, scale_of(explanations[0]), args.source)
     names = [sheet.file_name for sheet in sheets]
     if args.save_arrays:
@@ -254,7 +252,7 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
     wrote = ", ".join(str(args.output_dir / name) for name in names)
     if len(names) > 4:
         wrote = f"{len(names):,} files in {args.output_dir}"
-    print(f"wrote {printable(wrote)}")
+    print(printable(f"wrote {wrote} (model: {model_name(args.checkpoint)})"))
 
 
 def class_index(text: str, names: Sequence[str]) -> int:
@@ -291,44 +289,42 @@ def parse_arguments() -> Namespace:
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     add = parser.add_argument
     choose = parser.add_mutually_exclusive_group().add_argument
+    show = parser.add_mutually_exclusive_group().add_argument
     yes = dict(action="store_true")
     path = dict(type=Path, metavar="PATH")
     number = dict(type=count, metavar="N")
     several = dict(nargs="+", action="extend")
     one_class = dict(metavar="CLASS")
-    checkpoint = "written by train.py (default: the shipped one)"
-    add("--checkpoint", **path, default=SHIPPED_CHECKPOINT, help=checkpoint)
+    checkpoint = "written by train.py (default: a shipped one; of --image, trained on photographs)"
+    add("--checkpoint", **path, help=checkpoint)
     choose("--image", **path, **several, help="pictures of your own, or folders of them")
     choose("--index", type=int, **several, metavar="N", help="indices of test images")
     choose("--worst", **number, help="one sheet of the N most confident errors")
     choose("--label-errors", **number, help="one sheet of N held-out images with doubtful labels")
     choose("--average", **yes, help="one sheet of each class's mean heatmap")
-    choose("--num-images", **number, default="3", help="test images of each class (default: 3)")
+    choose("--num-images", **number, default="3", help="first images of each class (default: 3)")
     add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
-    add("--only-errors", **yes, help="only images that the model gets wrong")
-    add("--seed", type=int, default=0, metavar="N", help="of the choice of images (default: 0)")
     add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
     add("--target-layer", **several, metavar="NAME", help="default: last at 28x28, first at 14x14")
     add("--target-class", **one_class, help="class to explain (default: predicted)")
     add("--versus", **one_class, help='the class to compare with, or "next"')
     similar = dict(type=int, choices=range(1, 11), metavar="N")
-    add("--similar", **similar, help="show N similar training images of the likeliest two classes")
-    add("--compare-layers", **yes, help="draw an image as each layer sees it")
-    add("--all-classes", **yes, help="draw an image's evidence for each class")
+    show("--similar", **similar, help="show N similar training images of the likeliest two classes")
+    show("--compare-layers", **yes, help="draw an image as each layer sees it")
+    show("--all-classes", **yes, help="draw an image's evidence for each class")
     add("--save-arrays", **yes, help="also write heatmaps.npz")
     add("--html", **yes, help="write index.html, a gallery, in place of pictures")
     add("--data-dir", **path, default="data", help="of the model's data set (default: data)")
     add("--output-dir", **path, help="default: HeapImg, or a folder in it")
     args = parser.parse_args()
-    if (args.image or args.index) and (args.classes or args.only_errors):
-        parser.error("--image and --index have no use for --classes and --only-errors")
+    if (args.image or args.index) and args.classes:
+        parser.error("--image and --index have no use for --classes")
     asks_for_class = args.target_class is not None or args.versus is not None
-    if args.average and (asks_for_class or args.compare_layers or args.html):
-        parser.error("--average has no use for --target-class, --versus, --compare-layers, --html")
-    if args.all_classes and (args.average or args.compare_layers or args.versus is not None):
-        parser.error("--all-classes has no use for --average, --compare-layers and --versus")
-    if args.similar and (args.average or args.compare_layers or args.all_classes):
-        parser.error("--similar has no use for --average, --compare-layers and --all-classes")
+    one_image = args.compare_layers or args.all_classes
+    if args.average and (asks_for_class or one_image or args.similar or args.html):
+        parser.error("--average has no use for flags of single images")
+    if args.all_classes and asks_for_class:
+        parser.error("--all-classes has no use for --target-class and --versus")
     if args.label_errors:
         args.similar = args.similar or 3
     pictures = []
@@ -338,33 +334,44 @@ def parse_arguments() -> Namespace:
             parser.error(f"--image {path}: there are no pictures in this folder")
         pictures += files or [path]
     args.image = list(dict.fromkeys(pictures))
+    return args
+
+
+def choose_paths(args: Namespace) -> None:
+    """Settle the checkpoint, and the folder of the pictures."""
+    default = SHIPPED_CHECKPOINT
+    if args.image and PHOTOGRAPHS_CHECKPOINT.exists():
+        default = PHOTOGRAPHS_CHECKPOINT
+    elif args.image and not args.checkpoint:
+        advice = "the record answers, which was trained on no photographs"
+        print(f"note: {PHOTOGRAPHS_CHECKPOINT} is missing: {advice}")
     # no shell expands --checkpoint=~/best.pt
-    args.checkpoint = path = user_path(args.checkpoint).resolve()
-    folder = "" if path == SHIPPED_CHECKPOINT.resolve() else f"{path.parent.name}_{path.stem}"
+    args.checkpoint = path = user_path(args.checkpoint or default).resolve()
+    folder = "" if path == default else f"{path.parent.name}_{path.stem}"
     own = "pictures" if args.image else ""
     args.output_dir = user_path(args.output_dir or Path("HeapImg", folder, own))
-    return args
 
 
 def main() -> None:
     args = parse_arguments()
     with errors_in_one_line("Visulization.py"), outlive_output("Visulization.py"):
         set_threads()
+        choose_paths(args)
         model, checkpoint = load_checkpoint(args.checkpoint)
         find_classes(args, model.data.class_names)
         args.target_layer = args.target_layer or default_layers(model)
-        model_name = printable("/".join(args.checkpoint.parts[-2:]))
         words = NAMES.get(args.method, args.method)
         if len(args.target_layer) > 1:
             words += f", mean of {len(args.target_layer)} layers"
-        args.source = f"{words}\n({' + '.join(args.target_layer)} in {model_name})"
+        layers = " + ".join(args.target_layer)
+        args.source = f"{words}\n({layers}; model: {model_name(args.checkpoint)})"
         cam = make_cam(model, args.target_layer, args.method)
-        train_config, training = checkpoint.get("train_config", {}), None
+        training = None
         if args.similar:
-            source = args.checkpoint, model, train_config, args.data_dir
-            training = load_training_images(*source)
+            train_config = checkpoint.get("train_config", {})
+            training = load_training_images(args.checkpoint, model, train_config, args.data_dir)
         if args.image:
-            explanations = explain_pictures(args, cam, train_config)
+            explanations = explain_pictures(args, cam)
         else:
             explanations = explain_images(args, cam, training)
         if not explanations:

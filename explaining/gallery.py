@@ -22,7 +22,7 @@ PANEL = Template(
 )
 FIGURE = Template(
     '<figure id="$link" data-true="$true" data-predicted="$predicted" data-result="$result"'
-    ' data-map="$map" data-confidence="$confidence" data-effect="$effect">'
+    ' data-map="$map" data-confidence="$confidence">'
     '<div class="panels">$panels</div>$similar'
     '<figcaption><a href="#$link">$name</a>: $answer</figcaption></figure>'
 )
@@ -51,7 +51,6 @@ def figure(e: Explanation) -> str:
     if e.label >= 0:
         true = html.escape(e.class_names[e.label])
         result = "right" if e.label == e.predicted else "wrong"
-    _, hottest, random, _ = e.evidence[0].probabilities
     return FIGURE.substitute(
         link=quote(e.file_stem),
         true=true,
@@ -59,7 +58,6 @@ def figure(e: Explanation) -> str:
         result=result,
         confidence=e.probabilities.max(),
         map=e.evidence[0].verdict(),
-        effect=random - hottest,
         panels=panels,
         similar=similar,
         name=name,

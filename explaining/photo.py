@@ -5,11 +5,10 @@ import sys
 import warnings
 from contextlib import suppress
 from functools import cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from common.console import command
@@ -33,56 +32,36 @@ Gray = np.ndarray  # also opacity: float32 (H, W), 0 to 1
 Mask = np.ndarray  # bool (H, W)
 
 
-def read_frame(picture: Image.Image) -> tuple[Image.Image, bool]:
-    """The first frame that is not blank, of mode "F" or "RGBA", and if its colours have 16 bits."""
-    for page in islice(ImageSequence.Iterator(picture), 100):
-        is_deep = ";16" in str(page.tile)
-        page.load()
-        with suppress(Exception):  # damaged orientation data is no reason to give up
-            page = ImageOps.exif_transpose(page)
-        is_gray = page.mode.startswith(("I", "F"))  # of more than 8 bits
-        frame = page.convert("F" if is_gray else "RGBA")
-        lowest, highest = np.reshape(frame.getextrema(), (-1, 2)).T  # of the channels
-        if (lowest != highest).any() and highest[-1] > 0:
-            break
-    return frame, is_deep
-
-
-def scale_to_white(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Values as fractions of the lowest usual white that holds them, and notes on doubts."""
+def scale_to_white(values: np.ndarray) -> np.ndarray:
+    """Values as fractions of the lowest usual white that holds them: few files name theirs."""
     values = np.nan_to_num(values, posinf=0, neginf=0)
     highest = values.max()
     # sharpening exceeds white a little
     white = next((white for white in WHITES if 1.1 * white >= highest), highest)
-    notes = []
-    if white not in WHITES or 1 < highest <= white / 2:
-        notes.append(f"the file does not say which value is white: {white:.0f} is a guess")
-    return np.clip(values / white, 0, 1), notes
+    return np.clip(values / white, 0, 1)
 
 
-def decode(path: str | Path) -> tuple[Picture, Gray, list[str]]:
-    """A picture's colours, its opacity, and notes on doubts."""
+def decode(path: str | Path) -> tuple[Picture, Gray]:
+    """A picture's colours and its opacity."""
     if not os.path.isfile(path):  # opening a pipe would wait for ever
         raise UserError("is not a file: name a picture")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
-            picture.draft(None, (1024, 1024))  # a large JPEG, twice as fast
-            frame, is_deep = read_frame(picture)
-            frame.thumbnail((1024, 1024), Image.BOX)
-            pixels = np.asarray(frame, np.float32)
+            picture.draft(None, (512, 512))  # a large JPEG, four times as fast
+            picture.load()
+            with suppress(Exception):  # damaged orientation data is no reason to give up
+                picture = ImageOps.exif_transpose(picture)
+            is_deep = picture.mode.startswith(("I", "F"))  # grey, of more than 8 bits
+            picture = picture.convert("F" if is_deep else "RGBA")
+            picture.thumbnail((512, 512), Image.BOX)
+            pixels = np.asarray(picture, np.float32)
     except Exception as error:  # Pillow raises many types
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot be read ({reason}): export it as PNG or JPEG") from error
-    if frame.mode == "F":
-        gray, notes = scale_to_white(pixels)
-        return np.dstack([gray] * 3), np.ones_like(gray), notes
-    colors, opacity = pixels[..., :3], pixels[..., 3] / 255
-    if not is_deep:
-        return colors / 255, opacity, []
-    if colors.max() < 4:  # Pillow keeps the upper 8 bits
-        raise UserError("uses too few of its 16 bits: export it with 8")
-    colors, notes = scale_to_white(colors * 257)
-    return colors, opacity, notes
+    if is_deep:
+        gray = scale_to_white(pixels)
+        return np.dstack([gray] * 3), np.ones_like(gray)
+    return pixels[..., :3] / 255, pixels[..., 3] / 255
 
 
 def bounding_box(mask: Mask) -> tuple[slice, slice]:
@@ -147,8 +126,8 @@ def fit_surface(values: np.ndarray, border: Mask) -> np.ndarray:
     return (terms @ factors).astype(np.float32)
 
 
-def find_garment(colors: Picture) -> tuple[Mask, Gray, bool]:
-    """A garment, its background's grey, and whether to doubt them."""
+def find_garment(colors: Picture) -> tuple[Mask, Gray]:
+    """A garment, and its background's grey."""
     pixel = max(colors.shape) / 256
     blurred = cv2.GaussianBlur(colors, (0, 0), pixel)
     lab = cv2.cvtColor(blurred, cv2.COLOR_RGB2LAB)
@@ -178,14 +157,14 @@ def find_garment(colors: Picture) -> tuple[Mask, Gray, bool]:
         models = np.zeros((2, 1, 65))
         cv2.setRNGSeed(0)  # a picture's result is the same after any others
         pixels = np.uint8(blurred * 255)
-        cv2.grabCut(pixels, labels, None, *models, 3, cv2.GC_INIT_WITH_MASK)
+        cv2.grabCut(pixels, labels, None, *models, 1, cv2.GC_INIT_WITH_MASK)
         garment = labels == cv2.GC_PR_FGD
     _, pieces = cv2.connectedComponents(np.uint8(garment))
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0  # the background
     garment &= (sizes >= 0.05 * sizes.max())[pieces]
     background = cv2.cvtColor(cv2.cvtColor(surface, cv2.COLOR_LAB2RGB), cv2.COLOR_RGB2GRAY)
-    return garment, background, is_busy or garment[border].mean() > 0.25
+    return garment, background
 
 
 def to_data_set(gray: Gray, opacity: Gray, background: Gray | float) -> np.ndarray:
@@ -204,13 +183,13 @@ def to_data_set(gray: Gray, opacity: Gray, background: Gray | float) -> np.ndarr
     return np.uint8(np.rint(image * 255))
 
 
-def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
+def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Bring a picture to the data set's form, as its paper does, but without sharpening.
 
-    Returns the image, uint8 (28, 28), the picture on white, uint8 RGB (H, W, 3), at most 1024
-    pixels a side, and a note on doubts, or "". A UserError says why there is no image.
+    Returns the image, uint8 (28, 28), and the picture on white, uint8 RGB (H, W, 3), at most 512
+    pixels a side. A UserError says why there is no image.
     """
-    colors, opacity, notes = decode(path)
+    colors, opacity = decode(path)
     opaque = opacity > 0.5
     if not opaque.any():
         raise UserError("is transparent all over: use another picture")
@@ -221,28 +200,23 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray, str]:
     background = None
     if opaque.all():
         colors = strip_frame(shrink(picture))
-        opacity, background, is_doubtful = find_garment(colors)
+        opacity, background = find_garment(colors)
         if not opacity.any():
             raise UserError("is of one even colour or pattern: use another picture")
-        if is_doubtful:
-            notes.append("the background is not even, or the garment reaches the edges")
     elif edges(opaque).mean() > 0.5 or asymmetry < 0.02:  # as a photograph, cut to a disc or so
         shape = shrink(opacity[box])
         part = fill_transparent(shrink(picture[box]), shape)
-        garment, surface, _ = find_garment(part)
+        garment, surface = find_garment(part)
         reaches_edges = edges(garment).mean() > 0.25
         garment &= shape > 0.5
         extent = max(garment.any(axis=0).mean(), garment.any(axis=1).mean())
         if extent > 0.5 and not reaches_edges and not is_stripe(garment, shape > 0.5):
             colors, opacity, background = part, garment, surface
-            notes.append("taken for a photograph, not for a garment that was cut out")
-        elif garment.any():
-            notes.append("taken for a garment that was cut out, not for a photograph")
     gray = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_RGB2GRAY)
     if background is None:  # white, as the data set's garments had, unless it would vanish there
         background = float((gray * opacity).sum() <= 0.8 * opacity.sum())
     image = to_data_set(gray, opacity, background)
-    return image, np.uint8(np.rint(picture * 255)), "; ".join(notes)
+    return image, np.uint8(np.rint(picture * 255))
 
 
 @cache

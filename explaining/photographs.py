@@ -9,7 +9,6 @@ writes data/photographs.npz: what `--image` makes of them, their classes, and wh
 import argparse
 import csv
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,11 +78,9 @@ def main() -> None:
         archive = read_photographs(args.clone)
         with whole_file(args.output) as file:
             np.savez_compressed(file, **archive)
-    print(f"{'':12} {'to train on':>11}  held out")
-    counts = Counter(zip(archive["labels"].tolist(), archive["held_out"].tolist(), strict=True))
-    for label, name in enumerate(CLASS_NAMES):
-        print(f"{name:12} {counts[label, False]:11,}  {counts[label, True]:8,}")
-    print(f"wrote {args.output}")
+    counts = np.bincount(archive["labels"], minlength=len(CLASS_NAMES))
+    print(", ".join(f"{name} {n:,}" for name, n in zip(CLASS_NAMES, counts, strict=True)))
+    print(f"wrote {args.output}, {archive['held_out'].sum():,} of {counts.sum():,} held out")
 
 
 if __name__ == "__main__":

@@ -93,8 +93,7 @@ def make_cell(e: Explanation) -> Cell:
         panels = [panels[0], panels[2], painted[1][2]]
     labels = ["", *(evidence.role() for evidence in e.evidence)]
     caption = f"{e.index}: {e.answer()}".replace(", ", ",\n")
-    is_wrong = e.label not in (-1, e.predicted)
-    return Cell(panels, caption, labels, "crimson" if is_wrong else "black")
+    return Cell(panels, caption, labels, "black" if e.label == e.predicted else "crimson")
 
 
 def many_sheet(file_name: str, title: str, explanations: list[Explanation]) -> Sheet:

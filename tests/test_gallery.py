@@ -130,25 +130,12 @@ def test_each_image_is_beside_its_own_words_on_a_page_that_stands_alone(page, ex
     assert found.attributes[0]["id"] == "01104" and found.attributes[-1]["id"] == "a%20%22b%22%20c"
 
 
-def test_the_values_are_those_of_the_class_asked_for(tmp_path):
-    heatmap, image = np.eye(28, dtype=np.float32), np.zeros((28, 28), np.uint8)
-    probabilities = np.array([0, 0, 0, 0.1, 0.2, 0, 0.7, 0, 0, 0])
-    evidence = Evidence(4, 6, heatmap, (0.2, 0.02, 0.09, 0.05))
-    save_gallery(tmp_path / "index.html", [Explanation(image, 4, probabilities, [evidence])], "")
-    page = (tmp_path / "index.html").read_text()
-    assert re.search("linear-gradient.to right, #0070ff.*#e8002a", page)
-    found = Figures(page)
-    assert ": -1  1." in found.texts[0].replace("\n", " ")
-    values = [float(found.attributes[0][f"data-{key}"]) for key in ("confidence", "effect")]
-    assert values == pytest.approx([0.7, 0.07])
-
-
-def test_similar_images_are_shown_with_their_distances(tmp_path):
+def test_similar_images_and_the_scale_of_a_contrast_are_shown(tmp_path):
     images = np.arange(4 * 784, dtype=np.uint8).reshape(4, 28, 28)
     shirts = Cell([[images[0]], [images[1]]], "like a Shirt", ["1.25", "2.00"])
     coats = Cell([[images[2]], [images[3]]], "like a Coat", ["1.00", "3.50"], "crimson")
     heatmap, probabilities = np.eye(28, dtype=np.float32), np.eye(10)[6]
-    e = Explanation(images[0], 6, probabilities, [Evidence(6, -1, heatmap, (1.0,) * 4)])
+    e = Explanation(images[0], 6, probabilities, [Evidence(6, 4, heatmap, (1.0,) * 4)])
     e.similar = [shirts, coats]
     save_gallery(tmp_path / "index.html", [e], "")
     page = (tmp_path / "index.html").read_text()
@@ -157,26 +144,8 @@ def test_similar_images_are_shown_with_their_distances(tmp_path):
     assert "like a Shirt: 1.25, 2.00" in found.texts[1]
     assert "like a Coat: 1.00, 3.50" in found.texts[1]
     assert re.findall('class="similar (.*?)"', page) == ["black", "crimson"]
-
-
-def test_a_card_is_no_larger_than_its_content(browser, page):
-    browser.get(page.as_uri())
-    for figure in browser.find_elements(By.TAG_NAME, "figure"):
-        panels = figure.find_element(By.CLASS_NAME, "panels")
-        caption = figure.find_element(By.TAG_NAME, "figcaption")
-        count = len(panels.find_elements(By.CLASS_NAME, "heat"))
-        border = 2 * 12 + 2  # pixels of padding and line
-        assert (
-            figure.size["width"] - border == panels.size["width"] == 168 * count + 8 * (count - 1)
-        )
-        height = panels.size["height"] + caption.size["height"] + border
-        assert figure.size["height"] == pytest.approx(height, abs=2)
-
-
-def test_the_colour_bar_is_printed(browser, page):
-    browser.get(page.as_uri())
-    printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": False})
-    assert b"/ShadingType" in base64.b64decode(printed["data"])
+    assert re.search("linear-gradient.to right, #0070ff.*#e8002a", page)
+    assert ": -1  1." in found.texts[0].replace("\n", " ")
 
 
 def test_images_are_filtered_and_sorted(browser, page, explanations):
@@ -195,17 +164,13 @@ def test_images_are_filtered_and_sorted(browser, page, explanations):
     for name in ("result", "true", "predicted"):
         choose(browser, name, "all")
     choose(browser, "order", "by confidence")
-    percents = [int(re.search(r"predicted \D+(\d+)%", line).group(1)) for line in shown(browser)]
+    percents = [int(re.search(r"(\d+)%$", line).group(1)) for line in shown(browser)]
     assert percents == sorted(percents, reverse=True) and len(set(percents)) > 2
     for words in ("something", "little"):
         choose(browser, "map", f"says {words}")
         names = {e.name for e in explanations if words in e.evidence[0].verdict()}
         assert {line.split(": ")[0] for line in shown(browser)} == names != set()
     choose(browser, "map", "all")
-    choose(browser, "order", "by effect: hottest tenth against random")
-    figures = browser.find_elements(By.TAG_NAME, "figure")
-    changes = [float(figure.get_attribute("data-effect")) for figure in figures]
-    assert changes == sorted(changes, reverse=True) and min(changes) < 0 < max(changes)
     choose(browser, "order", "of the page")
     assert shown(browser) == everything
 

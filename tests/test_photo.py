@@ -26,18 +26,15 @@ EXPECTED[:7, 7:14] = 100
 
 
 OPAQUE = 255 * np.uint8(GARMENT > 0)
-CUT_OUT = "taken for a garment that was cut out, not for a photograph"
-PHOTOGRAPH = "taken for a photograph, not for a garment that was cut out"
 
 
 def read(folder, gray, opacity=None):
-    """What is made of a picture of these values, uint8 (H, W): the image, int64, and the note."""
+    """The image, int64, that is made of a picture of these values, uint8 (H, W)."""
     picture = Image.fromarray(gray)
     if opacity is not None:
         picture.putalpha(Image.fromarray(opacity))
     picture.save(folder / "a.png")
-    image, _, note = read_image(folder / "a.png")
-    return image.astype(int), note
+    return read_image(folder / "a.png")[0].astype(int)
 
 
 @pytest.mark.parametrize(
@@ -56,12 +53,8 @@ def test_a_garment_may_be_lighter_or_darker_than_any_background(
     tmp_path, garment, background, is_cut_out, expected
 ):
     pixels = np.where(GARMENT > 0, garment, background).astype(np.uint8)
-    found, _ = read(tmp_path, pixels, OPAQUE if is_cut_out else None)
+    found = read(tmp_path, pixels, OPAQUE if is_cut_out else None)
     assert np.abs(found - np.where(EXPECTED > 0, expected, 0)).max() <= 1
-
-
-def frames(*pictures):
-    return dict(save_all=True, append_images=pictures)
 
 
 def variants():
@@ -71,7 +64,7 @@ def variants():
     sideways[0x112] = 6  # the camera was held on its side: to be turned by 90 degrees
     wide = Image.new("RGB", (90, 70), "white")
     wide.paste(Image.fromarray(255 - GARMENT).convert("RGB"), (30, 10))
-    for bits in (8, 10, 12, 14, 16):
+    for bits in (8, 12, 16):
         values = GARMENT / 255 * (2**bits - 1)
         yield Image.fromarray(values.round().astype(np.uint16)), f"{bits} of 16 bits.png", {}
     big_endian = (GARMENT.astype(np.uint16) * 257).astype(">u2").tobytes()
@@ -79,17 +72,11 @@ def variants():
     holes = GARMENT.astype(np.float32) / 255
     holes[0, :2] = np.nan, np.inf
     yield Image.fromarray(holes), "floating point.tiff", {}
-    yield gray, "moving.gif", frames(gray.rotate(90))
-    blank, other = (Image.new("L", gray.size, value) for value in (70, 9))
-    yield blank, "after blank frames.gif", frames(other, gray)
-    clear = Image.fromarray(np.dstack([255 - GARMENT, OPAQUE]))
-    hidden = Image.fromarray(np.dstack([GARMENT, 0 * GARMENT]))
-    yield hidden, "after a clear frame.png", frames(clear)
+    yield gray, "moving.gif", dict(save_all=True, append_images=[gray.rotate(90)])
     yield gray.convert("RGB").convert("CMYK"), "CMYK.tiff", {}
     yield wide, "off-centre, in colour, on white.png", {}
     yield gray.rotate(90), "turned by the camera.png", dict(exif=sideways)
-    yield gray, "a damaged note.png", dict(exif=b"Exif\0\0MM")
-    yield gray, "photo.jpg", dict(exif=b"Exif\0\0MM", quality=100)
+    yield gray, "with a damaged note.jpg", dict(exif=b"Exif\0\0MM", quality=100)
     if features.check("avif"):
         yield gray, "photo.avif", dict(quality=100)
 
@@ -100,7 +87,7 @@ def variants():
 def test_files_of_every_kind_come_out_alike(tmp_path, picture, name, options):
     picture.save(tmp_path / name, **options)
     found = read_image(tmp_path / name)[0].astype(int)
-    tolerance = {"photo.jpg": 8, "photo.avif": 12}.get(name, 1)
+    tolerance = {"with a damaged note.jpg": 8, "photo.avif": 12}.get(name, 1)
     assert found.shape == (28, 28) and np.abs(found - EXPECTED).max() <= tolerance
 
 
@@ -108,7 +95,7 @@ def test_a_large_picture_is_averaged_not_sampled(tmp_path):
     pixels = np.zeros((80, 80), np.uint8)
     pixels[12:68, 12:68] = np.random.default_rng(0).integers(100, 256, (56, 56))
     means = pixels[12:68, 12:68].reshape(28, 2, 28, 2).mean(axis=(1, 3))
-    assert np.abs(read(tmp_path, pixels)[0] - means).max() < 0.51  # rounded
+    assert np.abs(read(tmp_path, pixels) - means).max() < 0.51  # rounded
 
 
 # CIELAB's lightness is 80.6 of a grey of 200, 21.2 of 50, and 2.5, 4.7 and 5.2 of 9, 16 and 18.
@@ -117,35 +104,29 @@ def test_a_large_picture_is_averaged_not_sampled(tmp_path):
 )
 def test_what_is_as_faint_as_a_shadow_is_background(tmp_path, lightest, haze, is_background):
     pixels = GARMENT // (200 // lightest)
-    expected, _ = read(tmp_path, pixels)
+    expected = read(tmp_path, pixels)
     pixels[10:50, 40:50] = haze
-    assert np.array_equal(read(tmp_path, pixels)[0], expected) == is_background
+    assert np.array_equal(read(tmp_path, pixels), expected) == is_background
 
 
 @pytest.mark.parametrize(
-    "values, white, doubt",
+    "values, white",
     [
-        (GARMENT.astype(np.uint16) * 8, 4095 / 8, "4095 is a guess"),
-        (GARMENT.astype(np.int32) * 10**6, 200, "200000000 is a guess"),
-        (GARMENT.astype(np.float32) / 190, 190, ""),  # sharpened beyond white
-        (GARMENT.astype(np.float32) / 500, 500, ""),
+        (GARMENT.astype(np.uint16) * 8, 4095 / 8),
+        (GARMENT.astype(np.int32) * 10**6, 200),
+        (GARMENT.astype(np.float32) / 190, 190),  # sharpened beyond white
+        (GARMENT.astype(np.float32) / 500, 500),
     ],
 )
-def test_which_value_is_white_is_guessed(tmp_path, values, white, doubt):
+def test_which_value_is_white_is_guessed(tmp_path, values, white):
     Image.fromarray(values).save(tmp_path / "a.tiff")
-    image, _, note = read_image(tmp_path / "a.tiff")
+    image, _ = read_image(tmp_path / "a.tiff")
     assert np.abs(image - (EXPECTED * 255 / white).clip(0, 255)).max() <= 1
-    assert note.endswith(doubt) and bool(note) == bool(doubt)
 
 
-def test_12_of_16_bits_are_enough_in_colour_and_10_are_not(tmp_path):
-    colors = np.dstack([GARMENT.astype(np.uint16)] * 3)
-    cv2.imwrite(str(tmp_path / "a.png"), colors * 16)
-    image, _, note = read_image(tmp_path / "a.png")
-    assert np.abs(image - EXPECTED).max() <= 16 and note == ""  # Pillow keeps 4 of the 12
-    cv2.imwrite(str(tmp_path / "a.png"), colors * 4)
-    with pytest.raises(UserError, match="too few of its 16 bits"):
-        read_image(tmp_path / "a.png")
+def test_colours_may_have_16_bits(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.dstack([GARMENT.astype(np.uint16) * 257] * 3))
+    assert np.abs(read_image(tmp_path / "a.png")[0] - EXPECTED).max() <= 1
 
 
 @pytest.mark.parametrize("turn", [0, 1])
@@ -153,8 +134,8 @@ def test_a_cut_out_bag_with_a_stripe_is_no_photograph(tmp_path, turn):
     gray, opacity = np.full((200, 300), 40, np.uint8), np.zeros((200, 300), np.uint8)
     opacity[20:180, 20:280] = 255
     gray[80:110, 20:280] = 220
-    image, note = read(tmp_path, np.rot90(gray, turn), np.rot90(opacity, turn))
-    assert (image > 0).mean() == pytest.approx(160 / 260, abs=0.03) and note == CUT_OUT
+    image = read(tmp_path, np.rot90(gray, turn), np.rot90(opacity, turn))
+    assert (image > 0).mean() == pytest.approx(160 / 260, abs=0.03)
 
 
 @pytest.mark.parametrize("shape", ["ellipse", "rectangle", "polygon"])
@@ -166,21 +147,12 @@ def test_a_photograph_may_be_transparent_around(tmp_path, shape):
     else:
         getattr(draw, shape)((0, 0, 59, 59), fill=255)
     margin = 0 if shape == "polygon" else ((14, 16), (3, 17))
-    image, note = read(tmp_path, np.pad(255 - GARMENT, margin), np.pad(opacity, margin))
-    assert np.abs(image - EXPECTED).max() <= 1 and note == PHOTOGRAPH
+    image = read(tmp_path, np.pad(255 - GARMENT, margin), np.pad(opacity, margin))
+    assert np.abs(image - EXPECTED).max() <= 1
 
 
-def test_a_garment_ends_where_the_photograph_does(tmp_path):
-    y, x = np.mgrid[-1:1:60j, -1:1:60j]
-    is_garment = (y > 0.1) & (np.abs(x) < 0.55)  # whose lower corners are outside of the disc
-    image, note = read(tmp_path, 255 * np.uint8(~is_garment), 255 * np.uint8(x**2 + y**2 < 1))
-    assert image[24, 14] == 255 and image[24, 0] == image[24, 27] == 0 and note == PHOTOGRAPH
-
-
-@pytest.mark.parametrize(
-    "kind, note", [("plain", ""), ("flap", CUT_OUT), ("print", CUT_OUT), ("notch", "")]
-)
-def test_a_garment_that_was_cut_out_stays_whole(tmp_path, kind, note):
+@pytest.mark.parametrize("kind", ["plain", "flap", "print", "notch"])
+def test_a_garment_that_was_cut_out_stays_whole(tmp_path, kind):
     pixels, opacity, expected = np.full((60, 60), 90, np.uint8), OPAQUE.copy(), EXPECTED > 0
     if kind == "flap":
         pixels[12:48, 15:28] = 250  # at 36 of the edges' 120 pixels
@@ -190,34 +162,29 @@ def test_a_garment_that_was_cut_out_stays_whole(tmp_path, kind, note):
         pixels[25:45, 20:30] = 250
         opacity[10:14, 15:25] = 0
         expected[:2, 7:14] = False
-    image, found = read(tmp_path, pixels, opacity)
-    assert np.array_equal(image > 0, expected) and found == note
+    assert np.array_equal(read(tmp_path, pixels, opacity) > 0, expected)
 
 
-@pytest.mark.parametrize("width, is_doubtful", [(20, False), (48, True)])
-def test_a_garment_may_reach_from_edge_to_edge(tmp_path, width, is_doubtful):
+@pytest.mark.parametrize("width", [20, 48])
+def test_a_garment_may_reach_from_edge_to_edge(tmp_path, width):
     pixels = np.zeros((56, 100), np.uint8)
     pixels[:, 30 : 30 + width] = 200  # a ninth or a third of the outermost 3 pixels
-    image, note = read(tmp_path, pixels)
     expected = np.zeros((28, 28), int)
     expected[:, 14 - width // 4 : 14 + width // 4] = 200
-    assert np.abs(image - expected).max() <= 1 and bool(note) == is_doubtful
+    assert np.abs(read(tmp_path, pixels) - expected).max() <= 1
 
 
 def test_no_frame_is_seen_around_a_wide_garment(tmp_path):
     pixels = np.full((100, 100), 240, np.uint8)
     pixels[45:88, 1:99] = 60
-    found = read(tmp_path, pixels)[0] > 0
+    found = read(tmp_path, pixels) > 0
     assert (found.any(axis=1).sum(), found.any(axis=0).sum()) == (13, 28)  # of 43 and 98
 
 
-def test_fine_grain_is_even_and_coarse_grain_is_not(tmp_path):
-    grain = np.uint8(np.indices((256, 256)).sum(axis=0) % 2)
-    fine = 120 + 16 * grain
+def test_fine_grain_is_background(tmp_path):
+    fine = np.uint8(120 + 16 * (np.indices((256, 256)).sum(axis=0) % 2))
     fine[64:192, 96:160] = 0
-    image, note = read(tmp_path, fine)
-    assert note == "" and np.array_equal(np.flatnonzero(image[14] > 127), np.arange(7, 21))
-    assert read(tmp_path, 255 * grain[:31, :29])[1].startswith("the background is not even")
+    assert np.array_equal(np.flatnonzero(read(tmp_path, fine)[14] > 127), np.arange(7, 21))
 
 
 def is_refused(path, reason):
@@ -242,67 +209,57 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path):
 
 
 def test_a_picture_without_a_garment_is_refused(tmp_path):
-    path, even = tmp_path / "a.tiff", Image.new("L", (9, 9), 77)
+    path = tmp_path / "a.tiff"
     Image.new("RGBA", (9, 9)).save(path)
     is_refused(path, "transparent all over")
-    even.save(path, **frames(*[even] * 99, Image.fromarray(GARMENT)))  # after a hundred pages
-    is_refused(path, "of one even colour")
     tiles = (np.indices((64, 64)) // 8).sum(axis=0) % 2
-    Image.fromarray(np.uint8(120 + 8 * tiles)).save(path)
-    is_refused(path, "of one even colour")
+    for pixels in (np.full((9, 9), 77), 120 + 8 * tiles):
+        Image.fromarray(np.uint8(pixels)).save(path)
+        is_refused(path, "of one even colour")
 
 
-# Least mean overlap with the garment, and whether there is a doubt.
+# Least mean overlap with the garment.
 KINDS = {
-    "coloured paper": (0.9, False),
-    "gradient sideways, to 0.8": (0.9, False),
-    "vignette of 25 %": (0.9, False),
-    "noise of 0.06": (0.85, True),
-    "frame of 2 pixels, black": (0.9, False),
-    "black bars at the sides, 14 %": (0.9, False),
-    "wall and floor": (0.8, True),
-    "wood": (0.92, True),  # 0.81 without Otsu's threshold
-    "grass": (0.94, True),  # 0.90 without GrabCut
+    "coloured paper": 0.9,
+    "vignette of 25 %": 0.9,
+    "noise of 0.06": 0.85,
+    "black bars at the sides, 14 %": 0.9,
+    "wall and floor": 0.8,
+    "wood": 0.92,
+    "grass": 0.94,
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_garment_is_found_on_every_kind_of_background(test_split, tmp_path, kind):
-    overlaps, notes = [], set()
+    overlaps = []
     for i in (1, 2, 7):  # a Pullover, a Trouser, a Shirt
         image = test_split[0][i, 0].numpy()
         large = np.pad(image.repeat(10, 0).repeat(10, 1), 60)
-        expected = read(tmp_path, 255 - large)[0] > 0
-        found, note = read_back(photograph(image, kind, np.random.default_rng(i)), tmp_path)
+        expected = read(tmp_path, 255 - large) > 0
+        picture = photograph(image, kind, np.random.default_rng(i))
+        cv2.setRNGSeed(i)  # other pictures use up OpenCV's random numbers
+        found = read_back(picture, tmp_path)
+        cv2.setRNGSeed(i + 1)
+        assert np.array_equal(read_back(picture, tmp_path), found)
         overlaps.append(((found > 0) & expected).sum() / ((found > 0) | expected).sum())
-        notes.add(note != "")
-    least, is_doubtful = KINDS[kind]
-    assert np.mean(overlaps) > least and notes == {is_doubtful}
-
-
-def test_a_picture_is_the_same_after_other_pictures(test_split, tmp_path):
-    picture = photograph(test_split[0][1, 0].numpy(), "grass", np.random.default_rng(0))
-    images = []
-    for seed in range(8):  # of OpenCV's random numbers, which other pictures use up
-        cv2.setRNGSeed(seed)
-        images.append(read_back(picture, tmp_path)[0])
-    assert np.ptp(images, axis=0).max() == 0
+    assert np.mean(overlaps) > KINDS[kind]
 
 
 def test_a_crumb_beside_the_garment_does_not_count(tmp_path):
     pixels = np.full((300, 300), 240, np.uint8)
     pixels[60:200, 80:180] = 50
-    image, _ = read(tmp_path, pixels)
+    image = read(tmp_path, pixels)
     pixels[270:278, 20:28] = 30
-    assert np.array_equal(read(tmp_path, pixels)[0], image)
+    assert np.array_equal(read(tmp_path, pixels), image)
     pixels[250:290, 10:60] = 30  # a seventh of the garment's area: a part of it, as the other shoe
-    assert np.abs(read(tmp_path, pixels)[0] - image).max() > 50
+    assert np.abs(read(tmp_path, pixels) - image).max() > 50
 
 
 def test_the_photograph_is_kept_as_a_person_sees_it(tmp_path):
     picture = Image.new("RGBA", (1500, 900), (0, 0, 0, 0))
     picture.paste((200, 10, 20, 255), (300, 200, 900, 700))
     picture.save(tmp_path / "a.png")
-    _, seen, note = read_image(tmp_path / "a.png")
-    assert seen.shape == (614, 1024, 3) and seen.dtype == np.uint8 and note == ""
-    assert seen[0, 0].tolist() == [255, 255, 255] and seen[300, 400].tolist() == [200, 10, 20]
+    _, seen = read_image(tmp_path / "a.png")
+    assert seen.shape == (307, 512, 3) and seen.dtype == np.uint8
+    assert seen[0, 0].tolist() == [255, 255, 255] and seen[150, 200].tolist() == [200, 10, 20]
