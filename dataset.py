@@ -73,21 +73,17 @@ class DataError(UserError):
 
 def _read(path: Path) -> bytes:
     """A file's content, unpacked if it is compressed, whatever its name; b"" if there is none."""
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error):  # not compressed, or damaged
-        return path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return b""
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
+    content = path.read_bytes()
+    try:
+        return gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error):  # not compressed, or damaged
+        return content
 
 
 def _find(name: str, data_dir: Path) -> bytes | None:
-    """A file's content, if the data folder or Debian's installed package has it.
-
-    A DataError if the data folder has another file of this name.
-    """
+    """A file's content, if the data folder or Debian's package has it; another's is refused."""
     for folder in (data_dir, data_dir / "FashionMNIST/raw", DEBIAN_FOLDER):  # raw: torchvision's
         for path in (folder / name, folder / f"{name}.gz"):
             content = _read(path)
@@ -243,9 +239,9 @@ def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tu
 
 
 def split_indices(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold `val_size` images out for validation, 0 or 10 to N - 10, every class in proportion.
+    """Hold `val_size` of N images out for validation, every class in proportion.
 
-    Labels are int64 (N,), the indices of both parts int64, ascending.
+    Returns the indices of both parts, int64, ascending.
     """
     if val_size == 0:
         return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
@@ -307,8 +303,7 @@ def _uniform(images: Tensor, generator: Generator) -> Tensor:
 def alternate_flip(images: Tensor, generator: Generator, epoch: int) -> Tensor:
     """Mirror a random half of uint8 images (N, C, H, W) in even epochs, and the others in odd ones.
 
-    Two epochs then show every image both ways (Jordan 2024, arXiv 2404.00498, section 3.6), if the
-    generator is in the same state each time.
+    So are those of Jordan 2024, arXiv 2404.00498. The generator has to be in the same state.
     """
     mirrored = _uniform(images, generator) < 0.5
     return torch.where(mirrored ^ bool(epoch % 2), images.flip(3), images)
@@ -343,7 +338,25 @@ def random_rotate(images: Tensor, generator: Generator, degrees: float) -> Tenso
     draw = 2 * _uniform(images, generator).flatten() - 1
     angle = draw.sign() * _strength(draw.abs()) * math.radians(degrees)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrices = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    return _warp(images, [cos, -sin, zero, sin, cos, zero])
+
+
+def random_stretch(images: Tensor, generator: Generator, most: float) -> Tensor:
+    """Make garments up to `most` times wider or narrower, filling the frame as photographs do.
+
+    Takes uint8 images (N, 1, H, W) with the garment in the middle.
+    """
+    wider = most ** (2 * _uniform(images, generator).flatten() - 1)
+    width = (images > 0).any(dim=2).sum(dim=(1, 2)) * wider
+    height = (images > 0).any(dim=3).sum(dim=(1, 2))
+    zoom = images.shape[3] / torch.maximum(width, height).clamp(min=1)
+    zero = torch.zeros_like(zoom)
+    return _warp(images, [1 / (zoom * wider), zero, zero, zero, 1 / zoom, zero])
+
+
+def _warp(images: Tensor, matrix: list[Tensor]) -> Tensor:
+    """Resample uint8 images (N, C, H, W) at places moved by 2x3 matrices, six tensors (N,)."""
+    matrices = torch.stack(matrix, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()
 
@@ -400,19 +413,3 @@ def cutmix(
     inside = random_rectangles(images, generator, probability, (0.0, 1.0))
     share = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)
     return torch.where(inside, images.roll(1, 0), images), targets.lerp(targets.roll(1, 0), share)
-
-
-def random_stretch(images: Tensor, generator: Generator, most: float) -> Tensor:
-    """Make garments up to `most` times wider or narrower, filling the frame as photographs do.
-
-    Takes uint8 images (N, 1, H, W) with the garment in the middle.
-    """
-    wider = most ** (2 * _uniform(images, generator).flatten() - 1)
-    width = (images > 0).any(dim=2).sum(dim=(1, 2)) * wider
-    height = (images > 0).any(dim=3).sum(dim=(1, 2))
-    zoom = images.shape[3] / torch.maximum(width, height).clamp(min=1)
-    zero = torch.zeros_like(zoom)
-    rows = [1 / (zoom * wider), zero, zero, zero, 1 / zoom, zero]
-    matrices = torch.stack(rows, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrices, images.shape, align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()

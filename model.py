@@ -211,8 +211,7 @@ class CheckpointError(UserError):
 def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
     """Save the model's configuration and weights, and what else is given.
 
-    The contents are numbers, strings, tensors, and lists and dictionaries of them. A UserError if
-    the file cannot be written; an older one stays as it was.
+    The contents are numbers, strings, tensors, and lists and dictionaries of them.
     """
     checkpoint = dict(
         format=CHECKPOINT_FORMAT,
@@ -233,8 +232,8 @@ def load_checkpoint(
 ) -> tuple[HybridClassifier, dict[str, Any]]:
     """Read what `save_checkpoint` wrote; code in the file is never executed.
 
-    Returns the model in evaluation mode, and the whole dictionary with its tensors on the CPU. A
-    CheckpointError if the file is missing, damaged, foreign, or of another model.
+    Returns the model in evaluation mode, and the whole dictionary, on the CPU. A CheckpointError if
+    the file is missing, damaged, foreign, or of another model.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -243,9 +242,7 @@ def load_checkpoint(
         if damaged or checkpoint["format"] != CHECKPOINT_FORMAT:
             raise ValueError("wrong checksum or format")
     except Exception as error:  # of a dozen types, if the file is damaged or foreign
-        reason = "it is damaged or not of this version of the project"
-        if isinstance(error, OSError):
-            reason = error.strerror
+        reason = getattr(error, "strerror", "it is damaged or not of this version of the project")
         raise CheckpointError(f"cannot read {path}: {reason}; name another checkpoint") from error
     try:
         data = DataInfo(**checkpoint.get("data", {}))  # old ones are of Fashion-MNIST

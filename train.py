@@ -518,8 +518,7 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
     if resume and not (folder / "last.pt").exists():
         resume = False
         print(f"there is no run to resume in {folder}: starting one")
-    if resume or (processes.is_restart() and runs.has_saved(folder)):
-        resume = True
+    if resume:
         saved = runs.load_run(folder)["train_config"]
         given = {name: getattr(config, name) for name in given}
         for name in ("device", "precision", "threads"):

@@ -118,11 +118,6 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def is_restart() -> bool:
-    """Whether torchrun starts this again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def join(device: torch.device) -> None:
     """Meet the other processes, if there are any."""
     if count() == 1:

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 try:
     import fcntl
 except ImportError:  # Windows
-    import msvcrt
-
     fcntl = None
 
 import dataset
@@ -82,21 +80,21 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
-        if is_taken(lock):
-            raise UserError(f"another run is writing to {folder}: give another --output-dir")
-        if not processes.is_restart():
-            (folder / ".lock").touch()  # for `has_saved`
     except OSError as error:
         reason = f"{error.strerror}; give another --output-dir"
         raise UserError(f"cannot write to {folder}: {reason}") from error
+    if is_taken(lock):
+        raise UserError(f"another run is writing to {folder}: give another --output-dir")
     for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
         part.unlink()
+    last = folder / "last.pt"
+    before = last.exists() and last.stat().st_mtime_ns
     try:
         with lock:
             yield
     except (KeyboardInterrupt, SystemExit):
         advice = "no epoch was finished, so nothing was saved"
-        if resumed or has_saved(folder):
+        if resumed or (last.exists() and last.stat().st_mtime_ns != before):
             words = [sys.argv[0], "--resume", "--output-dir", folder]
             again = command(*words, processes=processes.count())
             advice = f"go on from the last whole epoch with: {again}"
@@ -109,20 +107,11 @@ def is_taken(lock: TextIO) -> bool:
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         return True
     except OSError:  # some network drives have no locks
         pass
     return False
-
-
-def has_saved(folder: Path) -> bool:
-    """Whether this command has written last.pt, maybe before torchrun restarted it."""
-    lock, last = folder / ".lock", folder / "last.pt"
-    is_there = lock.exists() and last.exists()
-    return is_there and last.stat().st_mtime_ns > lock.stat().st_mtime_ns
 
 
 def put_aside(folder: Path) -> None:
@@ -201,11 +190,8 @@ def resume_run(run: Run) -> None:
     if state["checksums"] != run.checksums:
         what = "the teacher or the photographs have changed since the run began"
         raise UserError(f"{what}: put them back")
-    try:
-        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    except ValueError as error:
-        raise UserError("the run to resume had another optimizer: start anew") from error
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     run.model.load_state_dict(state["model"])
     run.best.load_state_dict(state["best"])
     run.losses.copy_(state["losses"])
