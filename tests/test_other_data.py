@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 import dataset
 import train
 from common.files import UserError
-from dataset import DataError
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 from training.settings import choose_settings
 
@@ -50,7 +49,7 @@ def test_a_list_of_classes_makes_files_another_data_set(own):
     assert (mean, std) == (0.25, 0.4331)
     (own / "classes.txt").unlink()
     advice = f"move it away, or write its classes to {own / 'classes.txt'}"
-    with pytest.raises(DataError, match=advice):
+    with pytest.raises(UserError, match=advice):
         dataset.load(own, train=True)
 
 
@@ -75,7 +74,7 @@ FAULTS = [
 def test_a_file_that_is_not_what_its_header_says_is_named(own, number, content, words):
     (own / f"{FILES[number]}.gz").unlink(missing_ok=True)
     (own / FILES[number]).write_bytes(content)
-    with pytest.raises(DataError, match=words) as stop:
+    with pytest.raises(UserError, match=words) as stop:
         dataset.load(own, train=True)
     assert str(own / FILES[number]) in str(stop.value)
 
@@ -83,7 +82,7 @@ def test_a_file_that_is_not_what_its_header_says_is_named(own, number, content, 
 @pytest.mark.parametrize("lines", ["one", "", "a\n\nb", "a\nb\na"])
 def test_a_list_that_is_none_is_named(own, lines):
     (own / "classes.txt").write_text(lines)
-    with pytest.raises(DataError, match=r"classes\.txt has to name two classes"):
+    with pytest.raises(UserError, match=r"classes\.txt has to name two classes"):
         dataset.class_names(own)
 
 
@@ -129,10 +128,10 @@ def test_a_fifth_of_each_class_is_for_the_test(tmp_path):
 
 def test_folders_that_are_no_classes_of_pictures(tmp_path):
     touch(tmp_path / "a", "1.png", "2.png")
-    with pytest.raises(DataError, match="two classes or more"):
+    with pytest.raises(UserError, match="two classes or more"):
         dataset.class_names(tmp_path)
     touch(tmp_path / "b", "2.txt", "bad.png", "bad2.png")
-    with pytest.raises(DataError, match=f"{tmp_path} has a class of too few pictures"):
+    with pytest.raises(UserError, match=f"{tmp_path} has a class of too few pictures"):
         dataset.load(tmp_path, True, read_name)
     touch(tmp_path, FILES[0])
     assert dataset.class_names(tmp_path) == dataset.CLASS_NAMES

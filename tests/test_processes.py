@@ -15,7 +15,7 @@ import train
 from common.files import UserError
 from model import load_checkpoint
 from training import processes
-from training.processes import choose_device, choose_precision, gather, set_threads
+from training.processes import choose_device, choose_precision, set_threads
 
 # ---- Threads, device and precision ----
 
@@ -107,34 +107,6 @@ def test_automatic_precision_is_the_faster_one(monkeypatch, instruction, speed_u
 # ---- Several processes ----
 
 
-def test_rows_of_all_processes_are_put_together_in_the_order_of_the_batch(monkeypatch):
-    rows = torch.arange(12).view(6, 2)
-    assert torch.equal(gather(rows), rows)  # alone
-    monkeypatch.setattr(processes, "count", lambda: 3)
-    parts = []
-    for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
-        parts.append(processes.own_part(rows))
-
-    def all_gather(received, own):
-        for target, part in zip(received, parts, strict=True):
-            target.copy_(part)
-
-    monkeypatch.setattr(processes.dist, "all_gather", all_gather)
-    assert torch.equal(gather(parts[1]), rows)
-
-
-def test_gradients_are_averaged_over_the_processes(monkeypatch):
-    model = nn.Linear(3, 2)
-    for p, own in zip(model.parameters(), (1.0, 2.0), strict=True):
-        p.grad = torch.full_like(p, own)
-    others = 5.0  # the gradients of the two other processes, added up
-    monkeypatch.setattr(processes, "count", lambda: 3)
-    monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.add_(others))
-    processes.average_gradients(model)
-    assert [p.grad.unique().tolist() for p in model.parameters()] == [[2.0], [pytest.approx(7 / 3)]]
-
-
 @pytest.fixture
 def together(small_data, tmp_path):
     """Runs train.py in several processes, after some lines of Python."""
@@ -189,7 +161,7 @@ train.take_step = stopping
 
 
 @pytest.mark.slow
-def test_three_stopped_processes_end_bit_for_bit_like_whole_ones(together, flags, tmp_path):
+def test_three_stopped_processes_end_bit_for_bit_alike(together, flags, tmp_path):
     # Three, since adding up two gradients rounds alike in any order.
     flags = [*flags, "--batch-size", 15, "--skip-easy", 0.3, "--whiten"]
     whole = together(*flags, "--output-dir", "whole", number=3)

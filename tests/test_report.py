@@ -83,7 +83,7 @@ def test_no_legend_covers_a_point_even_of_a_single_epoch():
         assert not axes.get_legend().get_window_extent().overlaps(axes.bbox)
 
 
-def test_the_confusion_matrix_has_the_true_classes_as_rows_even_where_none_was_seen(tmp_path):
+def test_the_confusion_matrix_has_the_true_classes_as_rows(tmp_path):
     names = ("a", "b", "$\\no formula$")
     figure = report.draw_confusion_matrix(LABELS, PREDICTIONS, names)
     (axes,) = figure.axes

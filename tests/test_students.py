@@ -86,7 +86,7 @@ for command in commands:
 """
 
 
-def test_a_student_adds_settings_a_number_and_weights_of_other_types(small_data, tmp_path):
+def test_a_student_adds_settings_a_number_and_weights(small_data, tmp_path):
     edit(tmp_path)
     (tmp_path / "driver.py").write_text(DRIVER)
     data = ["--data-dir", str(small_data)]
