@@ -4,7 +4,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -37,8 +36,7 @@ def command(script: str | Path, *arguments: object, processes: int = 1) -> str:
     words = [python, script, *arguments]
     if processes > 1:
         words[1:1] = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join(map(str, words))
+    return shlex.join(map(str, words))
 
 
 class LosableStream:

@@ -61,7 +61,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
 
     Those above 0.02 of the matrix's norm end between 0.88 and 1.15, others lower. A step multiplies
     by a polynomial of the Gram matrix; the polynomials are small, so they are multiplied first.
-    Takes float32 matrices of the same smaller dimension.
+    Takes matrices of the same smaller dimension.
     """
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
     wide = [x / (x.norm() + 1e-7) for x in wide]
@@ -144,11 +144,6 @@ def learning_rate(
     if schedule == "linear":
         return peak * (1 - done)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def start_up_decay(step: int) -> float:
-    """The largest decay at a step, so that the average soon forgets the first weights."""
-    return (1 + step) / (10 + step)
 
 
 @torch.no_grad()

@@ -6,8 +6,6 @@ import torch
 
 WARM_UP = 3  # steps that run as they are: they make the optimiser's state
 
-Step = Callable[..., tuple[torch.Tensor, ...]]
-
 
 class ReplayedStep:
     """`step(index, *numbers)` as a CUDA graph
@@ -17,7 +15,7 @@ class ReplayedStep:
     draw from `generator` and PyTorch's default one; what else Python does in it is not repeated.
     """
 
-    def __init__(self, step: Step, generator: torch.Generator) -> None:
+    def __init__(self, step: Callable, generator: torch.Generator) -> None:
         self.step, self.calls = step, 0
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         torch.backends.cudnn.benchmark = True  # all batches have one shape

@@ -77,17 +77,18 @@ def write_history(history: list[Row], path: Path) -> None:
 @style.context(["default", {"text.parse_math": False}])  # not a reader's own; a name may hold a $
 def save_pictures(
     checkpoint: Path,
-    history: list[Row] | None,
+    history: list[Row],
     labels: torch.Tensor,
     predictions: torch.Tensor,
     names: Sequence[str],
     quiet: bool,
 ) -> None:
     """Draw curves and confusion matrix beside a checkpoint."""
-    pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions, names))
-    if history:
-        accuracy = (predictions == labels).double().mean().item()
-        pictures["curves"] = draw_curves(history, accuracy)
+    accuracy = (predictions == labels).double().mean().item()
+    pictures = dict(
+        curves=draw_curves(history, accuracy),
+        confusion_matrix=draw_confusion_matrix(labels, predictions, names),
+    )
     for name, figure in pictures.items():
         path = checkpoint.with_name(f"{checkpoint.stem}_{name}.png")
         with whole_file(path) as file:
@@ -118,7 +119,7 @@ def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        # below, where it covers no point, not even of a single epoch
+        # below, where it covers no point
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13))
     return figure
 

@@ -188,8 +188,7 @@ def resume_run(run: Run) -> None:
     if DataInfo(**checkpoint.get("data", {})) != run.data:
         raise UserError("the data has changed since the run began: put it back")
     if state["checksums"] != run.checksums:
-        what = "the teacher or the photographs have changed since the run began"
-        raise UserError(f"{what}: put them back")
+        raise UserError("the teacher or the photographs have changed: put the old ones back")
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     run.model.load_state_dict(state["model"])
@@ -207,12 +206,12 @@ def resume_run(run: Run) -> None:
 
 def load_start(model: nn.Module, path: Path) -> None:
     """Give a new model the weights of a checkpoint, or refuse them."""
-    weights = load_checkpoint(path)[0].state_dict()
+    weights = load_checkpoint(path)[1]["model"]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        what = f"--start {path} is of another model"
-        raise UserError(f"{what}: give its settings of the model") from error
+        what = f"--start {path} is of another model: give its settings of the model"
+        raise UserError(what) from error
 
 
 def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
@@ -224,7 +223,7 @@ def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
 def load_teachers(
     config: SimpleNamespace, data: DataInfo, labels: Tensor, device: torch.device
 ) -> list[nn.Module]:
-    """Load the teachers, or refuse them."""
+    """Load the teachers; none may have been trained on images to validate on."""
     val_index = dataset.split_indices(labels, config.val_size, config.seed)[1]
     folder = user_path(config.output_dir).resolve()
     teachers = []
@@ -233,16 +232,15 @@ def load_teachers(
             first = command(sys.argv[0], "--recipe", "teacher", "--output-dir", path.parent)
             raise UserError(f"there is no teacher {path} yet: first run {first}")
         if path.resolve() in (folder / "best.pt", folder / "last.pt"):
-            what = f"the teacher {path} lies where this run saves"
-            raise UserError(f"{what}: give another --output-dir")
+            raise UserError(f"{path} lies where this run saves: give another --output-dir")
         teacher, checkpoint = load_checkpoint(path, device)
         if teacher.data != data:
             raise UserError(f"{path} was trained on other data than {config.data_dir}: change one")
-        saw = checkpoint.get("train_config", {})
-        if len(checkpoint.get("history", ())) < saw.get("epochs", 0):
+        theirs = checkpoint["train_config"]
+        if len(checkpoint["history"]) < theirs["epochs"]:
             raise UserError(f"{path} is of an unfinished run: finish it with --resume")
-        val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
-        if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
+        unseen = dataset.split_indices(labels, theirs["val_size"], theirs["seed"])[1]
+        if not torch.isin(val_index, unseen).all():
             advice = "give --val-size 0, or the teacher's --val-size and --seed"
             raise UserError(f"{path} was trained on images to validate on: {advice}")
         teachers.append(teacher.requires_grad_(False))
