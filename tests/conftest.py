@@ -36,10 +36,6 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background job
 
 
-def pytest_addoption(parser):
-    parser.addoption("--all-cases", action="store_true", help="of the slow tests that draw some")
-
-
 @pytest.fixture(scope="session")
 def data_dir():
     """The folder of the real data set, which is found on the machine or fetched into it once."""

@@ -1,7 +1,4 @@
-"""Damaged and hostile files, full disks, killed runs: each ends well or in one line.
-
-Some cases are drawn anew each time; `--all-cases` tries them all.
-"""
+"""Hostile files, full disks, killed runs: each ends well or in one line."""
 
 import multiprocessing
 import os
@@ -30,47 +27,12 @@ def good(small_model, tmp_path):
     return tmp_path / "good.pt"
 
 
-@pytest.fixture
-def draw(request):
-    """Draws a few of the cases, or takes them all; a failure shows the seed."""
-
-    def choose(cases, few):
-        print("seed", seed := time.time_ns())
-        is_all = request.config.getoption("--all-cases")
-        return cases if is_all else random.Random(seed).sample(cases, few)
-
-    return choose
-
-
 def is_refused(function, *arguments):
     """Whether a call ends in a line that says why; False if it ends well."""
     with suppress(UserError):
         function(*arguments)
         return False
     return True
-
-
-def damaged(content, seed):
-    """A copy with some bits flipped, or with a piece cut out, zeroed or doubled."""
-    generator = random.Random(seed)
-    start, size = generator.randrange(len(content)), 1 << generator.randrange(16)
-    piece = content[start : start + size]
-    bit = 1 << generator.randrange(8)
-    pieces = (b"", bytes(len(piece)), 2 * piece, bytes([piece[0] ^ bit]) + piece[1:])
-    return content[:start] + pieces[seed % 4] + content[start + size :]
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_refused_or_has_the_same_weights(good, draw):
-    content, weights = good.read_bytes(), load_checkpoint(good)[0].state_dict()
-    seeds, refused = draw(range(2000), 60), 0
-    for seed in seeds:
-        good.write_bytes(damaged(content, seed))
-        if is_refused(load_checkpoint, good):
-            refused += 1
-        else:
-            assert_identical(load_checkpoint(good)[0].state_dict(), weights)
-    assert refused > 0.8 * len(seeds)
 
 
 class Trap:
@@ -119,7 +81,7 @@ def run_in(folder, data_dir):
 
 
 def kill(process, folder, number):
-    """Send the signal at any moment, or about while a file is saved."""
+    """Send the signal at a random moment, or about while a file is saved."""
     saves, before = random.randint(0, 8), set()  # three in an epoch
     if not saves:
         process.join(random.uniform(0, 3))
@@ -134,7 +96,7 @@ def kill(process, folder, number):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_bit_for_bit_like_one_left_alone(data_dir, draw, tmp_path):
+def test_killed_runs_end_bit_for_bit_like_one_left_alone(data_dir, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
 
@@ -145,7 +107,7 @@ def test_killed_runs_end_bit_for_bit_like_one_left_alone(data_dir, draw, tmp_pat
 
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     start(alone).join()
-    for number in draw(40 * [signal.SIGKILL] + 5 * [signal.SIGTERM, signal.SIGINT], 5):
+    for number in 3 * [signal.SIGKILL] + [signal.SIGTERM, signal.SIGINT]:
         process = start(killed)
         kill(process, killed, number)
         for path in killed.glob("*.pt"):

@@ -7,14 +7,14 @@ from training.settings import INF, choose_settings, make_parser, resumed_setting
 
 TABLE = dict(  # a row of each type
     recipe=("default", None, "a row of RECIPES"),
-    switch=(True, None, "on or off"),
-    count=(3, (1, INF), "a whole number, 100% of it"),
-    rate=(0.5, (0.0, 1.0), "a number"),
-    pace=(1.0, (0.0, INF), "a number"),
-    name=("x", None, "any word"),
-    kind=("a", ("a", "b"), "one of two words"),
-    sizes=((16, 32), (1, INF), "two whole numbers"),
-    files=((), None, "any words"),
+    switch=(True, None, ""),
+    count=(3, (1, INF), ""),
+    rate=(0.5, (0.0, 1.0), ""),
+    pace=(1.0, (0.0, INF), ""),
+    name=("x", None, ""),
+    kind=("a", ("a", "b"), ""),
+    sizes=((16, 32), (1, INF), ""),
+    files=((), None, ""),
 )
 RECIPES = dict(default={}, quick=dict(count=1, rate=0.25))
 
@@ -37,7 +37,6 @@ def test_every_type_of_row_has_a_flag():
     "flags, words",
     [
         (["--count", "2.5"], "--count: invalid int value: '2.5'"),
-        (["--rate", "much"], "--rate: invalid float value: 'much'"),
         (["--sizes", "4"], "--sizes: expected 2 arguments"),
         (["--coun", "4"], "unrecognized arguments: --coun 4"),
     ],
