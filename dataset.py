@@ -100,9 +100,9 @@ def _from_mirror(mirror: str, name: str) -> dict[str, bytes]:
 
 
 def _from_apt() -> dict[str, bytes]:
-    """Fetch Debian's package, which has all four compressed files, without installing it."""
+    """Fetch all four files in Debian's package, without installing it."""
     with tempfile.TemporaryDirectory() as scratch:
-        # its own package lists: the machine's may be missing or old
+        # The machine's package lists may be missing or old.
         apt = ("apt-get", "-o", f"Dir::State={scratch}", "-o", f"Dir::Cache={scratch}")
         unpack = ("sh", "-c", "dpkg-deb -x *.deb .")
         for command in ((*apt, "update"), (*apt, "download", DEBIAN_PACKAGE), unpack):
@@ -202,7 +202,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def _class_folders(data_dir: Path) -> list[Path]:
-    """The folders in a folder of pictures, one for each class; none if it has other data."""
+    """The folders of pictures, one for each class; none if there is other data."""
     if (data_dir / CLASS_LIST).exists() or any(data_dir.glob("*-ubyte*")):
         return []
     folders = [path for path in sorted(data_dir.glob("[!.]*")) if path.is_dir()]
@@ -305,7 +305,7 @@ def alternate_flip(images: Tensor, generator: Generator, epoch: int) -> Tensor:
 def epoch_order(losses: Tensor, generator: Generator, skipped: int) -> Tensor:
     """A random order of images, int64 (N - skipped,), without some of those of lowest loss, (N,).
 
-    After Qin et al. 2024, arXiv 2303.04947, but without their weights and whole last epochs.
+    After Qin et al. 2024, arXiv 2303.04947, without their weights and whole last epochs.
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dataset
 from common.files import UserError, whole_file
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv_bn(channels, channels)
         self.last = nn.Identity() if unit == "pyramidnet" else nn.ReLU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch = self.conv2(F.relu(self.conv1(self.norm(x))))
         return self.last(x + branch)
 
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         n, t, c = x.shape
         head_dim = c // self.num_heads
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, head_dim)
@@ -107,11 +107,11 @@ class EncoderBlock(nn.Module):
         )
         self.drop_path = nn.Dropout(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.kept(self.attention(self.norm1(x)))
         return x + self.kept(self.mlp(self.norm2(x)))
 
-    def kept(self, branch: torch.Tensor) -> torch.Tensor:
+    def kept(self, branch: Tensor) -> Tensor:
         """A branch, in training without some of the images (after Huang et al. 2016)."""
         return branch * self.drop_path(branch.new_ones(len(branch), 1, 1))
 
@@ -123,7 +123,7 @@ class Pool(nn.Module):
         super().__init__()
         self.score = nn.Linear(embed_dim, 1) if pool == "attention" else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.score is None:
             return x.mean(dim=1)
         weights = self.score(x).softmax(dim=1)  # (N, T, 1)
@@ -184,7 +184,7 @@ class HybridClassifier(nn.Module):
         ends = names.index("down1"), names.index("down2"), len(names)
         return [f"stem.{names[end - 1]}" for end in ends]
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         """What the head sees of the images (N, 1, 28, 28): the pooled tokens, (N, C)."""
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         x = x.flatten(2).transpose(1, 2) + self.pos_embed
@@ -192,7 +192,7 @@ class HybridClassifier(nn.Module):
             x = block(x)
         return self.pool(self.norm(x))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.embed(x))
 
 
@@ -237,7 +237,7 @@ def load_checkpoint(
         reason = getattr(error, "strerror", "it is damaged or not of this version of the project")
         raise UserError(f"cannot read {path}: {reason}; name another checkpoint") from error
     try:
-        data = DataInfo(**checkpoint.get("data", {}))  # old ones are of Fashion-MNIST
+        data = DataInfo(**checkpoint.get("data", {}))  # the shipped one has none
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]), data)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:

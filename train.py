@@ -406,9 +406,9 @@ def seed_everything(seed: int) -> None:
 
 
 def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | None = None) -> Run:
-    """A run with its data, model, optimisers and teachers, new or where last.pt stopped.
+    """A run, new or where last.pt stopped; its `config` has what "auto" came to.
 
-    Its `config` has what "auto" came to. Another model may be given.
+    Another model may be given.
     """
     config = copy.copy(config)
     device = processes.choose_device(config.device)

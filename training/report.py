@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, classification_report
+from torch import Tensor
 
 from common.files import printable, whole_file
 
@@ -25,15 +25,13 @@ SPLITS = dict(
 )
 
 
-def class_report(labels: torch.Tensor, predictions: torch.Tensor, names: Sequence[str]) -> str:
+def class_report(labels: Tensor, predictions: Tensor, names: Sequence[str]) -> str:
     """scikit-learn's classification report with the class names."""
     options = dict(labels=range(len(names)), target_names=names, zero_division=0)
     return classification_report(labels.cpu(), predictions.cpu(), digits=4, **options)
 
 
-def summary(
-    split: str, logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str], quiet: bool
-) -> Row:
+def summary(split: str, logits: Tensor, labels: Tensor, names: Sequence[str], quiet: bool) -> Row:
     """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints a report."""
     predictions = logits.argmax(dim=1)
     if not quiet:
@@ -78,8 +76,8 @@ def write_history(history: list[Row], path: Path) -> None:
 def save_pictures(
     checkpoint: Path,
     history: list[Row],
-    labels: torch.Tensor,
-    predictions: torch.Tensor,
+    labels: Tensor,
+    predictions: Tensor,
     names: Sequence[str],
     quiet: bool,
 ) -> None:
@@ -124,9 +122,7 @@ def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
     return figure
 
 
-def draw_confusion_matrix(
-    labels: torch.Tensor, predictions: torch.Tensor, names: Sequence[str]
-) -> Figure:
+def draw_confusion_matrix(labels: Tensor, predictions: Tensor, names: Sequence[str]) -> Figure:
     """How many images of each class (rows) were taken for each class (columns)."""
     side = max(7, 0.5 * len(names))
     figure = Figure(figsize=(side + 1, side), layout="constrained")

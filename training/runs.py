@@ -33,7 +33,7 @@ FILES_OF_A_RUN += ["last_curves.png", "last_confusion_matrix.png"]
 
 @dataclass
 class Run:
-    """A run: what it looks at, and what its steps change."""
+    """What a run looks at, and what its steps change."""
 
     config: SimpleNamespace
     data: DataInfo
@@ -148,8 +148,9 @@ def save_best(run: Run) -> None:
 
 def save_run(run: Run, row: dict[str, Any]) -> None:
     """Add an epoch's row to the history, and save all files."""
-    # Your own may be a tensor.
-    row = {n: value.tolist() if hasattr(value, "tolist") else value for n, value in row.items()}
+    for name, value in row.items():
+        if hasattr(value, "tolist"):  # a tensor of your own
+            row[name] = value.tolist()
     run.history.append(row)
     epoch = len(run.history)
     if epoch == 1:
@@ -165,7 +166,7 @@ def save_run(run: Run, row: dict[str, Any]) -> None:
         checksums=run.checksums,
         processes=processes.count(),
     )
-    # It comes last: a run that is killed before repeats this epoch, bit for bit.
+    # It comes last: a run that is killed before repeats this epoch.
     contents = dict(epoch=epoch, training=state) | contents_of(run)
     save_checkpoint(run.folder / "last.pt", run.ema, **contents)
 
@@ -185,7 +186,7 @@ def resume_run(run: Run) -> None:
     if state["processes"] != count:  # batch norm would see other batches
         what = f"the run to resume had {state['processes']} processes, not {count}"
         raise UserError(f"{what}: start as many again")
-    if DataInfo(**checkpoint.get("data", {})) != run.data:
+    if DataInfo(**checkpoint["data"]) != run.data:
         raise UserError("the data has changed since the run began: put it back")
     if state["checksums"] != run.checksums:
         raise UserError("the teacher or the photographs have changed: put the old ones back")
