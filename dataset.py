@@ -39,7 +39,7 @@ MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixel values scaled
 EASY_SHARE = 0.6  # of the images, see `epoch_order`
 DISTORTED_SHARE = 0.125  # are rotated, as many are noisy; a share of 0.5 cost 0.5 points
 
-# SHA-256 of the uncompressed files: Debian compresses them otherwise than their authors.
+# SHA-256 of the uncompressed files: Debian compresses them otherwise.
 FILES = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -64,30 +64,22 @@ class DataInfo(NamedTuple):
 FASHION_MNIST = DataInfo()
 
 
-class DataError(UserError):
-    """The data set cannot be found, fetched or trusted."""
-
-
 # ---- The files ----
 
 
 def _read(path: Path) -> bytes:
     """A file's content, unpacked if it is compressed, whatever its name; b"" if there is none."""
-    try:
-        return gzip.decompress(path.read_bytes())
-    except (gzip.BadGzipFile, EOFError, zlib.error):  # not compressed, or damaged
-        return path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         return b""
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; make it readable") from error
+    content = path.read_bytes()
+    try:
+        return gzip.decompress(content)
+    except (gzip.BadGzipFile, EOFError, zlib.error):  # not compressed, or damaged
+        return content
 
 
 def _find(name: str, data_dir: Path) -> bytes | None:
-    """A file's content, if the data folder or Debian's installed package has it.
-
-    A DataError if the data folder has another file of this name.
-    """
+    """A file's content, if the data folder or Debian's package has it; another's is refused."""
     for folder in (data_dir, data_dir / "FashionMNIST/raw", DEBIAN_FOLDER):  # raw: torchvision's
         for path in (folder / name, folder / f"{name}.gz"):
             content = _read(path)
@@ -95,7 +87,7 @@ def _find(name: str, data_dir: Path) -> bytes | None:
                 return content
             if content and folder != DEBIAN_FOLDER:
                 what = f"{path} is damaged, or not of Fashion-MNIST: move it away, or"
-                raise DataError(f"{what} write its classes to {folder / CLASS_LIST}, one a line")
+                raise UserError(f"{what} write its classes to {folder / CLASS_LIST}, one a line")
     return None
 
 
@@ -108,9 +100,9 @@ def _from_mirror(mirror: str, name: str) -> dict[str, bytes]:
 
 
 def _from_apt() -> dict[str, bytes]:
-    """Fetch Debian's package, which has all four compressed files, without installing it."""
+    """Fetch all four files in Debian's package, without installing it."""
     with tempfile.TemporaryDirectory() as scratch:
-        # its own package lists: the machine's may be missing or old
+        # The machine's package lists may be missing or old.
         apt = ("apt-get", "-o", f"Dir::State={scratch}", "-o", f"Dir::Cache={scratch}")
         unpack = ("sh", "-c", "dpkg-deb -x *.deb .")
         for command in ((*apt, "update"), (*apt, "download", DEBIAN_PACKAGE), unpack):
@@ -128,7 +120,7 @@ def _fetch(name: str, data_dir: Path) -> bytes:
             fetched = download()
             content = gzip.decompress(fetched[name])
             if hashlib.sha256(content).hexdigest() != FILES[name]:
-                raise DataError("the download is not the published file")
+                raise UserError("the download is not the published file")
         except Exception as error:  # the next source may work
             failures.append(str(error))
             continue
@@ -140,7 +132,7 @@ def _fetch(name: str, data_dir: Path) -> bytes:
         return content
     problem = f"no good copy of {name} is in {data_dir} or could be fetched"
     advice = f"put the four .gz files of {SOURCE} there, or install Debian's {DEBIAN_PACKAGE}"
-    raise DataError(f"{problem} ({'; '.join(failures)}): {advice}")
+    raise UserError(f"{problem} ({'; '.join(failures)}): {advice}")
 
 
 def load(
@@ -148,8 +140,8 @@ def load(
 ) -> tuple[Tensor, Tensor]:
     """Read the training or the test split; if there is no data, fetch Fashion-MNIST.
 
-    `read_image` makes a picture an array, uint8 (28, 28). Returns images, uint8 (N, 1, 28, 28), 0
-    is the dark background, and labels, int64 (N,), indices of `class_names`.
+    `read_image` makes a picture an array, uint8 (28, 28), or None. Returns images, uint8
+    (N, 1, 28, 28), white on black, and labels, int64 (N,).
     """
     data_dir = user_path(data_dir)
     if folders := _class_folders(data_dir):
@@ -166,13 +158,13 @@ def load(
         magic, *shape = struct.unpack(f">{header // 4}I", content[:header].ljust(header))
         size = len(content) - header
         if magic != 0x801 + len(side) or shape[1:] != side or not 0 < math.prod(shape) == size:
-            raise DataError(f"{path} is missing, damaged or not of 28x28 pixels: make it anew")
+            raise UserError(f"{path} is missing, damaged or not of 28x28 pixels: make it anew")
         values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
         tensors.append(values.view(shape))
     images, labels = tensors
     if len(labels) != len(images) or labels.max() >= len(names):
         what = f"{len(labels):,} labels up to {labels.max()}"
-        raise DataError(f"{path}: {what} do not fit {len(images):,} images, {len(names)} classes")
+        raise UserError(f"{path}: {what} do not fit {len(images):,} images, {len(names)} classes")
     return images.unsqueeze(1), labels.long()
 
 
@@ -190,7 +182,7 @@ def class_names(data_dir: str | Path) -> tuple[str, ...]:
     elif not names:
         return CLASS_NAMES
     if not 1 < len(names) == len(set(names)) or "" in names:
-        raise DataError(f"{path} has to name two classes or more, each by another name")
+        raise UserError(f"{path} has to name two classes or more, each by another name")
     return tuple(names)
 
 
@@ -210,7 +202,7 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def _class_folders(data_dir: Path) -> list[Path]:
-    """The folders in a folder of pictures, one for each class; none if it has other data."""
+    """The folders of pictures, one for each class; none if there is other data."""
     if (data_dir / CLASS_LIST).exists() or any(data_dir.glob("*-ubyte*")):
         return []
     folders = [path for path in sorted(data_dir.glob("[!.]*")) if path.is_dir()]
@@ -218,13 +210,10 @@ def _class_folders(data_dir: Path) -> list[Path]:
 
 
 def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tuple[Tensor, Tensor]:
-    """Four fifths of each class's pictures, or the last fifth for the test, in random order.
-
-    What `read_image` returns None for is left out.
-    """
+    """Four fifths of each class's pictures, or the last fifth for the test, in random order."""
     drawn = []
     for label, folder in enumerate(folders):
-        # The lots are checksums of names: if pictures are added, nearly all others stay in place.
+        # Lots are checksums of names: if pictures are added, nearly all others stay.
         lots = [(hashlib.sha256(p.name.encode()).digest(), p, label) for p in pictures_in(folder)]
         test_size = math.ceil(len(lots) / 5)
         drawn += sorted(lots)[test_size:] if train else sorted(lots)[:test_size]
@@ -235,7 +224,7 @@ def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tu
     found = [i for i, image in enumerate(images) if image is not None]
     labels = torch.tensor(labels)[found]
     if len(labels.unique()) < len(folders):
-        raise DataError(f"{folders[0].parent} has a class of too few pictures: add some")
+        raise UserError(f"{folders[0].parent} has a class of too few pictures: add some")
     return torch.stack([torch.from_numpy(images[i]) for i in found]).unsqueeze(1), labels
 
 
@@ -243,9 +232,9 @@ def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tu
 
 
 def split_indices(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Hold `val_size` images out for validation, 0 or 10 to N - 10, every class in proportion.
+    """Hold `val_size` of N images out for validation, every class in proportion.
 
-    Labels are int64 (N,), the indices of both parts int64, ascending.
+    Returns the indices of both parts, int64, ascending.
     """
     if val_size == 0:
         return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
@@ -307,8 +296,7 @@ def _uniform(images: Tensor, generator: Generator) -> Tensor:
 def alternate_flip(images: Tensor, generator: Generator, epoch: int) -> Tensor:
     """Mirror a random half of uint8 images (N, C, H, W) in even epochs, and the others in odd ones.
 
-    Two epochs then show every image both ways (Jordan 2024, arXiv 2404.00498, section 3.6), if the
-    generator is in the same state each time.
+    After Jordan 2024, arXiv 2404.00498; the generator has to be in the same state each time.
     """
     mirrored = _uniform(images, generator) < 0.5
     return torch.where(mirrored ^ bool(epoch % 2), images.flip(3), images)
@@ -317,7 +305,7 @@ def alternate_flip(images: Tensor, generator: Generator, epoch: int) -> Tensor:
 def epoch_order(losses: Tensor, generator: Generator, skipped: int) -> Tensor:
     """A random order of images, int64 (N - skipped,), without some of those of lowest loss, (N,).
 
-    After Qin et al. 2024, arXiv 2303.04947, but without their weights and whole last epochs.
+    After Qin et al. 2024, arXiv 2303.04947, without their weights and whole last epochs.
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)
@@ -343,7 +331,22 @@ def random_rotate(images: Tensor, generator: Generator, degrees: float) -> Tenso
     draw = 2 * _uniform(images, generator).flatten() - 1
     angle = draw.sign() * _strength(draw.abs()) * math.radians(degrees)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
-    matrices = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    return _warp(images, [cos, -sin, zero, sin, cos, zero])
+
+
+def random_stretch(images: Tensor, generator: Generator, most: float) -> Tensor:
+    """Make garments up to `most` times wider or narrower, filling the frame as photographs do."""
+    wider = most ** (2 * _uniform(images, generator).flatten() - 1)
+    width = (images > 0).any(dim=2).sum(dim=(1, 2)) * wider
+    height = (images > 0).any(dim=3).sum(dim=(1, 2))
+    zoom = images.shape[3] / torch.maximum(width, height).clamp(min=1)
+    zero = torch.zeros_like(zoom)
+    return _warp(images, [1 / (zoom * wider), zero, zero, zero, 1 / zoom, zero])
+
+
+def _warp(images: Tensor, matrix: list[Tensor]) -> Tensor:
+    """Map uint8 images (N, C, H, W) by 2x3 matrices, of six tensors (N,), row by row."""
+    matrices = torch.stack(matrix, dim=1).view(-1, 2, 3)
     grid = F.affine_grid(matrices, images.shape, align_corners=False)
     return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()
 
@@ -364,9 +367,8 @@ def random_rectangles(
     times the other.
     """
     n, _, height, width = images.shape
-    chance, size, aspect, top, left = torch.rand(
-        5, n, 1, 1, generator=generator, device=images.device
-    )
+    draws = torch.rand(5, n, 1, 1, generator=generator, device=images.device)
+    chance, size, aspect, top, left = draws
     size = (area[0] + size * (area[1] - area[0])) * height * width
     aspect = torch.exp((2 * aspect - 1) * math.log(3.3))  # tall and wide are as likely
     box_height = (size * aspect).sqrt().round().clamp(max=height)
@@ -380,10 +382,7 @@ def random_rectangles(
 
 
 def random_erase(images: Tensor, generator: Generator, probability: float, area: float) -> Tensor:
-    """Fill a rectangle of some images with noise (Zhong et al. 2017, arXiv 1708.04896).
-
-    Its area is from 0.02 to `area` of the image's.
-    """
+    """Fill a rectangle of some images with noise (Zhong et al. 2017, arXiv 1708.04896)."""
     inside = random_rectangles(images, generator, probability, (0.02, area))
     noise = torch.empty_like(images).random_(0, 256, generator=generator)
     return torch.where(inside, noise, images)
@@ -394,25 +393,8 @@ def cutmix(
 ) -> tuple[Tensor, Tensor]:
     """Fill a random rectangle with the image before's (after Yun et al. 2019, arXiv 1905.04899).
 
-    Takes uint8 images (N, 1, H, W) in random order. Targets, float (N, 10), are mixed by area.
-    Unlike theirs, each image has its own rectangle, wholly inside.
+    Targets, float (N, 10), are mixed by area. Unlike theirs, each image has its own rectangle.
     """
     inside = random_rectangles(images, generator, probability, (0.0, 1.0))
     share = inside.float().mean(dim=(1, 2, 3)).unsqueeze(1)
     return torch.where(inside, images.roll(1, 0), images), targets.lerp(targets.roll(1, 0), share)
-
-
-def random_stretch(images: Tensor, generator: Generator, most: float) -> Tensor:
-    """Make garments up to `most` times wider or narrower, filling the frame as photographs do.
-
-    Takes uint8 images (N, 1, H, W) with the garment in the middle.
-    """
-    wider = most ** (2 * _uniform(images, generator).flatten() - 1)
-    width = (images > 0).any(dim=2).sum(dim=(1, 2)) * wider
-    height = (images > 0).any(dim=3).sum(dim=(1, 2))
-    zoom = images.shape[3] / torch.maximum(width, height).clamp(min=1)
-    zero = torch.zeros_like(zoom)
-    rows = [1 / (zoom * wider), zero, zero, zero, 1 / zoom, zero]
-    matrices = torch.stack(rows, dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(matrices, images.shape, align_corners=False)
-    return F.grid_sample(images.float(), grid, align_corners=False).round_().byte()

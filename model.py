@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 import dataset
 from common.files import UserError, whole_file
@@ -30,14 +30,14 @@ class ModelConfig:
     """The shape of the model."""
 
     stem_dims: tuple[int, int]  # channels of the stem at 28x28 and at 14x14
-    stem_blocks: tuple[int, int, int]  # residual blocks of the stem at 28x28, 14x14 and 7x7
-    embed_dim: int  # channels of the stem at 7x7, which is the width of a token
+    stem_blocks: tuple[int, int, int]  # residual blocks at 28x28, 14x14 and 7x7
+    embed_dim: int  # channels at 7x7: the width of a token
     depth: int  # number of Transformer blocks; 0 leaves a convolutional network
-    num_heads: int  # attention heads per block; divides embed_dim
-    mlp_ratio: float  # hidden width of a block's MLP, as a multiple of embed_dim
-    pool: str  # "attention" or "mean", see Pool
-    drop_path: float  # stochastic depth of the last block, 0 to 1; earlier ones get less, linearly
-    residual_unit: str  # "resnet" or "pyramidnet", see ResidualBlock
+    num_heads: int  # attention heads; divides embed_dim
+    mlp_ratio: float  # hidden width of an MLP, as a multiple of embed_dim
+    pool: str  # "attention" or "mean"
+    drop_path: float  # stochastic depth of the last block; earlier ones get less
+    residual_unit: str  # "resnet" or "pyramidnet"
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv_bn(channels, channels)
         self.last = nn.Identity() if unit == "pyramidnet" else nn.ReLU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branch = self.conv2(F.relu(self.conv1(self.norm(x))))
         return self.last(x + branch)
 
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
         self.proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         n, t, c = x.shape
         head_dim = c // self.num_heads
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, head_dim)
@@ -107,11 +107,11 @@ class EncoderBlock(nn.Module):
         )
         self.drop_path = nn.Dropout(drop_path)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.kept(self.attention(self.norm1(x)))
         return x + self.kept(self.mlp(self.norm2(x)))
 
-    def kept(self, branch: torch.Tensor) -> torch.Tensor:
+    def kept(self, branch: Tensor) -> Tensor:
         """A branch, in training without some of the images (after Huang et al. 2016)."""
         return branch * self.drop_path(branch.new_ones(len(branch), 1, 1))
 
@@ -123,7 +123,7 @@ class Pool(nn.Module):
         super().__init__()
         self.score = nn.Linear(embed_dim, 1) if pool == "attention" else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         if self.score is None:
             return x.mean(dim=1)
         weights = self.score(x).softmax(dim=1)  # (N, T, 1)
@@ -134,10 +134,7 @@ class Pool(nn.Module):
 
 
 class HybridClassifier(nn.Module):
-    """From images (N, 1, 28, 28), as `dataset.normalize` makes them, to logits (N, 10).
-
-    If `data` has other classes than Fashion-MNIST, there are as many logits.
-    """
+    """From images (N, 1, 28, 28), as `dataset.normalize` makes them, to logits (N, 10)."""
 
     def __init__(self, config: ModelConfig, data: DataInfo = FASHION_MNIST) -> None:
         super().__init__()
@@ -178,7 +175,7 @@ class HybridClassifier(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
 
     def num_parameters(self) -> int:
-        """The size of all parameters together, frozen or not."""
+        """The size of all parameters, frozen or not."""
         return sum(p.numel() for p in self.parameters())
 
     def stage_ends(self) -> list[str]:
@@ -187,7 +184,7 @@ class HybridClassifier(nn.Module):
         ends = names.index("down1"), names.index("down2"), len(names)
         return [f"stem.{names[end - 1]}" for end in ends]
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
+    def embed(self, x: Tensor) -> Tensor:
         """What the head sees of the images (N, 1, 28, 28): the pooled tokens, (N, C)."""
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         x = x.flatten(2).transpose(1, 2) + self.pos_embed
@@ -195,7 +192,7 @@ class HybridClassifier(nn.Module):
             x = block(x)
         return self.pool(self.norm(x))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.embed(x))
 
 
@@ -204,15 +201,10 @@ class HybridClassifier(nn.Module):
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # new if old files are unreadable
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be used."""
-
-
 def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
     """Save the model's configuration and weights, and what else is given.
 
-    The contents are numbers, strings, tensors, and lists and dictionaries of them. A UserError if
-    the file cannot be written; an older one stays as it was.
+    The contents are numbers, strings, tensors, and lists and dictionaries of them.
     """
     checkpoint = dict(
         format=CHECKPOINT_FORMAT,
@@ -233,27 +225,24 @@ def load_checkpoint(
 ) -> tuple[HybridClassifier, dict[str, Any]]:
     """Read what `save_checkpoint` wrote; code in the file is never executed.
 
-    Returns the model in evaluation mode, and the whole dictionary with its tensors on the CPU. A
-    CheckpointError if the file is missing, damaged, foreign, or of another model.
+    Returns the model in evaluation mode, and the whole dictionary, on the CPU.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch.load compares no checksums
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if damaged or checkpoint["format"] != CHECKPOINT_FORMAT:
-            raise ValueError("wrong checksum or format")
+            raise ValueError("a wrong checksum or format")
     except Exception as error:  # of a dozen types, if the file is damaged or foreign
-        reason = "it is damaged or not of this version of the project"
-        if isinstance(error, OSError):
-            reason = error.strerror
-        raise CheckpointError(f"cannot read {path}: {reason}; name another checkpoint") from error
+        reason = getattr(error, "strerror", "it is damaged or not of this version of the project")
+        raise UserError(f"cannot read {path}: {reason}; name another checkpoint") from error
     try:
-        data = DataInfo(**checkpoint.get("data", {}))  # old ones are of Fashion-MNIST
+        data = DataInfo(**checkpoint.get("data", {}))  # the shipped one has none
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]), data)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
+        raise UserError(
             f"{path} does not fit the model that model.py builds ({reason}): train again"
         ) from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
@@ -263,4 +252,4 @@ def check_classes(path: Path, model: HybridClassifier, data_dir: str | Path) -> 
     """Refuse a data folder of other classes than the checkpoint's."""
     if dataset.class_names(data_dir) != model.data.class_names:
         what = f"{path} knows other classes than those of {data_dir}"
-        raise CheckpointError(f"{what}: give another --data-dir or checkpoint")
+        raise UserError(f"{what}: give another --data-dir or checkpoint")

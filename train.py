@@ -41,7 +41,6 @@ from training.optim import (
     check_optimizers,
     learning_rate,
     make_optimizers,
-    start_up_decay,
     take_step,
     whiten_first_layer,
 )
@@ -204,8 +203,7 @@ def read_picture(path: Path) -> np.ndarray | None:
 def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     """Put the training images on the device, and hold some out for validation.
 
-    Returns images, uint8 (60000, 1, 28, 28), labels, int64 (60000,), indices to train on, int64
-    (N,), and the images and labels of "val", if any.
+    Returns images, labels, train_index and held_out, see `Run`.
     """
     read = partial(dataset.load, config.data_dir, read_image=read_picture)
     images, labels = (part.to(device) for part in read(train=True))
@@ -278,8 +276,7 @@ def training_loss(
     temperature squared (Hinton et al. 2015, arXiv 1503.02531). Teachers see the same variants of
     the images (Beyer et al. 2022, arXiv 2106.05237).
 
-    Takes normalised images (N, 1, 28, 28) and labels, int64 (N,), or probabilities, (N, 10).
-    Returns the mean loss, and logits, float32 (N, 10).
+    Takes what `augmented_batch` makes. Returns the mean loss, and logits, float32 (N, 10).
     """
     is_low = config.precision == "bfloat16"
     with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=is_low):
@@ -318,8 +315,8 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
     run = start_run(config, resume)
     if processes.is_first() and not config.quiet:
         pprint(vars(run.config), sort_dicts=False)
-        numbers = f"{run.model.num_parameters():,} parameters, {len(run.train_index):,} training"
-        print(f"{numbers} images, processes: {processes.count()}")
+        print(f"{run.model.num_parameters():,} parameters", end=", ")
+        print(f"{len(run.train_index):,} training images, processes: {processes.count()}")
     started = time.perf_counter()
     if run.history:
         started -= run.history[-1]["seconds"]
@@ -352,12 +349,14 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     seen = run.train_index[order][: run.steps[epoch] * config.batch_size]
 
     is_silent = config.quiet or not processes.is_first()
-    bar = tqdm(seen.split(config.batch_size), f"epoch {epoch + 1}", leave=False, disable=is_silent)
+    batches = seen.split(config.batch_size)
+    bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=is_silent)
     outputs = []
     run.model.train()
     for step, index in enumerate(bar, start=sum(run.steps[:epoch])):
         lr = learning_rate(step, sum(run.steps), run.warmup_steps, config.lr, config.schedule)
-        decay = min(config.ema_decay, start_up_decay(step))
+        # The first averages are short, to forget the initial weights soon.
+        decay = min(config.ema_decay, (1 + step) / (10 + step))
         loss, logits = run.step(index, lr, decay)
         outputs.append(logits)
         if step % 20 == 0:  # it waits for the GPU
@@ -365,8 +364,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
 
     logits = processes.gather(torch.cat(outputs))
     run.losses[seen] = F.cross_entropy(logits, run.labels[seen], reduction="none")
-    tensors = [logits, *run.ema.state_dict().values()]
-    if not all(tensor.isfinite().all() for tensor in tensors):
+    if not all(tensor.isfinite().all() for tensor in run.ema.state_dict().values()):
         what = f"epoch {epoch + 1} has infinite or NaN weights"
         raise UserError(f"{what}: lower --lr, or give --precision float32")
     row = dict(epoch=epoch + 1, lr=lr, images=len(seen))
@@ -408,9 +406,9 @@ def seed_everything(seed: int) -> None:
 
 
 def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | None = None) -> Run:
-    """A run with its data, model, optimisers and teachers, new or where last.pt stopped.
+    """A run, new or where last.pt stopped; its `config` has what "auto" came to.
 
-    Its `config` has what "auto" came to. Another model may be given.
+    Another model may be given.
     """
     config = copy.copy(config)
     device = processes.choose_device(config.device)
@@ -424,7 +422,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
     images, labels, train_index, held_out = load_data(config, device)
     data = dataset.describe(config.data_dir, images)
-    split_labels = labels  # for the teachers' validation split, without photographs
+    teachers = runs.load_teachers(config, data, labels, device)
     if config.photographs:
         if data != FASHION_MNIST:
             raise UserError("--photographs have Fashion-MNIST's classes: give its --data-dir")
@@ -453,7 +451,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
         model=model,
         optimizers=optimizers,
-        teachers=runs.load_teachers(config, data, split_labels, device),
+        teachers=teachers,
     )
     if resume:
         runs.resume_run(run)
@@ -467,7 +465,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
 
 def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
-    """The steps of each epoch on that many images, and how many of them later epochs prune."""
+    """The steps of each epoch, and how many of `size` images later epochs prune."""
     pruned = 0
     if config.epochs > 1:
         pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
@@ -482,7 +480,7 @@ def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]
 
 
 def make_model(config: SimpleNamespace, data: DataInfo = FASHION_MNIST) -> HybridClassifier:
-    """A model of these settings; every field of `ModelConfig` is one of them."""
+    """A model of these settings."""
     try:
         shape = {field.name: getattr(config, field.name) for field in fields(ModelConfig)}
     except AttributeError as error:
@@ -518,8 +516,7 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
     if resume and not (folder / "last.pt").exists():
         resume = False
         print(f"there is no run to resume in {folder}: starting one")
-    if resume or (processes.is_restart() and runs.has_saved(folder)):
-        resume = True
+    if resume:
         saved = runs.load_run(folder)["train_config"]
         given = {name: getattr(config, name) for name in given}
         for name in ("device", "precision", "threads"):
@@ -558,8 +555,8 @@ def evaluate(path: Path, config: SimpleNamespace) -> None:
     print(f"test accuracy {row['test_accuracy']:.4f}, loss {row['test_loss']:.4f}", end=", ")
     print(f"{model.num_parameters():,} parameters, {len(labels):,} images")
     predictions = logits.argmax(dim=1)
+    history = checkpoint["history"]
     try:
-        history = checkpoint.get("history")
         report.save_pictures(path, history, labels, predictions, names, config.quiet)
     except UserError as error:  # the folder may be read-only
         print(f"note: no pictures: {error}")

@@ -13,7 +13,7 @@ import results
 import torch
 
 import train
-from common.files import UserError, errors_in_one_line, user_path
+from common.files import UserError, errors_in_one_line
 from model import load_checkpoint
 from training.settings import choose_settings, make_parser
 
@@ -35,9 +35,8 @@ def experiment(flags: list[str], data_dir: str) -> results.Row:
         config = choose_settings(train.SETTINGS, train.RECIPES, given)
         if not config.val_size:
             raise UserError("experiments are compared on validation images: give --val-size")
-        train.train(config)
-        last = user_path(config.output_dir) / "last.pt"
-        checkpoint = load_checkpoint(last)[1]
+        best = train.train(config)
+        checkpoint = load_checkpoint(best)[1]
     row = checkpoint["history"][-1]
     return dict(
         command=" ".join(["python train.py", *flags]),

@@ -49,7 +49,7 @@ COLUMNS = dict(
 
 
 def classifier(layers: list[nn.Module], channels: int) -> nn.Module:
-    """The layers, with global average pooling and a linear head, as He et al. initialise them."""
+    """The layers, global average pooling and a linear head, initialised as by He et al. 2015."""
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.add_module("head", nn.Linear(channels, 10))  # AdamW's, by this name
     for module in model.modules():
@@ -153,7 +153,7 @@ def multiply_adds(model: nn.Module) -> float:
 
 
 def start(name: str, **changes: object) -> Run:
-    """A run of one of `PEERS` by the common recipe, or its own, with some settings changed."""
+    """A run of one of `PEERS`, with some settings of its recipe changed."""
     recipe = CUTOUT_RECIPE if name == CUTOUT else RECIPE
     config = results.settings(**recipe | changes)
     torch.manual_seed(config.seed)

@@ -32,7 +32,7 @@ Columns = dict[str, tuple[str, str]]  # of a table: the heading and the format, 
 
 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all benchmarks have; `script` is the `__file__` of one."""
+    """A parser with the flags that all benchmarks have; `script` is its `__file__`."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="only print the saved figures")
     parser.add_argument("--output", type=Path, default=Path(script).with_suffix(".csv"))
@@ -56,8 +56,8 @@ def commit() -> str:
     said = []
     for words in ("rev-parse --short=7 HEAD", "status --porcelain -- *.py"):
         command = ["git", *words.split()]
-        said.append(subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout)
-    return said[0].strip() + ("+" if said[1] else "")
+        said.append(subprocess.check_output(command, cwd=ROOT, text=True).strip())
+    return said[0] + ("+" if said[1] else "")
 
 
 def machine() -> str:
@@ -78,15 +78,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Write a file of figures, with every column that one of the rows has."""
-    columns = dict.fromkeys(name for row in rows for name in row)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def add(path: Path, row: Row, *key: str) -> None:
     """Add a row to a file, its fractions rounded, with commit and machine unless it names them.
 
@@ -101,7 +92,11 @@ def add(path: Path, row: Row, *key: str) -> None:
             break
     else:
         rows.append(row)
-    write(path, rows)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 # ---- Tables ----
@@ -127,7 +122,7 @@ def run(
 
 
 def print_table(rows: list[dict[str, str]], columns: Columns, bold: tuple[str, str] = ()) -> None:
-    """Print rows as a table in Markdown, in bold if they have a value in a column: `bold`."""
+    """Print rows in Markdown, in bold if they have a value in a column: `bold`."""
     headings = [heading for heading, _ in columns.values()]
     print(f"| {' | '.join(headings)} |")
     print(f"|---|{'---:|' * (len(headings) - 1)}")

@@ -8,7 +8,8 @@ confidence and accuracy, in 15 equal bins of confidence.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 
 import results
 import torch
@@ -42,9 +43,7 @@ def rotate(images: Tensor, generator: torch.Generator, degrees: float = 15) -> T
     clockwise = torch.rand(len(images), generator=generator) < 0.5
     rotated = images.clone()
     for mask, angle in ((clockwise, -degrees), (~clockwise, degrees)):
-        rotated[mask] = transforms.rotate(
-            images[mask], angle, interpolation=InterpolationMode.BILINEAR
-        )
+        rotated[mask] = transforms.rotate(images[mask], angle, InterpolationMode.BILINEAR)
     return rotated
 
 
@@ -64,11 +63,11 @@ def occlude(images: Tensor, generator: torch.Generator) -> Tensor:
     return images.masked_fill(inside, 0)
 
 
-CHANGES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = dict(
-    shifted=lambda images, g: dataset.augment(images, g, flip=False, shift=3, erase=0),
+CHANGES = dict(
+    shifted=partial(dataset.random_shift, pixels=3),
     rotated=rotate,
-    noise_01=lambda images, g: add_noise(images, g, 0.1),
-    noise_02=lambda images, g: add_noise(images, g, 0.2),
+    noise_01=partial(add_noise, deviation=0.1),
+    noise_02=partial(add_noise, deviation=0.2),
     occluded=occlude,
 )
 
@@ -77,9 +76,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> results.Row:
     """The figures of a model: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
     logits = train.predict(model, images)
     probabilities = logits.softmax(dim=1)
-    error = multiclass_calibration_error(
-        probabilities, labels, num_classes=10, n_bins=15, norm="l1"
-    )
+    error = multiclass_calibration_error(probabilities, labels, num_classes=10, n_bins=15)
     figures = dict(
         test_accuracy=(logits.argmax(dim=1) == labels).double().mean(),
         test_loss=F.cross_entropy(logits, labels),

@@ -3,14 +3,11 @@
     python benchmarks/time_to_accuracy.py                      --recipe fast, five seeds
     python benchmarks/time_to_accuracy.py --original FOLDER    beside the re-created project
 
-The peak is the mean rate of large matrix products right before and after a run.
-
 FOLDER is a clone of https://github.com/James-sjt/FashionMnist. Its own model and data loader, with
 its batch size of 2, take 500 steps before and after each run. All 97 epochs are counted at that
 speed, since its 93.1 % are those of its best epoch on the test split, the 97th.
 """
 
-import itertools
 import re
 import shlex
 import statistics
@@ -18,19 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from operator import itemgetter
+from collections import defaultdict
 from pathlib import Path
 
-import peers
 import results
 import torch
 from seeds import spread
-from speed import matrix_rate
 
-import train
 from model import load_checkpoint
-from training.processes import choose_precision, set_threads
-from training.settings import make_parser
+from training.processes import set_threads
 
 ORIGINAL_EPOCHS = 97
 COLUMNS = dict(
@@ -39,8 +32,6 @@ COLUMNS = dict(
     seconds=("seconds in all", ".1f"),
     training_seconds=("training", ".1f"),
     images_per_second=("images/s", ".0f"),
-    gflops=("GFLOP/s", ".0f"),
-    fraction_of_peak=("fraction of peak", ".0%"),
     peak_megabytes=("MB", ".0f"),
     times_faster=("times faster", ".0f"),
 )
@@ -74,36 +65,26 @@ print(1000 / (time.perf_counter() - started))
 def original_rate(folder: Path) -> float:
     """Images per second at which the original project trains on this machine."""
     command = [sys.executable, "-c", ORIGINAL_LOOP]
-    ended = subprocess.run(
-        command, cwd=folder / "MyModel", stdout=subprocess.PIPE, text=True, check=True
-    )
-    return float(ended.stdout)
+    return float(subprocess.check_output(command, cwd=folder / "MyModel", text=True))
 
 
 def measure(flags: list[str], data_dir: str) -> results.Row:
     """Train once, in a process of its own, and return what it took."""
-    given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
-    precision = choose_precision(given.get("precision", "auto"), torch.device("cpu"))
-    peaks = [matrix_rate(precision)]
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(results.ROOT / "train.py"), *flags]
         command += ["--data-dir", data_dir, "--output-dir", folder]
         started = time.perf_counter()
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        said = subprocess.check_output(command, text=True)
         seconds = time.perf_counter() - started
-        peaks.append(matrix_rate(precision))
         model, checkpoint = load_checkpoint(Path(folder) / "best.pt")
     history = checkpoint["history"]
     images_per_second = sum(row["images"] for row in history) / history[-1]["seconds"]
-    gflops = images_per_second * 6 * peers.multiply_adds(model) / 1e9
     return dict(
         command=shlex.join(["python", "train.py", *flags]),
-        test_accuracy=float(re.search(r"^test accuracy ([\d.]+)", ended.stdout, re.MULTILINE)[1]),
+        test_accuracy=float(re.search(r"test accuracy ([\d.]+)", said)[1]),
         seconds=round(seconds, 1),
         training_seconds=round(history[-1]["seconds"], 1),
         images_per_second=round(images_per_second),
-        gflops=round(gflops),
-        fraction_of_peak=gflops / statistics.mean(peaks),
         parameters=model.num_parameters(),
         machine=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
     )
@@ -127,16 +108,13 @@ def main() -> None:
         results.add(args.output, row, "command", "machine")
     rows = results.read(args.output)
     results.print_table(rows, COLUMNS)
-    command_and_machine = itemgetter("command", "machine")
-    named = [row | dict(command=re.sub(r" --seed \d+", "", row["command"])) for row in rows]
-    named.sort(key=command_and_machine)
-    for (command, machine), group in itertools.groupby(named, key=command_and_machine):
-        runs = list(group)
-        seconds = statistics.mean(float(row["seconds"]) for row in runs)
-        accuracy = spread(runs, "test_accuracy")
-        print(
-            f"\n- `{command}`, {len(runs)} seeds: {accuracy} in {seconds:.0f} seconds ({machine})"
-        )
+    runs = defaultdict(list)
+    for row in rows:
+        runs[re.sub(r" --seed \d+", "", row["command"]), row["machine"]].append(row)
+    for (command, machine), group in sorted(runs.items()):
+        seconds = statistics.mean(float(row["seconds"]) for row in group)
+        accuracy = spread(group, "test_accuracy")
+        print(f"\n- `{command}`, {len(group)} seeds: {accuracy} in {seconds:.0f} s ({machine})")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -19,15 +18,10 @@ def prepare(script: str) -> None:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # a library might catch an exception
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, stop)  # until `errors_in_one_line`
+    signal.signal(signal.SIGINT, stop)  # until `errors_in_one_line`
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own fails outside it
     # PyTorch needs a name; a container's user may have none.
     os.environ.setdefault("LOGNAME", os.environ.get("USER", "nobody"))
-    # Else a file takes a closed stream's number, and what libraries print.
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
     with suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # Windows' lacks characters
 
@@ -42,8 +36,7 @@ def command(script: str | Path, *arguments: object, processes: int = 1) -> str:
     words = [python, script, *arguments]
     if processes > 1:
         words[1:1] = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
-    return join(map(str, words))
+    return shlex.join(map(str, words))
 
 
 class LosableStream:

@@ -32,8 +32,7 @@ def checksum(path: str | Path) -> str:
 @contextmanager
 def errors_in_one_line(script: str) -> Iterator[None]:
     """End a UserError and Ctrl-C in one line on stderr."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a background job
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

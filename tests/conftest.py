@@ -33,11 +33,7 @@ SMALL_RUN = vars(SMALL_MODEL) | dict(
 )
 SMALL_RUN |= dict(device="cpu", precision="float32", threads=1, quiet=True)
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
-
-
-def pytest_addoption(parser):
-    parser.addoption("--all-cases", action="store_true", help="of the slow tests that draw some")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background job
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -18,15 +17,13 @@ from common.files import UserError, errors_in_one_line, printable
 def python(code, **options):
     """Runs lines of Python in the repository; the libraries are not loaded, so this is quick."""
     command = [sys.executable, "-c", f"from common.console import prepare\n{code}"]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+    options |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, **options)
 
 
 def test_ctrl_c_while_the_libraries_load_is_one_line():
-    process = python(
-        'prepare("train.py"); print("loading", flush=True); import time; time.sleep(60)'
-    )
+    code = 'prepare("train.py"); print("loading", flush=True); import time; time.sleep(60)'
+    process = python(code)
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == "train.py: interrupted\n"
@@ -39,13 +36,7 @@ def test_a_script_is_prepared_before_its_libraries_load(script):
     assert lines.index(f'    prepare("{script}")') < lines.index("import torch")
 
 
-def test_a_shells_background_job_goes_on_ignoring_ctrl_c():
-    code = 'import signal; prepare("x"); print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)'
-    process = python(code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
-    assert process.communicate(timeout=60)[0] == "True\n"
-
-
-def test_no_account_a_notebook_and_an_old_console_are_no_obstacle():
+def test_no_account_and_an_old_console_are_no_obstacle():
     code = """
 import getpass, io, os, pwd, sys
 def unknown(number): raise KeyError(number)
@@ -60,20 +51,6 @@ prepare("x")
     assert process.communicate(timeout=60) == ("nobody agg \\u2713\n", "")
 
 
-def test_a_file_does_not_take_the_number_of_a_closed_stream(tmp_path):
-    code = f"""
-import os, sys
-prepare("x")
-file = open({str(tmp_path / "file")!r}, "w")
-os.write(2, b"a library complains")
-print(file.fileno() > 2, file=sys.stdout)
-print("lost", file=sys.stderr)
-"""
-    process = python(code, preexec_fn=lambda: os.close(2))
-    assert process.communicate(timeout=60)[0] == "True\n" and process.returncode == 0
-    assert (tmp_path / "file").read_text() == ""
-
-
 def test_a_printed_command_can_be_pasted(monkeypatch, tmp_path):
     words = ["it's", "$HOME *"]
     line = command("-c", "import sys; print(sys.argv[1:])", *words)
@@ -82,8 +59,7 @@ def test_a_printed_command_can_be_pasted(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "python"))
     assert command("x.py") == "env/python x.py"
     monkeypatch.setattr("shutil.which", lambda _: sys.executable)
-    monkeypatch.setattr("common.console.os", SimpleNamespace(name="nt"))
-    assert command("x.py", r"C:\my runs") == r'python x.py "C:\my runs"'
+    assert command("x.py") == "python x.py"
 
 
 def test_the_work_goes_on_when_its_output_is_lost(monkeypatch):
@@ -91,12 +67,6 @@ def test_the_work_goes_on_when_its_output_is_lost(monkeypatch):
         def flush(self):
             raise OSError(28, "No space left on device")
 
-    errors = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", Full())
-    monkeypatch.setattr(sys, "stderr", errors)
-    with outlive_output("train.py"):
-        print("a line", flush=True)
-    assert "some of the output could not be written: [Errno 28]" in errors.getvalue()
     monkeypatch.setattr(sys, "stdout", out := io.StringIO())
     monkeypatch.setattr(sys, "stderr", Full())  # a terminal that is gone
     with outlive_output("train.py"):

@@ -5,13 +5,11 @@ import os
 import pytest
 import torch
 from conftest import write_data
-from sklearn.metrics import accuracy_score
 from torch.nn.functional import pad
 from torchvision.datasets import FashionMNIST
 
 import dataset
 from common.files import UserError
-from dataset import DataError
 
 NAMES = tuple(dataset.FILES)
 IMAGES = torch.arange(3 * 784).remainder(251).byte().view(3, 1, 28, 28)
@@ -86,21 +84,14 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_another_file_stops_and_is_left_as_it_is(tiny, tmp_path, monkeypatch, suffix, damage):
+def test_another_file_stops_and_is_left_as_it_is(tiny, tmp_path, monkeypatch, damage):
     monkeypatch.setattr(dataset, "DEBIAN_FOLDER", tiny)  # nor is an installed package taken
-    path = tmp_path / f"{NAMES[1]}{suffix}"
+    path = tmp_path / f"{NAMES[1]}.gz"
     wrong = DAMAGE[damage]((tiny / NAMES[1]).read_bytes())
     path.write_bytes(wrong)
-    with pytest.raises(DataError, match=f"{path} is damaged, or not of Fashion-MNIST: "):
+    with pytest.raises(UserError, match=f"{path} is damaged, or not of Fashion-MNIST: "):
         dataset.load(tmp_path, train=True)
     assert path.read_bytes() == wrong
-
-
-def test_a_file_that_cannot_be_read_is_not_called_damaged(tiny, tmp_path):
-    (tmp_path / NAMES[0]).mkdir()
-    with pytest.raises(DataError, match=f"cannot read {tmp_path / NAMES[0]}: Is a directory; make"):
-        dataset.load(tmp_path, train=True)
 
 
 @pytest.fixture
@@ -149,27 +140,16 @@ def test_without_a_mirror_the_package_is_fetched_once(mirrors, apt, tmp_path):
     assert (folder / ARCHIVES[0]).read_text() == "mine"
 
 
-def test_what_no_source_has_is_named_with_every_reason(mirrors, apt, tmp_path, monkeypatch):
+def test_what_no_source_has_is_named_with_every_reason(mirrors, apt, tmp_path):
     del mirrors[2]
     archive = next(apt.rglob(f"{NAMES[0]}.gz"))
     archive.write_bytes(gzip.compress(b"another data set"))
-    for reason in ("the download is not the published file", "'apt-get'"):
-        with pytest.raises(DataError, match=f"no good copy of {NAMES[0]}") as error:
-            dataset.load(tmp_path / "data", train=True)
-        for words in ("No such file", "Not a gzipped file", reason, "the four .gz files of https:"):
-            assert words in str(error.value)
-        monkeypatch.setenv("PATH", "")
-    assert not (tmp_path / "data").exists()
-
-
-def test_a_download_that_cannot_be_written_leaves_nothing(mirrors, tmp_path, monkeypatch):
-    def fail(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
+    with pytest.raises(UserError, match=f"no good copy of {NAMES[0]}") as error:
         dataset.load(tmp_path / "data", train=True)
-    assert not contents(tmp_path / "data")
+    reasons = "No such file", "Not a gzipped file", "the download is not the published file"
+    for words in (*reasons, "the four .gz files of https:"):
+        assert words in str(error.value)
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_validation_split_is_stratified_and_disjoint():
@@ -181,12 +161,6 @@ def test_the_validation_split_is_stratified_and_disjoint():
     assert not torch.equal(val, dataset.split_indices(labels, 55, seed=1)[1])
     everything, nothing = dataset.split_indices(labels, 0, seed=0)
     assert torch.equal(everything, torch.arange(550)) and nothing.tolist() == []
-
-
-def test_the_split_of_the_shipped_checkpoint_stays_what_it_was(data_dir):
-    # Otherwise those that learn from it would be trained on its validation images.
-    val = dataset.split_indices(dataset.load(data_dir, train=True)[1], 5000, seed=0)[1]
-    assert (val[:5].tolist(), val.sum().item()) == ([1, 14, 16, 25, 30], 147_303_911)
 
 
 def test_normalize_by_hand():
@@ -219,7 +193,7 @@ def test_the_generator_decides_and_the_images_stay(test_split):
     assert (augmented(gray, flip=True, shift=3) == augmented(images, flip=True, shift=3)).all()
 
 
-def test_flips_mirror_half_of_the_images_and_in_the_next_epoch_the_others(test_split):
+def test_flips_alternate(test_split):
     images, mirrored = test_split[0][:1000], []
     flipped = [augmented(images, flip=True)]
     for epoch in range(3):
@@ -243,59 +217,41 @@ def test_an_order_has_all_hard_images_and_some_easy_ones():
     assert 0 < times.sum(dim=0).min() and times[:, :600].sum(dim=0).max() < 40
     for part in (orders >= 600).double().split(100, dim=1):  # as many in every part of the epoch
         assert part.mean().item() == pytest.approx(0.8, abs=0.02)
-    whole = dataset.epoch_order(losses, generator, skipped=0)
-    assert sorted(whole.tolist()) == list(range(1000))
 
 
-@pytest.mark.parametrize("shift", [1, 2])
-def test_shift_moves_each_image_and_fills_with_background(test_split, shift):
+def test_shift_moves_each_image_and_fills_with_background(test_split):
     images = test_split[0][:1000]
-    shifted = augmented(images, shift=shift)
-    padded, places = pad(images, [shift] * 4), range(2 * shift + 1)
-    windows = [padded[:, :, y : y + 28, x : x + 28] for y in places for x in places]
+    shifted, padded = augmented(images, shift=2), pad(images, [2] * 4)
+    windows = [padded[:, :, y : y + 28, x : x + 28] for y in range(5) for x in range(5)]
     hits = torch.stack([(window == shifted).flatten(1).all(dim=1) for window in windows])
     assert hits.any(dim=0).all()  # each image is one of its windows, at a place of its own
-    counts = hits.sum(dim=1) * len(windows) / 1000
-    assert (counts > 0.5).all() and (counts < 1.7).all()
+    assert 20 < hits.sum(dim=1).min() and hits.sum(dim=1).max() < 68  # 40 by chance
 
 
-@pytest.fixture(scope="module")
-def erased():
-    """White images with a rectangle of noise, (N, 28, 28), and its rows and columns, (N, 28)."""
+def test_erase_fills_rectangles_of_the_given_areas_with_noise():
     images = augmented(full_of(255, 8000), erase=0.5)[:, 0]
     images = images[(images != 255).flatten(1).any(dim=1)]
-    return images, (images != 255).any(dim=2), (images != 255).any(dim=1)
-
-
-def test_erase_replaces_one_rectangle_of_half_of_the_images_by_noise(erased):
-    images, rows, columns = erased
     assert 3800 < len(images) < 4200
+    rows, columns = (images != 255).any(dim=2), (images != 255).any(dim=1)
     noise = images[rows[:, :, None] & columns[:, None]]
     histogram = noise.bincount(minlength=256) / len(noise)
     assert (histogram - 1 / 256).abs().max() < 0.1 / 256
-    assert accuracy_score(noise[1:], noise[:-1]) < 0.01  # and no stretch of one value
-
-
-def test_erase_takes_2_to_33_percent_of_any_proportion_up_to_3_3_anywhere(erased):
-    _, rows, columns = erased
     # Sides are rounded, and an edge row may be 255 by chance.
     height, width = rows.sum(dim=1), columns.sum(dim=1)
     shares = height * width / 784
     assert 0.012 < shares.min() < 0.025 and 0.31 < shares.max() < 0.35
     assert shares.mean().item() == pytest.approx(0.175, abs=0.005)  # uniform
-    large = (shares > 0.18) & (shares < 0.29)
-    aspects = (height / width)[large].log() / math.log(3.3)
-    assert aspects.abs().max().item() == pytest.approx(1, abs=0.12) and aspects.mean().abs() < 0.08
-    assert (aspects.abs() < 0.5).double().mean().item() == pytest.approx(0.5, abs=0.06)
+    aspects = (height / width)[(shares > 0.18) & (shares < 0.29)].log() / math.log(3.3)
+    assert aspects.abs().max().item() == pytest.approx(1, abs=0.12)
+    assert (aspects.mean(), aspects.abs().mean()) == pytest.approx((0, 0.5), abs=0.08)
     for lines, size in ((rows, height), (columns, width)):  # from edge to edge
-        first = lines.int().argmax(dim=1)
-        free = (first / (28 - size))[size < 12]
+        free = (lines.int().argmax(dim=1) / (28 - size))[size < 12]
         assert (free.min(), free.max()) == (0, 1) and (free.mean() - 0.5).abs() < 0.03
     large = augmented(full_of(255, 2000), erase=1.0, erase_area=0.8) != 255
     assert large.double().mean(dim=(1, 2, 3)).max().item() == pytest.approx(0.8, abs=0.05)
 
 
-def test_an_eighth_of_the_images_is_rotated_about_their_centre_by_up_to_the_angle():
+def test_an_eighth_of_the_images_is_rotated():
     images = full_of(0, 2000)
     images[:, 0, 13:15, 22:25] = 255  # 9.5 pixels to the right of the centre
     turned = augmented(images, rotate=30.0)
@@ -310,18 +266,17 @@ def test_an_eighth_of_the_images_is_rotated_about_their_centre_by_up_to_the_angl
     assert angles.abs().mean() == pytest.approx(15, abs=1) and angles.mean().abs() < 2.5
 
 
-def test_an_eighth_of_the_images_gets_noise_of_up_to_the_deviation():
+def test_an_eighth_of_the_images_gets_noise():
     gray, black = (augmented(full_of(value, 2000), noise=0.1) for value in (128, 0))
     deviations = gray.float().std(dim=(1, 2, 3)) / 255
     noisy = deviations > 0
     assert noisy.double().mean() == pytest.approx(1 / 8, abs=0.02)
     assert deviations.max() == pytest.approx(0.1, abs=0.01)
     assert deviations[noisy].mean() == pytest.approx(0.05, abs=0.004)
-    assert gray.double().mean() == pytest.approx(128, abs=0.2)
     assert black.max() < 160 and black.double().mean() < 5  # it does not wrap round
 
 
-def test_cutmix_puts_a_rectangle_of_the_image_before_and_mixes_the_targets_by_its_area():
+def test_cutmix_mixes_the_targets_by_the_area_of_a_rectangle():
     n = 250
     images = torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1).expand(n, 1, 28, 28)
     mixed, targets = dataset.cutmix(images, torch.eye(n), torch.Generator().manual_seed(0), 0.8)
@@ -339,27 +294,19 @@ def test_cutmix_puts_a_rectangle_of_the_image_before_and_mixes_the_targets_by_it
 
 
 @pytest.mark.parametrize(
-    "draw, width, height, new_width, new_height",
+    "draw, size, new_size",
     [
-        (1.0, 14, 28, 28, 28),  # twice as wide
-        (0.0, 14, 28, 7, 28),  # half as wide
-        (1.0, 20, 10, 28, 7),  # 40 wide, so it is made smaller
-        (0.0, 28, 14, 28, 28),  # 14 wide and high, so it is made larger
-        (0.5, 28, 14, 28, 14),  # as it was
+        (1.0, (28, 14), (28, 28)),  # height and width: twice as wide
+        (1.0, (10, 20), (7, 28)),  # 40 wide, so it is made smaller
+        (0.0, (14, 28), (28, 28)),  # 14 high and wide, so it is made larger
     ],
 )
-def test_a_stretched_garment_fills_the_frame(
-    monkeypatch, draw, width, height, new_width, new_height
-):
-    def garment(width, height):
-        image = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
-        top, left = (28 - height) // 2, (28 - width) // 2
-        image[:, :, top : top + height, left : left + width] = 200
-        return image
-
+def test_a_stretched_garment_fills_the_frame(monkeypatch, draw, size, new_size):
+    garment = full_of(0, 1)
+    top, left = (28 - size[0]) // 2, (28 - size[1]) // 2
+    garment[:, :, top : 28 - top, left : 28 - left] = 200
     monkeypatch.setattr(dataset, "_uniform", lambda *_: torch.full((1, 1, 1, 1), draw))
     # Half a pixel at the frame is mixed with the dark outside.
-    found = augmented(garment(width, height), stretch=2.0).float() / 200
-    assert found.sum().item() == pytest.approx(new_width * new_height, rel=0.04)
-    assert found[0, 0].sum(dim=0).max().item() == pytest.approx(new_height, abs=0.6)
-    assert found[0, 0].sum(dim=1).max().item() == pytest.approx(new_width, abs=0.6)
+    found = augmented(garment, stretch=2.0)[0, 0].float() / 200
+    sides = found.sum(dim=0).max().item(), found.sum(dim=1).max().item()
+    assert sides == pytest.approx(new_size, abs=0.6)

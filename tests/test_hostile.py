@@ -1,16 +1,11 @@
-"""Damaged and hostile files, full disks, killed runs: each ends well or in one line.
-
-Some cases are drawn anew each time; `--all-cases` tries them all.
-"""
+"""Hostile files, full disks, killed runs: each ends well or in one line."""
 
 import multiprocessing
 import os
 import pickle
 import random
 import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -19,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL_RUN, assert_identical, flags_of, state_of
-from PIL import Image
 
 import train
 from common.files import UserError
@@ -33,47 +27,12 @@ def good(small_model, tmp_path):
     return tmp_path / "good.pt"
 
 
-@pytest.fixture
-def draw(request):
-    """Draws a few of the cases, or takes them all; a failure shows the seed."""
-
-    def choose(cases, few):
-        print("seed", seed := time.time_ns())
-        is_all = request.config.getoption("--all-cases")
-        return cases if is_all else random.Random(seed).sample(cases, few)
-
-    return choose
-
-
 def is_refused(function, *arguments):
     """Whether a call ends in a line that says why; False if it ends well."""
     with suppress(UserError):
         function(*arguments)
         return False
     return True
-
-
-def damaged(content, seed):
-    """A copy with some bits flipped, or with a piece cut out, zeroed or doubled."""
-    generator = random.Random(seed)
-    start, size = generator.randrange(len(content)), 1 << generator.randrange(16)
-    piece = content[start : start + size]
-    bit = 1 << generator.randrange(8)
-    pieces = (b"", bytes(len(piece)), 2 * piece, bytes([piece[0] ^ bit]) + piece[1:])
-    return content[:start] + pieces[seed % 4] + content[start + size :]
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_refused_or_has_the_same_weights(good, draw):
-    content, weights = good.read_bytes(), load_checkpoint(good)[0].state_dict()
-    seeds, refused = draw(range(2000), 60), 0
-    for seed in seeds:
-        good.write_bytes(damaged(content, seed))
-        if is_refused(load_checkpoint, good):
-            refused += 1
-        else:
-            assert_identical(load_checkpoint(good)[0].state_dict(), weights)
-    assert refused > 0.8 * len(seeds)
 
 
 class Trap:
@@ -86,7 +45,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_code_in_a_checkpoint_is_never_run(good, main, small_data, tmp_path):
+def test_code_in_a_checkpoint_is_never_run(good, tmp_path):
     touched = tmp_path / "touched"
     content = torch.load(good) | dict(trap=Trap(touched))
     pickled, old = tmp_path / "pickled.pt", tmp_path / "old.pt"
@@ -98,27 +57,9 @@ def test_code_in_a_checkpoint_is_never_run(good, main, small_data, tmp_path):
     assert not touched.exists()
     torch.load(good, weights_only=False)
     assert touched.exists()  # the trap is real
-    touched.unlink()
-    shutil.copy(good, tmp_path / "last.pt")
-    teacher = ("--teacher", good, "--output-dir", tmp_path / "run", "--data-dir", small_data)
-    for flags in (("--evaluate", good), ("--resume", "--output-dir", tmp_path), teacher):
-        assert str(main(*flags)).startswith("train.py: error: ")
-    assert not touched.exists()
 
 
-@pytest.mark.slow
-def test_a_damaged_picture_is_read_or_refused(draw, test_split, tmp_path):
-    photo = pytest.importorskip("explaining.photo", exc_type=SystemExit)
-    picture = Image.fromarray(255 - test_split[0][0, 0].numpy()).resize((280, 280))
-    for kind in ("png", "jpeg", "webp"):
-        picture.save(tmp_path / "good", kind)
-        content = (tmp_path / "good").read_bytes()
-        for seed in draw(range(500), 50):
-            (tmp_path / "bad").write_bytes(damaged(content, seed))
-            is_refused(photo.read_image, tmp_path / "bad")
-
-
-def test_a_disk_that_fills_up_in_a_save_leaves_the_earlier_checkpoint(good, small_model):
+def test_a_disk_that_fills_up_leaves_the_earlier_checkpoint(good, small_model):
     before = good.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     for room in range(0, len(before) - 1, 3000):
@@ -128,30 +69,6 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_earlier_checkpoint(good, smal
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert good.read_bytes() == before and list(good.parent.iterdir()) == [good]
-
-
-@pytest.mark.slow
-def test_a_full_disk_and_a_read_only_one_lose_nothing(main, small_data, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk]).returncode:
-        pytest.skip("mounting a small disk needs root on Linux")
-    flags = flags_of(SMALL_RUN | dict(data_dir=str(small_data), output_dir=str(disk)))
-    try:
-        assert main(*flags) == 0
-        before = {path.name: path.read_bytes() for path in disk.glob("*.pt")}
-        (disk / "fill").write_bytes(bytes(shutil.disk_usage(disk).free))
-        assert "cannot write" in main(*flags)
-        after = {path.name.split("-")[-1]: path.read_bytes() for path in disk.glob("*.pt")}
-        assert after == before
-        (disk / "fill").unlink()
-        assert main(*flags) == 0
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        assert "cannot write" in main(*flags)
-        assert "cannot write" in main("--resume", "--output-dir", disk)
-        assert main("--evaluate", disk / "best.pt", "--data-dir", small_data) == 0
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 def run_in(folder, data_dir):
@@ -164,7 +81,7 @@ def run_in(folder, data_dir):
 
 
 def kill(process, folder, number):
-    """Send the signal at any moment, or about while a file is saved."""
+    """Send the signal at a random moment, or about while a file is saved."""
     saves, before = random.randint(0, 8), set()  # three in an epoch
     if not saves:
         process.join(random.uniform(0, 3))
@@ -179,7 +96,7 @@ def kill(process, folder, number):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_bit_for_bit_like_one_left_alone(data_dir, draw, tmp_path):
+def test_killed_runs_end_bit_for_bit_like_one_left_alone(data_dir, tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train"])
 
@@ -190,7 +107,7 @@ def test_killed_runs_end_bit_for_bit_like_one_left_alone(data_dir, draw, tmp_pat
 
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     start(alone).join()
-    for number in draw(40 * [signal.SIGKILL] + 5 * [signal.SIGTERM, signal.SIGINT], 5):
+    for number in 3 * [signal.SIGKILL] + [signal.SIGTERM, signal.SIGINT]:
         process = start(killed)
         kill(process, killed, number)
         for path in killed.glob("*.pt"):

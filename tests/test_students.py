@@ -1,18 +1,15 @@
-"""What a student does with the code: edit it, run it from a notebook or a thread."""
+"""A student edits the code."""
 
 import csv
 import json
 import shutil
 import subprocess
 import sys
-import threading
 
 import torch
 from conftest import ROOT, SMALL_RUN, flags_of
 
 import dataset
-import train
-from model import load_checkpoint
 
 ROWS = """    # my own
     use_scale=(False, None, "a switch"),
@@ -37,12 +34,8 @@ EDITS = [  # file, how a line of it begins, what the line becomes
     (
         "model.py",
         "        self.reset_parameters()",
-        '{line}        self.register_buffer("seen", torch.tensor(False))\n',
-    ),
-    (
-        "model.py",
-        "        self.reset_parameters()",
-        "{line}        self.gain = nn.Parameter(torch.zeros(1).bfloat16())\n",
+        '{line}        self.register_buffer("seen", torch.tensor(False))\n'
+        "        self.gain = nn.Parameter(torch.zeros(1).bfloat16())\n",
     ),
     (
         "model.py",
@@ -93,7 +86,7 @@ for command in commands:
 """
 
 
-def test_a_student_adds_settings_a_number_and_weights_of_other_types(small_data, tmp_path):
+def test_a_student_adds_settings_a_number_and_weights(small_data, tmp_path):
     edit(tmp_path)
     (tmp_path / "driver.py").write_text(DRIVER)
     data = ["--data-dir", str(small_data)]
@@ -120,13 +113,3 @@ def test_a_student_adds_settings_a_number_and_weights_of_other_types(small_data,
     for weights in (checkpoint["model"], checkpoint["training"]["model"]):
         assert weights["seen"].dtype == torch.bool and weights["seen"].item()
         assert weights["gain"].dtype == torch.bfloat16 and weights["gain"].item() != 0
-
-
-def test_a_run_of_a_notebook_and_one_of_a_thread(run_config, tmp_path):
-    paths = [train.train(run_config(epochs=1))]
-    other = run_config(epochs=1, output_dir=str(tmp_path / "some" / "where"))
-    thread = threading.Thread(target=lambda: paths.append(train.train(other)))
-    thread.start()
-    thread.join()
-    first, second = (load_checkpoint(path)[1]["model"]["head.weight"] for path in paths)
-    assert torch.equal(first, second)

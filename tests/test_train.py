@@ -1,20 +1,18 @@
 import csv
 import inspect
-import math
 import random
 import re
 import shutil
 import sys
 from functools import partial
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_identical, state_of
+from conftest import ROOT
+from sklearn.metrics import accuracy_score
 from torch import nn
-from torchmetrics.functional.classification import multiclass_accuracy
 
 import dataset
 import train
@@ -47,19 +45,12 @@ def log_softmax(rows):
     return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.4])
 @pytest.mark.parametrize(
-    "count, weight, temperature", [(0, 0.9, 2.0), (1, 0.25, 1.0), (3, 0.9, 4.0)]
+    "smoothing, count, weight, temperature", [(0.4, 0, 0.9, 2.0), (0.4, 3, 0.25, 4.0)]
 )
-def test_the_loss_of_smoothed_labels_and_of_the_mean_of_the_teachers(
-    smoothing, count, weight, temperature
-):
-    settings = SimpleNamespace(
-        precision="float32",
-        label_smoothing=smoothing,
-        teacher_weight=weight,
-        temperature=temperature,
-    )
+def test_the_loss_of_smoothed_labels_and_teachers(smoothing, count, weight, temperature):
+    settings = SimpleNamespace(precision="float32", label_smoothing=smoothing)
+    settings.teacher_weight, settings.temperature = weight, temperature
     loss, logits = train.training_loss(MODEL, TEACHERS[:count], X, LABELS, settings)
     assert torch.equal(logits, MODEL.logits)
     target = (1 - smoothing) * np.eye(10)[LABELS.numpy()] + smoothing / 10
@@ -135,11 +126,8 @@ def seen_in(calls):
 PLAIN = dict(flip=False, shift=0, erase=0.0)  # no augmentation
 
 
-@pytest.mark.parametrize("train_size", [0, 200])
-def test_an_epoch_has_each_training_image_once_with_its_label_in_an_order_of_its_own(
-    run_config, watch, train_size
-):
-    config = run_config(**PLAIN, train_size=train_size, batch_size=50)
+def test_an_epoch_has_each_image_once_in_an_order_of_its_own(run_config, watch):
+    config = run_config(**PLAIN, train_size=200, batch_size=50)
     calls = watch(train, "training_loss")
     train.train(config)
     images, labels, val_images, _ = splits_of(config)
@@ -148,16 +136,15 @@ def test_an_epoch_has_each_training_image_once_with_its_label_in_an_order_of_its
     targets = torch.cat([arguments["targets"] for arguments, _ in calls])
     assert max(order) < 400 and torch.equal(targets, labels[order])  # no validation image
     first, second = order[: len(order) // 2], order[len(order) // 2 :]
-    assert len(set(first)) == len(first) == (train_size or 400)
+    assert len(set(first)) == len(first) == 200
     assert set(first) == set(second) and first != second
-    if train_size:
-        expected = (labels.bincount() / 2).tolist()
-        assert labels[first].bincount().tolist() == pytest.approx(expected, abs=1)
+    expected = (labels.bincount() / 2).tolist()
+    assert labels[first].bincount().tolist() == pytest.approx(expected, abs=1)
 
 
 def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch):
-    calls, steps = watch(train, "training_loss"), watch(train, "take_step")
-    config = run_config(**PLAIN, skip_easy=0.5, epochs=3, warmup_epochs=0.0)
+    calls = watch(train, "training_loss")
+    config = run_config(**PLAIN, skip_easy=0.5, epochs=3)
     best = train.train(config)
     images, labels = splits_of(config)[:2]
     number = numbers_of(images)
@@ -172,25 +159,14 @@ def test_later_epochs_leave_out_a_part_of_the_easy_images(run_config, watch):
         losses |= dict(zip(seen, -rows[np.arange(len(seen)), labels[seen]], strict=True))
         assert set(sorted(losses, key=losses.get)[96:]) <= set(later) < set(first)
     assert set(third) != set(second)
-    cosine = [config.lr * 0.5 * (1 + math.cos(math.pi * step / 24)) for step in range(24)]
-    assert [arguments["lr"] for arguments, _ in steps] == pytest.approx(cosine)
     history = load_checkpoint(best)[1]["history"]
     assert [row["images"] for row in history] == [160, 112, 112]
-
-
-def test_images_that_the_first_epoch_did_not_reach_count_as_hard(run_config, watch):
-    calls = watch(train, "training_loss")
-    train.train(run_config(**PLAIN, train_size=25, batch_size=10, skip_easy=1.0))
-    first, again, second = map(set, seen_in(calls))
-    first |= again
-    assert len(first) == 20 and len(second) == 10 and len(second - first) == 5
 
 
 @pytest.mark.parametrize(
     "changes, first_rates",
     [
         (dict(warmup_epochs=1.0), [0.1, 0.2, 0.3, 0.4, 0.5, 0.5]),  # 20 steps: a quarter at most
-        (dict(warmup_epochs=0.2), [0.25, 0.5, 0.5]),
         # 10, 4 and 4 steps: epochs of the first one's length
         (dict(warmup_epochs=0.4, skip_easy=1.0, epochs=3), [0.125, 0.25, 0.375, 0.5, 0.5]),
     ],
@@ -216,43 +192,32 @@ def test_images_are_augmented_as_the_settings_say(run_config, watch):
 
 
 def test_nothing_is_drawn_twice_from_the_same_numbers(run_config, watch):
-    seeds = [train.seed_for(1, "layers", 2, 3)]
-    seeds += [train.seed_for(seed, "weights") for seed in (0, 1)]
     calls = watch(train, "seed_for")
-    train.train(run_config(alternate_flip=True, epochs=3))
+    train.train(run_config(alternate_flip=True))
     drawn = {tuple(arguments.values())[1:]: result for arguments, result in calls}
     assert sorted(drawn, key=str) == [
-        ("batches", 0), ("batches", 1), ("batches", 2), ("flips",),
-        ("layers", 0, 0), ("layers", 1, 0), ("layers", 2, 0), ("weights",),
+        ("batches", 0), ("batches", 1), ("flips",), ("layers", 0, 0), ("layers", 1, 0), ("weights",)
     ]  # fmt: skip
-    seeds += [seed for key, seed in drawn.items() if key != ("weights",)]
-    assert len(set(seeds)) == len(seeds) == 10
+    assert len({*drawn.values(), train.seed_for(1, "weights")}) == 7
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_alternate_flip_shows_each_image_the_other_way_in_the_next_epoch(run_config, watch, flip):
-    calls, mirrorings = watch(train, "training_loss"), watch(dataset, "alternate_flip")
-    options = PLAIN | dict(flip=flip, alternate_flip=True, train_size=0, batch_size=50)
+def test_alternate_flip_shows_each_image_both_ways(run_config, watch):
+    calls = watch(train, "training_loss")
+    options = PLAIN | dict(flip=True, alternate_flip=True, train_size=0, batch_size=50)
     train.train(run_config(**options))
     images = dataset.normalize(splits_of(run_config())[0]).numpy()
     plain = {image.tobytes() for image in images}
     mirrored = {image[:, :, ::-1].tobytes() for image in images}
     seen = [image for batch in seen_in(calls) for image in batch]
-    assert len(seen) == 800
-    if not flip:
-        assert set(seen) == plain
-        return
-    assert set(seen) == plain | mirrored and len(set(seen)) == 800
+    assert len(seen) == len(set(seen)) == 800 and set(seen) == plain | mirrored
     assert 150 < sum(image in mirrored for image in seen[:400]) < 250
-    train.train(run_config(**options | dict(seed=1)))
-    first, other_seed = mirrorings[0][1], mirrorings[2][1]
-    assert 0.3 < (first != other_seed).flatten(1).any(dim=1).float().mean() < 0.7
+    calls.clear()
+    train.train(run_config(**options | dict(flip=False)))
+    assert {image for batch in seen_in(calls) for image in batch} == plain
 
 
-def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run_config, watch):
+def test_a_whitened_first_layer_is_not_trained(run_config, watch):
     calls = watch(train, "whiten_first_layer")
-    train.train(run_config(epochs=1))
-    assert not calls
     best = train.train(run_config(whiten=True, train_size=0))
     assert torch.equal(calls[0][0]["x"], dataset.normalize(splits_of(run_config())[0]))
     conv, norm = load_checkpoint(best)[0].stem.first[0]
@@ -261,36 +226,25 @@ def test_a_whitened_first_layer_knows_the_training_images_and_is_not_trained(run
     assert norm.running_mean.abs().min() > 0  # its statistics follow the images
 
 
-def test_cutmix_gives_the_loss_mixed_targets_and_the_history_the_first_labels(run_config, watch):
+def test_with_cutmix_accuracy_is_that_of_the_first_labels(run_config, watch):
     calls = watch(train, "training_loss")
     train.train(run_config(epochs=1))
     labels = torch.cat([arguments["targets"] for arguments, _ in calls])
     calls.clear()
     best = train.train(run_config(epochs=1, cutmix=1.0))  # the images come in the same order
     targets = torch.cat([arguments["targets"] for arguments, _ in calls])
-    assert targets.shape == (160, 10) and targets.sum(dim=1).tolist() == pytest.approx([1.0] * 160)
-    shares = targets.gather(1, labels[:, None])[:, 0]
-    assert 0.4 < shares.mean() < 0.65 and (shares < 0.99).float().mean() > 0.8
+    assert 0.4 < targets.gather(1, labels[:, None]).mean() < 0.65
     logits = torch.cat([result[1] for _, result in calls])
     (row,) = load_checkpoint(best)[1]["history"]
     right = (logits.argmax(dim=1) == labels).double().mean().item()
     assert row["train_accuracy"] == pytest.approx(right)
 
 
-def test_losses_of_the_history_are_plain_cross_entropy_of_both_splits(
-    run_config, watch, monkeypatch, teacher
-):
-    training_loss, modes = train.training_loss, []
-
-    def noting(model, teachers, x, targets, config):
-        modes.append((model.training, teachers[0].training))
-        return training_loss(model, teachers, x, targets, config)
-
-    monkeypatch.setattr(train, "training_loss", noting)
+def test_losses_of_the_history_are_plain_cross_entropy(run_config, watch, teacher):
     calls = watch(train, "training_loss")
     config = run_config(teacher=(str(teacher),), label_smoothing=0.3, epochs=1)
     model, checkpoint = load_checkpoint(train.train(config))
-    assert modes == [(True, False)] * 10
+    assert not any(arguments["teachers"][0].training for arguments, _ in calls)
     *_, val_images, val_labels = splits_of(config)
     logits = torch.cat([result[1] for _, result in calls])
     targets = torch.cat([arguments["targets"] for arguments, _ in calls])
@@ -300,33 +254,18 @@ def test_losses_of_the_history_are_plain_cross_entropy_of_both_splits(
         losses = -log_softmax(logits.detach().double().numpy())
         expected = losses[np.arange(len(labels)), labels.numpy()].mean()
         assert row[f"{split}_loss"] == pytest.approx(expected, rel=1e-4)
-        accuracy = multiclass_accuracy(logits, labels, num_classes=10, average="micro")
-        assert row[f"{split}_accuracy"] == pytest.approx(accuracy.item())
-
-
-@pytest.mark.parametrize("decay, kept", [(0.999, "ema"), (0.0, "model")])
-def test_the_kept_weights_are_the_averaged_ones_if_there_are_any(run_config, watch, decay, kept):
-    calls = watch(train, "take_step")
-    weights = load_checkpoint(train.train(run_config(epochs=1, ema_decay=decay)))[1]["model"]
-    last_step = calls[-1][0]
-    assert_identical(weights, dict(last_step[kept].state_dict()))
-    is_averaged = not torch.equal(weights["head.weight"], last_step["model"].head.weight)
-    assert is_averaged == (kept == "ema")
+        assert row[f"{split}_accuracy"] == accuracy_score(labels, logits.argmax(dim=1))
 
 
 def test_model_and_teachers_are_compiled_if_that_is_asked_for(
-    run_config, watch, monkeypatch, tmp_path, teacher
+    run_config, watch, monkeypatch, teacher
 ):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     compiled, losses = watch(torch, "compile"), watch(train, "training_loss")
-    for is_compiled in (True, False):
-        options = dict(compile=is_compiled, output_dir=str(tmp_path / str(is_compiled)))
-        train.train(run_config(teacher=(str(teacher),), epochs=1, train_size=32, **options))
+    train.train(run_config(teacher=(str(teacher),), epochs=1, train_size=32, compile=True))
     assert [arguments["dynamic"] for arguments, _ in compiled] == [False, False]
-    used = [[arguments["model"], *arguments["teachers"]] for arguments, _ in losses]
-    assert used[0] == [network for _, network in compiled]
-    assert not any(hasattr(network, "_orig_mod") for network in used[-1])
-    assert_identical(state_of(tmp_path / "True")["model"], state_of(tmp_path / "False")["model"])
+    used = [losses[0][0]["model"], *losses[0][0]["teachers"]]
+    assert used == [network for _, network in compiled]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -337,15 +276,6 @@ def test_on_a_gpu_the_replayed_steps_are_the_steps(run_config, tmp_path):
         best = train.train(run_config(**options, cuda_graph=is_replayed))
         losses.append([row["train_loss"] for row in load_checkpoint(best)[1]["history"]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def test_mps_gets_the_layout_of_right_gradients(run_config, monkeypatch):
-    monkeypatch.setattr(train, "load_data", lambda *_: [range(160)] * 4)
-    monkeypatch.setattr(processes, "choose_device", torch.device)
-    model = Mock()
-    with pytest.raises(TypeError):  # it has no parameters
-        train.start_run(run_config(device="mps"), model=model)
-    model.to.assert_called_with(torch.device("mps"), memory_format=torch.contiguous_format)
 
 
 # ---- Seeds ----
@@ -360,12 +290,12 @@ def test_another_seed_has_another_split_and_another_start(run_config, watch):
     assert not torch.equal(models[0][0]["model"].head.weight, models[1][0]["model"].head.weight)
 
 
-def test_every_source_of_randomness_follows_from_seed_epoch_and_process(run_config, monkeypatch):
+def test_randomness_follows_from_seed_epoch_and_process(run_config, monkeypatch):
     training_loss, drawn = train.training_loss, []
 
-    def drawing(model, teachers, x, targets, config):
+    def drawing(model, teachers, x, *others):
         drawn.append((torch.rand(1).item(), np.random.rand(), random.random(), x.sum().item()))
-        return training_loss(model, teachers, x, targets, config)
+        return training_loss(model, teachers, x, *others)
 
     monkeypatch.setattr(train, "training_loss", drawing)
     for seed, rank in ((0, 0), (0, 0), (1, 0), (0, 1)):
@@ -407,7 +337,7 @@ def test_a_default_teacher_needs_no_parentheses():
 
 def test_the_record_learns_from_the_teacher_of_the_other_recipe(run_config, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    small = dict(stem_dims=(8, 8), embed_dim=8, stem_blocks=(0, 0, 0), epochs=1, val_size=0)
+    small = dict(epochs=1, val_size=0)
     record = vars(run_config(**small, output_dir="checkpoints")) | dict(recipe="record")
     del record["teacher"]
     record = choose_settings(train.SETTINGS, train.RECIPES, record)
@@ -426,11 +356,9 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(run_config, monk
     "changes, words",
     [
         (dict(val_size=9), "--val-size 9: give 0, or 10 to 490"),
-        (dict(val_size=500), "--val-size 500: give 0, or 10 to 490"),
         (dict(train_size=400), "--train-size 400: give 0, or 10 to 390"),
         (dict(batch_size=161), "--batch-size 161: give at most 160"),
         (dict(batch_size=161, epochs=1, skip_easy=1.0), "--batch-size 161: give at most 160"),
-        (dict(num_heads=3), "multiple of num_heads"),
         (dict(teacher=("nothing.pt",)), "cannot read nothing.pt"),
     ],
 )
@@ -455,7 +383,7 @@ def test_a_new_field_of_the_model_without_a_setting_is_named(run_config):
     config = run_config()
     del config.mlp_ratio
     with pytest.raises(UserError, match="ModelConfig has mlp_ratio: give it a row in SETTINGS"):
-        train.train(config)
+        train.make_model(config)
 
 
 def test_a_weight_that_an_edited_optimizer_leaves_out_is_named(run_config, monkeypatch):
@@ -467,26 +395,19 @@ def test_a_weight_that_an_edited_optimizer_leaves_out_is_named(run_config, monke
         train.train(run_config())
 
 
-def test_a_bug_keeps_its_traceback(main, flags, monkeypatch):
-    monkeypatch.setattr(train, "learning_rate", lambda *_: [][0])
-    with pytest.raises(IndexError):
-        main(*flags)
-
-
 def test_every_setting_is_a_flag_that_help_explains(main, capsys):
     assert main("--help") == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, (_, _, meaning) in train.SETTINGS.items():
         assert flag(name) in text and meaning in text
+    assert " --lr float peak learning rate (default: 0.008)" in text
     assert f"--recipe {'|'.join(train.RECIPES)} " in text
     assert f"{command('train.py')} --recipe fast" in text
     for name, title in train.GROUPS.items():
         assert f" {title}: {flag(name)}" in text
 
 
-def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_else(
-    main, flags, teacher, monkeypatch, capsys, tmp_path
-):
+def test_an_evaluation_writes_two_pictures_and_nothing_else(main, flags, teacher, capsys, tmp_path):
     here = tmp_path / "here"
     here.mkdir()
     (here / "a model.pt").write_bytes(teacher.read_bytes())
@@ -499,15 +420,12 @@ def test_an_evaluation_writes_two_pictures_beside_the_checkpoint_and_nothing_els
     assert {name: (here / name).read_bytes() for name in before} == before
     images, labels = dataset.load(flags[-1], train=False)
     predictions = train.predict(load_checkpoint(teacher)[0], images).argmax(dim=1)
-    accuracy = multiclass_accuracy(predictions, labels, num_classes=10, average="micro").item()
     out = capsys.readouterr().out
-    assert f"test accuracy {accuracy:.4f}, loss " in out and "100 images" in out
+    assert f"test accuracy {accuracy_score(labels, predictions):.4f}, loss " in out
     assert report.class_report(labels, predictions, dataset.CLASS_NAMES) in out
-
-    def refuse(path):
-        raise UserError(f"cannot write {path}")
-
-    monkeypatch.setattr(report, "whole_file", refuse)  # the folder may be read-only
+    made = here / "a model_curves.png"
+    made.unlink()
+    made.mkdir()  # as in a folder that is read-only
     assert main(*evaluation) == 0
     assert "note: no pictures: cannot write" in capsys.readouterr().out
 
@@ -517,15 +435,13 @@ def test_an_evaluation_refuses_flags_that_it_does_not_use(main):
     assert "does not use --lr, --resume: leave it out" in said
 
 
-def test_paths_may_begin_with_the_home_folder(main, flags, small_data, monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "x").symlink_to(small_data)
+def test_paths_may_begin_with_the_home_folder(main, flags, small_data, teacher, monkeypatch):
+    monkeypatch.setenv("HOME", str(teacher.parents[1]))
+    (teacher.parents[1] / "x").symlink_to(small_data)
     own = [*flags[:-2], "--data-dir=~/x", "--epochs", 1]
-    assert main(*own, "--output-dir=~/run") == 0
-    assert main(*own, "--output-dir", "~/other", "--teacher", "~/run/best.pt") == 0
-    assert main("--resume", "--output-dir=~/run") == 0
-    assert main("--evaluate=~/run/best.pt", "--data-dir", "~/x", "--threads", 1) == 0
-    assert not (tmp_path / "~").exists() and (tmp_path / "other" / "best.pt").exists()
+    assert main(*own, "--output-dir", "~/other", "--teacher", "~/teacher/best.pt") == 0
+    assert main("--resume", "--output-dir=~/other") == 0
+    assert main("--evaluate=~/other/best.pt", "--data-dir", "~/x", "--threads", 1) == 0
 
 
 def test_a_run_outlives_its_output(main, flags, monkeypatch, capsys, tmp_path):
@@ -537,9 +453,7 @@ def test_a_run_outlives_its_output(main, flags, monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_shipped_checkpoint_has_the_accuracy_of_the_readme_and_the_tables(
-    main, data_dir, tmp_path, capsys
-):
+def test_the_shipped_checkpoint_is_as_accurate_as_stated(main, data_dir, tmp_path, capsys):
     shutil.copy(SHIPPED_CHECKPOINT, tmp_path / "model.pt")
     assert main("--evaluate", "model.pt", "--data-dir", data_dir, "--threads", 1) == 0
     with open(ROOT / "benchmarks" / "seeds.csv", newline="") as file:

@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(p)  # of the gradients
                 state["mean"].lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(state["mean"], momentum).flatten(1).float()
+                update = p.grad.lerp(state["mean"], momentum).flatten(1)
                 size = min(update.shape)
                 parameters[size].append(p)
                 updates[size].append(update)
@@ -61,7 +61,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
 
     Those above 0.02 of the matrix's norm end between 0.88 and 1.15, others lower. A step multiplies
     by a polynomial of the Gram matrix; the polynomials are small, so they are multiplied first.
-    Takes float32 matrices of the same smaller dimension.
+    Takes matrices of the same smaller dimension.
     """
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]
     wide = [x / (x.norm() + 1e-7) for x in wide]
@@ -83,9 +83,8 @@ def whiten_first_layer(model: nn.Module, x: Tensor) -> None:
     """Make the first filters the principal components of 3x3 patches, and freeze that layer.
 
     Its batch norm then whitens the patches (after Jordan 2024, arXiv 2404.00498). The nine
-    components, of largest variance first, come with both signs, as ReLU keeps only one; more than
-    18 filters raise a UserError. Takes normalised images, float32 (N, 1, 28, 28); with three
-    channels there are three times as many components.
+    components, of largest variance first, come with both signs, as ReLU keeps only one. Takes
+    normalised images, float32 (N, 1, 28, 28); with three channels there are 27 components.
     """
     patches = F.unfold(x.cpu(), kernel_size=3).transpose(0, 1).flatten(1)  # (9 * C, N * 26 * 26)
     components = torch.linalg.eigh(patches.cov()).eigenvectors.T.flip(0)  # eigh is ascending
@@ -145,11 +144,6 @@ def learning_rate(
     if schedule == "linear":
         return peak * (1 - done)
     return peak * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def start_up_decay(step: int) -> float:
-    """The largest decay at a step, so that the average soon forgets the first weights."""
-    return (1 + step) / (10 + step)
 
 
 @torch.no_grad()

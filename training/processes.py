@@ -31,20 +31,19 @@ def rate(work: Callable[[], Any]) -> float:
 def set_threads(threads: int = 0) -> int:
     """Use and return a number of CPU threads; 0 takes one per core, or fewer.
 
-    Threads wait for each other, so where other programs keep cores busy, fewer are faster
-    (`benchmarks/speed.py busy`).
+    These are faster where other programs keep cores busy (`benchmarks/speed.py busy`).
     """
-    if not threads:
+    is_mac = sys.platform == "darwin"  # its matrix products have their own
+    if not threads and ("OMP_NUM_THREADS" in os.environ or is_mac):
         threads = ALL_THREADS
-        is_mac = sys.platform == "darwin"  # its matrix products have their own
-        if "OMP_NUM_THREADS" not in os.environ and not is_mac:
-            threads = choose_threads(ALL_THREADS)
+    elif not threads:
+        threads = choose_threads(ALL_THREADS)
     torch.set_num_threads(threads)
     return threads
 
 
 def choose_threads(most: int) -> int:
-    """All threads, or one, half, all but one, if these do clearly more for their number.
+    """All threads, or one, half, or all but one, if these do clearly more for their number.
 
     Twice the threads have to do 1.4 times as much; idle cores do 1.6 to 1.9, half busy ones 1.1.
     """
@@ -84,7 +83,7 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def bfloat16_speed_up() -> float:
-    """How many times faster this CPU trains a convolution in bfloat16 than in float32."""
+    """How many times faster this CPU trains a convolution in it than in float32."""
     convolution = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
     images = torch.rand(64, 32, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
 
@@ -118,11 +117,6 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def is_restart() -> bool:
-    """Whether torchrun starts this again after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def join(device: torch.device) -> None:
     """Meet the other processes, if there are any."""
     if count() == 1:
@@ -137,11 +131,11 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """End this process, if it met others, without Python's clean-up.
+    """End a process that met others without Python's clean-up.
 
-    Gloo's threads may still hold tensors then, and abort it (pytorch issue 190489).
+    Gloo's threads may still hold tensors, and abort it (pytorch issue 190489).
     """
-    if count() == 1 or not dist.is_initialized():
+    if not dist.is_initialized():
         return
     dist.destroy_process_group()
     sys.stdout.flush()

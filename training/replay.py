@@ -3,27 +3,25 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 WARM_UP = 3  # steps that run as they are: they make the optimiser's state
 
-Step = Callable[..., tuple[torch.Tensor, ...]]
-
 
 class ReplayedStep:
-    """`step(index, *numbers)` as a CUDA graph
-    (https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs).
+    """`step(index, *numbers)` as a CUDA graph.
 
     A small model's thousand operations take less time than Python does to launch them. The step may
     draw from `generator` and PyTorch's default one; what else Python does in it is not repeated.
     """
 
-    def __init__(self, step: Step, generator: torch.Generator) -> None:
+    def __init__(self, step: Callable, generator: torch.Generator) -> None:
         self.step, self.calls = step, 0
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         torch.backends.cudnn.benchmark = True  # all batches have one shape
         self.graph.register_generator_state(generator)
 
-    def __call__(self, index: torch.Tensor, *numbers: float) -> tuple[torch.Tensor, ...]:
+    def __call__(self, index: Tensor, *numbers: float) -> tuple[Tensor, ...]:
         """Take a step; the index must have the same shape each time."""
         if self.calls == 0:
             scalars = [torch.zeros((), device=index.device) for _ in numbers]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from matplotlib import style
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import ConfusionMatrixDisplay, classification_report
+from torch import Tensor
 
 from common.files import printable, whole_file
 
@@ -25,15 +25,13 @@ SPLITS = dict(
 )
 
 
-def class_report(labels: torch.Tensor, predictions: torch.Tensor, names: Sequence[str]) -> str:
+def class_report(labels: Tensor, predictions: Tensor, names: Sequence[str]) -> str:
     """scikit-learn's classification report with the class names."""
     options = dict(labels=range(len(names)), target_names=names, zero_division=0)
     return classification_report(labels.cpu(), predictions.cpu(), digits=4, **options)
 
 
-def summary(
-    split: str, logits: torch.Tensor, labels: torch.Tensor, names: Sequence[str], quiet: bool
-) -> Row:
+def summary(split: str, logits: Tensor, labels: Tensor, names: Sequence[str], quiet: bool) -> Row:
     """Cross-entropy and accuracy of logits (N, 10); unless quiet, prints a report."""
     predictions = logits.argmax(dim=1)
     if not quiet:
@@ -77,17 +75,18 @@ def write_history(history: list[Row], path: Path) -> None:
 @style.context(["default", {"text.parse_math": False}])  # not a reader's own; a name may hold a $
 def save_pictures(
     checkpoint: Path,
-    history: list[Row] | None,
-    labels: torch.Tensor,
-    predictions: torch.Tensor,
+    history: list[Row],
+    labels: Tensor,
+    predictions: Tensor,
     names: Sequence[str],
     quiet: bool,
 ) -> None:
     """Draw curves and confusion matrix beside a checkpoint."""
-    pictures = dict(confusion_matrix=draw_confusion_matrix(labels, predictions, names))
-    if history:
-        accuracy = (predictions == labels).double().mean().item()
-        pictures["curves"] = draw_curves(history, accuracy)
+    accuracy = (predictions == labels).double().mean().item()
+    pictures = dict(
+        curves=draw_curves(history, accuracy),
+        confusion_matrix=draw_confusion_matrix(labels, predictions, names),
+    )
     for name, figure in pictures.items():
         path = checkpoint.with_name(f"{checkpoint.stem}_{name}.png")
         with whole_file(path) as file:
@@ -118,14 +117,12 @@ def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(alpha=0.3)
-        # below, where it covers no point, not even of a single epoch
+        # below, where it covers no point
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13))
     return figure
 
 
-def draw_confusion_matrix(
-    labels: torch.Tensor, predictions: torch.Tensor, names: Sequence[str]
-) -> Figure:
+def draw_confusion_matrix(labels: Tensor, predictions: Tensor, names: Sequence[str]) -> Figure:
     """How many images of each class (rows) were taken for each class (columns)."""
     side = max(7, 0.5 * len(names))
     figure = Figure(figsize=(side + 1, side), layout="constrained")

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 try:
     import fcntl
 except ImportError:  # Windows
-    import msvcrt
-
     fcntl = None
 
 import dataset
@@ -35,7 +33,7 @@ FILES_OF_A_RUN += ["last_curves.png", "last_confusion_matrix.png"]
 
 @dataclass
 class Run:
-    """A run: what it looks at, and what its steps change."""
+    """What a run looks at, and what its steps change."""
 
     config: SimpleNamespace
     data: DataInfo
@@ -82,21 +80,21 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
-        if is_taken(lock):
-            raise UserError(f"another run is writing to {folder}: give another --output-dir")
-        if not processes.is_restart():
-            (folder / ".lock").touch()  # for `has_saved`
     except OSError as error:
         reason = f"{error.strerror}; give another --output-dir"
         raise UserError(f"cannot write to {folder}: {reason}") from error
+    if is_taken(lock):
+        raise UserError(f"another run is writing to {folder}: give another --output-dir")
     for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
         part.unlink()
+    last = folder / "last.pt"
+    before = last.exists() and last.stat().st_mtime_ns
     try:
         with lock:
             yield
     except (KeyboardInterrupt, SystemExit):
         advice = "no epoch was finished, so nothing was saved"
-        if resumed or has_saved(folder):
+        if resumed or (last.exists() and last.stat().st_mtime_ns != before):
             words = [sys.argv[0], "--resume", "--output-dir", folder]
             again = command(*words, processes=processes.count())
             advice = f"go on from the last whole epoch with: {again}"
@@ -109,20 +107,11 @@ def is_taken(lock: TextIO) -> bool:
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
+    except BlockingIOError:
         return True
     except OSError:  # some network drives have no locks
         pass
     return False
-
-
-def has_saved(folder: Path) -> bool:
-    """Whether this command has written last.pt, maybe before torchrun restarted it."""
-    lock, last = folder / ".lock", folder / "last.pt"
-    is_there = lock.exists() and last.exists()
-    return is_there and last.stat().st_mtime_ns > lock.stat().st_mtime_ns
 
 
 def put_aside(folder: Path) -> None:
@@ -159,8 +148,9 @@ def save_best(run: Run) -> None:
 
 def save_run(run: Run, row: dict[str, Any]) -> None:
     """Add an epoch's row to the history, and save all files."""
-    # Your own may be a tensor.
-    row = {n: value.tolist() if hasattr(value, "tolist") else value for n, value in row.items()}
+    for name, value in row.items():
+        if hasattr(value, "tolist"):  # a tensor of your own
+            row[name] = value.tolist()
     run.history.append(row)
     epoch = len(run.history)
     if epoch == 1:
@@ -176,7 +166,7 @@ def save_run(run: Run, row: dict[str, Any]) -> None:
         checksums=run.checksums,
         processes=processes.count(),
     )
-    # It comes last: a run that is killed before repeats this epoch, bit for bit.
+    # It comes last: a run that is killed before repeats this epoch.
     contents = dict(epoch=epoch, training=state) | contents_of(run)
     save_checkpoint(run.folder / "last.pt", run.ema, **contents)
 
@@ -196,16 +186,12 @@ def resume_run(run: Run) -> None:
     if state["processes"] != count:  # batch norm would see other batches
         what = f"the run to resume had {state['processes']} processes, not {count}"
         raise UserError(f"{what}: start as many again")
-    if DataInfo(**checkpoint.get("data", {})) != run.data:
+    if DataInfo(**checkpoint["data"]) != run.data:
         raise UserError("the data has changed since the run began: put it back")
     if state["checksums"] != run.checksums:
-        what = "the teacher or the photographs have changed since the run began"
-        raise UserError(f"{what}: put them back")
-    try:
-        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    except ValueError as error:
-        raise UserError("the run to resume had another optimizer: start anew") from error
+        raise UserError("the teacher or the photographs have changed: put the old ones back")
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     run.model.load_state_dict(state["model"])
     run.best.load_state_dict(state["best"])
     run.losses.copy_(state["losses"])
@@ -221,12 +207,12 @@ def resume_run(run: Run) -> None:
 
 def load_start(model: nn.Module, path: Path) -> None:
     """Give a new model the weights of a checkpoint, or refuse them."""
-    weights = load_checkpoint(path)[0].state_dict()
+    weights = load_checkpoint(path)[1]["model"]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        what = f"--start {path} is of another model"
-        raise UserError(f"{what}: give its settings of the model") from error
+        what = f"--start {path} is of another model: give its settings of the model"
+        raise UserError(what) from error
 
 
 def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
@@ -238,7 +224,7 @@ def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
 def load_teachers(
     config: SimpleNamespace, data: DataInfo, labels: Tensor, device: torch.device
 ) -> list[nn.Module]:
-    """Load the teachers, or refuse them."""
+    """Load the teachers; none may have been trained on images to validate on."""
     val_index = dataset.split_indices(labels, config.val_size, config.seed)[1]
     folder = user_path(config.output_dir).resolve()
     teachers = []
@@ -247,16 +233,15 @@ def load_teachers(
             first = command(sys.argv[0], "--recipe", "teacher", "--output-dir", path.parent)
             raise UserError(f"there is no teacher {path} yet: first run {first}")
         if path.resolve() in (folder / "best.pt", folder / "last.pt"):
-            what = f"the teacher {path} lies where this run saves"
-            raise UserError(f"{what}: give another --output-dir")
+            raise UserError(f"{path} lies where this run saves: give another --output-dir")
         teacher, checkpoint = load_checkpoint(path, device)
         if teacher.data != data:
             raise UserError(f"{path} was trained on other data than {config.data_dir}: change one")
-        saw = checkpoint.get("train_config", {})
-        if len(checkpoint.get("history", ())) < saw.get("epochs", 0):
+        theirs = checkpoint["train_config"]
+        if len(checkpoint["history"]) < theirs["epochs"]:
             raise UserError(f"{path} is of an unfinished run: finish it with --resume")
-        val_size, seed = saw.get("val_size", 0), saw.get("seed", 0)
-        if not torch.isin(val_index, dataset.split_indices(labels, val_size, seed)[1]).all():
+        unseen = dataset.split_indices(labels, theirs["val_size"], theirs["seed"])[1]
+        if not torch.isin(val_index, unseen).all():
             advice = "give --val-size 0, or the teacher's --val-size and --seed"
             raise UserError(f"{path} was trained on images to validate on: {advice}")
         teachers.append(teacher.requires_grad_(False))

@@ -85,7 +85,7 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """A parser with a flag for each setting; it returns only those given.
 
-    The text's first paragraph is at the top of --help. `groups` has titles of rows that begin one.
+    The text's first paragraph comes first in --help. `groups` has titles of rows that begin one.
     """
     description, _, epilog = text.partition("\n\n")
     parser = argparse.ArgumentParser(
