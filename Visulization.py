@@ -23,7 +23,6 @@ import dataset
 from common.files import UserError, errors_in_one_line, printable, user_path, whole_file
 from dataset import CHANNELS, IMAGE_SIZE, pictures_in
 from explaining.explanation import (
-    PHOTOGRAPHS_CHECKPOINT,
     Explanation,
     classify,
     explain,
@@ -51,7 +50,13 @@ from explaining.sheets import (
     scale_of,
 )
 from gradcam import METHODS, GradCAM, tokens_to_grid
-from model import SHIPPED_CHECKPOINT, HybridClassifier, check_classes, load_checkpoint
+from model import (
+    PHOTOGRAPHS_CHECKPOINT,
+    SHIPPED_CHECKPOINT,
+    HybridClassifier,
+    check_classes,
+    load_checkpoint,
+)
 from training.processes import set_threads
 
 METHOD = "layercam"

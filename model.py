@@ -23,6 +23,7 @@ from dataset import CHANNELS, FASHION_MNIST, IMAGE_SIZE, DataInfo
 
 MAX_PARAMETERS = 600_000
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints/shipped/model.pt"
+PHOTOGRAPHS_CHECKPOINT = SHIPPED_CHECKPOINT.with_name("photographs.pt")
 
 
 @dataclass(frozen=True)

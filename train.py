@@ -82,7 +82,7 @@ SETTINGS: Table = dict(
     pool=("attention", ("attention", "mean"), "how 49 tokens become one"),
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet: norm first, no ReLU last"),
-    whiten=(True, None, "frozen PCA-whitening layer first, of at most 18 filters"),
+    whiten=(True, None, "frozen PCA-whitening layer first"),
     # optimisation
     epochs=(33, (1, INF), "passes over the training images"),
     batch_size=(256, (1, INF), "images per step of all processes"),

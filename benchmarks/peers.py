@@ -30,10 +30,11 @@ import train
 from training import processes
 from training.runs import Run
 
-RECIPE = dict(cutmix=0.0, label_smoothing=0.1)  # where it differs from the default
+RECIPE = dict(cutmix=0.0, label_smoothing=0.1, whiten=False)  # where it differs from the default
 CUTOUT = "ResNet-20, cutout"
 CUTOUT_RECIPE = dict(batch_size=128, lr=0.2, warmup_epochs=0.0, shift=4, erase=0.0, cutmix=0.0)
-CUTOUT_RECIPE |= dict(ema_decay=0.0, grad_clip=0.0)
+CUTOUT_RECIPE |= dict(ema_decay=0.0, grad_clip=0.0, skip_easy=0.0, alternate_flip=False)
+CUTOUT_RECIPE["whiten"] = False
 COLUMNS = dict(
     name=("", ""),
     command=("command", "code"),

@@ -24,9 +24,9 @@ from torch import Tensor
 
 import dataset
 from dataset import CLASS_NAMES
-from explaining.explanation import PHOTOGRAPHS_CHECKPOINT, UNSURE, classify, model_name
+from explaining.explanation import UNSURE, classify, model_name
 from explaining.photo import read_image
-from model import SHIPPED_CHECKPOINT, load_checkpoint
+from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, load_checkpoint
 
 Random = np.random.Generator
 Picture = np.ndarray  # float (H, W, 3), RGB, 0 to 1

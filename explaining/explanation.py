@@ -12,9 +12,8 @@ import dataset
 from common.files import printable
 from dataset import CLASS_NAMES, IMAGE_SIZE
 from gradcam import GradCAM
-from model import SHIPPED_CHECKPOINT, HybridClassifier
+from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, HybridClassifier
 
-PHOTOGRAPHS_CHECKPOINT = SHIPPED_CHECKPOINT.with_name("photographs.pt")
 DRAWS = 20  # of random pixels
 # An answer of a lower probability is unsure. Chosen on the held-out photographs of the archive:
 # with a first model, 59 % of these answers were wrong, and 73 % of the wrong answers were these
