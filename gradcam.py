@@ -130,6 +130,8 @@ class GradCAM:
         method: a key of `METHODS`.
         reshape: turns a layer's output into (N, C, h, w); None is `tokens_to_grid`.
         run: which one, from 0, of a layer's several runs in a forward pass.
+        log_odds: y is the logit minus the logsumexp of all others, log(p / (1 - p)), and not the
+            logit itself: what raises every class alike is no evidence.
 
     Raises:
         ValueError: what is given is not there, or cannot be explained.
@@ -142,6 +144,7 @@ class GradCAM:
         method: str = "gradcam",
         reshape: Callable[[Tensor], Tensor] | None = None,
         run: int | None = None,
+        log_odds: bool = False,
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls no hooks
         layers = dict(self.model.named_modules(remove_duplicate=False))
@@ -157,6 +160,7 @@ class GradCAM:
         self.method = METHODS[method]
         self.reshape = reshape
         self.run = run
+        self.log_odds = log_odds
         self.logits = None
         self._hooks = None
         self._runs = {}  # each layer's activations
@@ -228,10 +232,14 @@ class GradCAM:
         self.logits = logits.detach()
         if target_class is None:
             target_class = self.logits.argmax(dim=1)
-        score = logits.gather(1, self._indices("target_class", target_class))
+        target = self._indices("target_class", target_class)
+        score = logits.gather(1, target)
         signed = versus is not None
         if signed:
             score = score - logits.gather(1, self._indices("versus", versus))
+        elif self.log_odds:
+            others = logits.scatter(1, target, -torch.inf)
+            score = score - others.logsumexp(dim=1, keepdim=True)
         gradients = [None]
         if score.requires_grad:
             for activation in activations:
