@@ -3,17 +3,18 @@
     python benchmarks/faithfulness.py    half an hour on two cores
 
 A reader looks at a map's hottest places: these have to matter, and for this class. So the default
-of Visulization.py is chosen by this rule, fixed on 2026-11-30 before its first run:
+of Visulization.py is chosen by this rule of 2026-11-30, written before the measurement:
 
-1. Candidates are all methods of gradcam.py, for the logit and for the log-odds, at all layers from
-   the first convolution to the last block, and at all pairs of these.
-2. A candidate depends on the class if its maps have a rank correlation of at most 0.6 with those of
-   the least likely class: over the garment's pixels, the mean of all images.
-3. On 150 training images, the ten that depend on the class and beat chance most often go on: the
-   hottest tenth of the garment, black, lowers the probability more than 20 random tenths do.
-4. On 500 other training images, the first is the one that beats chance most often. Of those within
-   one standard error of it, the one with the highest insertion minus deletion wins.
-5. The winner replaces an earlier default only if it beats chance more often by two standard errors.
+1. A map is made by a method of gradcam.py, for the logit or the log-odds, at a layer from the first
+   convolution to the last block. It depends on the class if its rank correlation with the map of
+   the least likely class is at most 0.6: over the garment's pixels, the mean of all images.
+2. On 150 training images, the six that depend on the class and beat chance most often go on: the
+   hottest tenth of the garment, black, lowers the probability more than 20 random tenths do. Pairs
+   of two of their layers go on, too, if the two have method and score in common.
+3. On 500 other training images, the first is the one that depends on the class and beats chance
+   most often. Of those within one standard error of it, the one with the highest insertion minus
+   deletion wins.
+4. The winner replaces an earlier default only if it beats chance more often by two standard errors.
    It is measured on 1,000 test images once; nothing is chosen there.
 
 Each map is for the predicted class, whose probability is followed:
@@ -22,11 +23,10 @@ Each map is for the predicted class, whose probability is followed:
 - deletion: the hottest pixels turn black first; the mean probability on the way (RISE, Petsiuk et
   al. 2018, arXiv 1806.07421)
 - insertion: the hottest pixels return first, on a blurred image
-- other class: the correlation of the second step
+- other class: the correlation of the first step
 """
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,13 @@ from torchvision.transforms import GaussianBlur
 
 import dataset
 from explaining.explanation import Evidence, Explanation, classify, mask_evidence
-from gradcam import METHODS, GradCAM
+from gradcam import METHODS, GradCAM, shares_of_evidence
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
 from Visulization import METHOD, all_layers, default_layers
 
 SCREENED = slice(500, 650)  # of the training images
-FINALISTS = 10
+FINALISTS = 6
 LOG_ODDS = False
 MOST_ALIKE = 0.6
 STEPS = 10  # of deletion and insertion
@@ -54,11 +54,12 @@ GAUSSIAN_SIGMA = 7  # pixels
 COLUMNS = dict(
     map=("heatmap", ""),
     beats_chance=("beats chance ↑", ".1%"),
+    beats_chance_error=("± standard error", ".1%"),
     says_something=("says something ↑", ".1%"),
     deletion=("deletion ↓", ".3f"),
     insertion=("insertion ↑", ".3f"),
     merit=("insertion minus deletion ↑", ".3f"),
-    merit_error=("its standard error", ".3f"),
+    merit_error=("± standard error", ".3f"),
     other_class=("other class ↓", ".2f"),
 )
 
@@ -67,14 +68,7 @@ COLUMNS = dict(
 
 Candidate = tuple[str, bool, tuple[str, ...]]  # method, log-odds or not, layers
 Maps = dict[str, Tensor]  # by name: float32 (N, 28, 28), never negative
-
-
-def candidates(model: HybridClassifier) -> dict[str, Candidate]:
-    """All candidates by name."""
-    layers = all_layers(model)
-    chosen = [(layer,) for layer in layers] + list(itertools.combinations(layers, 2))
-    every = itertools.product(METHODS, (False, True), chosen)
-    return {candidate_name(*candidate): candidate for candidate in every}
+Figures = dict[str, Tensor]  # by column: one for each image, (N,)
 
 
 def candidate_name(method: str, log_odds: bool, layers: tuple[str, ...]) -> str:
@@ -83,27 +77,35 @@ def candidate_name(method: str, log_odds: bool, layers: tuple[str, ...]) -> str:
     return f"{method}{score} {' + '.join(layers)}"
 
 
-def cam_maps(cam: GradCAM, images: Tensor, classes: Tensor) -> Tensor:
-    """Shares of evidence (N, 28, 28) in uint8 images (N, 1, 28, 28) for classes (N,)."""
-    maps = []
+def layer_maps(
+    model: HybridClassifier, log_odds: bool, images: Tensor, classes: Tensor
+) -> dict[Candidate, Tensor]:
+    """Maps of uint8 images (N, 1, 28, 28) for classes (N,): of all layers, by all methods."""
+    layers = all_layers(model)
+    chunks = []
     for some, target in zip(images.split(BATCH_SIZE), classes.split(BATCH_SIZE), strict=True):
-        maps.append(cam(dataset.normalize(some), target, normalize=False))
-    return torch.cat(maps)
+        cam, seen = GradCAM(model, layers, log_odds=log_odds), []
+        cam.method = lambda *outputs, seen=seen: seen.append(outputs) or outputs[1]
+        cam(dataset.normalize(some), target)
+        maps = {}
+        for layer, (activation, gradient) in zip(layers, seen, strict=True):
+            for name, method in METHODS.items():
+                products = method(activation, gradient) * activation
+                maps[name, log_odds, (layer,)] = shares_of_evidence(products, (28, 28), False)
+        chunks.append(maps)
+    return {key: torch.cat([maps[key] for maps in chunks]) for key in chunks[0]}
 
 
 def candidate_maps(
-    model: HybridClassifier, chosen: dict[str, Candidate], images: Tensor, classes: Tensor
+    model: HybridClassifier, chosen: list[Candidate] | None, images: Tensor, classes: Tensor
 ) -> Maps:
-    """The maps of some candidates."""
-    single, maps = {}, {}
-    for name, (method, log_odds, layers) in chosen.items():
-        for layer in layers:
-            key = method, log_odds, layer
-            if key not in single:
-                cam = GradCAM(model, layer, method, log_odds=log_odds)
-                single[key] = cam_maps(cam, images, classes)
+    """The maps of some candidates, or of all at single layers."""
+    single = layer_maps(model, False, images, classes) | layer_maps(model, True, images, classes)
+    maps = {}
+    for method, log_odds, layers in chosen or single:
         # The order of the pixels is that of the mean.
-        maps[name] = sum(single[method, log_odds, layer] for layer in layers)
+        parts = [single[method, log_odds, (layer,)] for layer in layers]
+        maps[candidate_name(method, log_odds, layers)] = sum(parts)
     return maps
 
 
@@ -121,43 +123,43 @@ def baseline_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> M
         "a centred Gaussian": gaussian.expand(len(images), -1, -1),
         "the image's brightness": images[:, 0].float(),
         "input gradients": Saliency(model).attribute(x, target=classes)[:, 0].detach(),
-        "the default, untrained model": cam_maps(untrained, images, classes),
+        "the default, untrained model": untrained(dataset.normalize(images), classes),
     }
 
 
 # ---- The measures ----
 
 
-def rank_correlation(maps: Tensor, others: Tensor, images: Tensor) -> float:
-    """The mean correlation of maps (N, 28, 28) over the bright pixels of images (N, 1, 28, 28).
+def rank_correlation(maps: Tensor, others: Tensor, images: Tensor) -> Tensor:
+    """Spearman's (N,) of maps (N, 28, 28) over the bright pixels of images (N, 1, 28, 28).
 
     Where one of two maps is the same everywhere, they have nothing in common: 0.
     """
-    total = 0.0
-    garments = (images[:, 0] > 0).numpy()
-    for a, b, garment in zip(maps.numpy(), others.numpy(), garments, strict=True):
-        a, b = a[garment], b[garment]
+    found = torch.zeros(len(maps))
+    garments = images[:, 0] > 0
+    for i, (a, b, garment) in enumerate(zip(maps, others, garments, strict=True)):
+        a, b = a[garment].numpy(), b[garment].numpy()
         if np.ptp(a) and np.ptp(b):
-            total += float(spearmanr(a, b).statistic)
-    return total / len(maps)
+            found[i] = spearmanr(a, b).statistic
+    return found
 
 
 def masking(
     model: HybridClassifier, images: Tensor, classes: Tensor, maps: Maps
-) -> dict[str, results.Row]:
-    """Of each map, the share of images where it beats chance, and where it says something."""
+) -> dict[str, Figures]:
+    """Whether each map beats chance, and whether it says something."""
     explanations = []
     for i, found in enumerate(classify(model, images)):
         evidence = [Evidence(int(classes[i]), -1, some[i].numpy()) for some in maps.values()]
         explanations.append(Explanation(images[i, 0].numpy(), -1, found.numpy(), evidence))
     mask_evidence(model, explanations)
-    rows = {}
+    figures = {}
     for i, name in enumerate(maps):
         evidence = [e.evidence[i] for e in explanations]
         beats = [e.heatmap.any() and e.probabilities[1] < e.probabilities[2] for e in evidence]
         says = [e.verdict() == "says something" for e in evidence]
-        rows[name] = dict(beats_chance=np.mean(beats), says_something=np.mean(says))
-    return rows
+        figures[name] = dict(beats_chance=torch.tensor(beats), says_something=torch.tensor(says))
+    return figures
 
 
 @torch.autocast("cpu", torch.bfloat16)  # moves the third decimal, and is four times as fast
@@ -173,89 +175,92 @@ def curve(
     return torch.trapezoid(torch.stack(found).float(), dim=0) / STEPS
 
 
-def measure(model: HybridClassifier, images: Tensor, classes: Tensor, maps: Tensor) -> results.Row:
-    """Deletion and insertion of maps (N, 28, 28) of uint8 images (N, 1, 28, 28)."""
-    deletion = curve(model, images, torch.zeros_like(images), classes, maps)
-    insertion = curve(model, GaussianBlur(11, sigma=5.0)(images), images, classes, maps)
-    merit = insertion - deletion
-    return dict(
-        deletion=deletion.mean().item(),
-        insertion=insertion.mean().item(),
-        merit=merit.mean().item(),
-        merit_error=(merit.std() / len(images) ** 0.5).item(),
-    )
+def measure(model: HybridClassifier, images: Tensor, chosen: list[Candidate]) -> dict[str, Figures]:
+    """All figures of the baselines and of some candidates."""
+    ranking = classify(model, images).argsort(dim=1, descending=True)
+    classes = ranking[:, 0]
+    others = candidate_maps(model, chosen, images, ranking[:, -1])
+    maps = baseline_maps(model, images, classes) | candidate_maps(model, chosen, images, classes)
+    figures = masking(model, images, classes, maps)
+    blurred = GaussianBlur(11, sigma=5.0)(images)
+    for name, some in figures.items():
+        some["deletion"] = curve(model, images, torch.zeros_like(images), classes, maps[name])
+        some["insertion"] = curve(model, blurred, images, classes, maps[name])
+        some["merit"] = some["insertion"] - some["deletion"]
+        if name in others:
+            some["other_class"] = rank_correlation(maps[name], others[name], images)
+    return figures
 
 
 # ---- The choice ----
 
 
-def screen(model: HybridClassifier, images: Tensor) -> list[str]:
-    """The names of the candidates that go on, best first."""
+def screen(model: HybridClassifier, images: Tensor) -> dict[str, Figures]:
+    """Of all candidates at single layers, what the second step asks for."""
     ranking = classify(model, images).argsort(dim=1, descending=True)
-    maps = candidate_maps(model, candidates(model), images, ranking[:, 0])
-    others = candidate_maps(model, candidates(model), images, ranking[:, -1])
-    rows = masking(model, images, ranking[:, 0], maps)
-    chosen = []
-    for name in sorted(rows, key=lambda name: -rows[name]["beats_chance"]):
-        alike = rank_correlation(maps[name], others[name], images)
-        print(f"{rows[name]['beats_chance']:.1%} {alike:.2f} {name}")
-        if alike <= MOST_ALIKE:
-            chosen.append(name)
-    return chosen[:FINALISTS]
+    maps = candidate_maps(model, None, images, ranking[:, 0])
+    others = candidate_maps(model, None, images, ranking[:, -1])
+    figures = masking(model, images, ranking[:, 0], maps)
+    for name, some in figures.items():
+        some["other_class"] = rank_correlation(maps[name], others[name], images)
+    return figures
 
 
-def measure_maps(
-    model: HybridClassifier, images: Tensor, names: list[str]
-) -> Iterator[results.Row]:
-    """A row for each baseline, and for the candidates with some names."""
-    ranking = classify(model, images).argsort(dim=1, descending=True)
-    classes = ranking[:, 0]
-    chosen = {name: candidates(model)[name] for name in names}
-    others = candidate_maps(model, chosen, images, ranking[:, -1])
-    maps = baseline_maps(model, images, classes)
-    maps |= candidate_maps(model, chosen, images, classes)
-    for name, row in masking(model, images, classes, maps).items():
-        row = dict(images=len(images), map=name) | row
-        row |= measure(model, images, classes, maps[name])
-        if name in others:
-            row["other_class"] = rank_correlation(maps[name], others[name], images)
-        yield row
+def finalists(model: HybridClassifier, rows: list[dict[str, str]]) -> list[Candidate]:
+    """The candidates that the second step chooses, of the screened ones' rows."""
+    rows = [row for row in rows if float(row["other_class"]) <= MOST_ALIKE]
+    rows.sort(key=lambda row: -float(row["beats_chance"]))
+    best = {row["map"] for row in rows[:FINALISTS]}
+    layers = [(layer,) for layer in all_layers(model)]
+    chosen = [c for c in itertools.product(METHODS, (False, True), layers)]
+    chosen = [candidate for candidate in chosen if candidate_name(*candidate) in best]
+    for (method, log_odds, first), (*score, second) in itertools.combinations(chosen, 2):
+        if score == [method, log_odds]:
+            chosen.append((method, log_odds, first + second))
+    return chosen
 
 
 def winner(rows: list[dict[str, str]]) -> str:
     """The map that the rule chooses, of the rows of the 500 training images."""
     rows = [row for row in rows if row["other_class"] and float(row["other_class"]) <= MOST_ALIKE]
-    best = max(float(row["beats_chance"]) for row in rows)
-    error = (best * (1 - best) / int(rows[0]["images"])) ** 0.5
-    near = [row for row in rows if float(row["beats_chance"]) >= best - error]
+    first = max(rows, key=lambda row: float(row["beats_chance"]))
+    least = float(first["beats_chance"]) - float(first["beats_chance_error"])
+    near = [row for row in rows if float(row["beats_chance"]) >= least]
     return max(near, key=lambda row: float(row["merit"]))["map"]
 
 
-def rows_of(path: Path, split: str) -> list[dict[str, str]]:
-    """The saved rows of a split."""
+def save(path: Path, split: str, figures: dict[str, Figures]) -> list[dict[str, str]]:
+    """Save means and standard errors, and return all rows of the split."""
+    for name, some in figures.items():
+        row = dict(split=split, images=len(some["beats_chance"]), map=name)
+        for column, values in some.items():
+            row[column] = values.double().mean().item()
+            row[f"{column}_error"] = (values.double().std() / len(values) ** 0.5).item()
+        results.add(path, row, "split", "map")
     return [row for row in results.read(path) if row["split"] == split]
 
 
 def main() -> None:
-    parser = results.make_parser(__file__, __doc__)
-    args = parser.parse_args()
+    args = results.make_parser(__file__, __doc__).parse_args()
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
     model.requires_grad_(False)
-    default = candidate_name(METHOD, LOG_ODDS, tuple(default_layers(model)))
-    classic = candidate_name("gradcam", False, tuple(model.stage_ends()[-1:]))
+    default = METHOD, LOG_ODDS, tuple(default_layers(model))
+    classic = "gradcam", False, tuple(model.stage_ends()[-1:])
     if not args.table:
         set_threads()
         images = dataset.load(args.data_dir, train=True)[0]
-        names = screen(model, images[SCREENED])
-        for row in measure_maps(model, images[:500], [*names, default, classic]):
-            results.add(args.output, dict(split="training") | row, "split", "map")
-        chosen = winner(rows_of(args.output, "training"))
+        rows = save(args.output, "screening", screen(model, images[SCREENED]))
+        chosen = finalists(model, rows)
+        chosen += [some for some in (default, classic) if some not in chosen]
+        rows = save(args.output, "training", measure(model, images[:500], chosen))
+        best = winner(rows)
+        chosen = [c for c in chosen if c in (default, classic) or candidate_name(*c) == best]
         images = dataset.load(args.data_dir, train=False)[0][:1000]
-        for row in measure_maps(model, images, [chosen, default, classic]):
-            results.add(args.output, dict(split="test") | row, "split", "map")
-    for split in ("training", "test"):
+        save(args.output, "test", measure(model, images, chosen))
+    for split in ("screening", "training", "test"):
+        rows = [row for row in results.read(args.output) if row["split"] == split]
         print(f"\n{split} images\n")
-        results.print_table(rows_of(args.output, split), COLUMNS, bold=("map", default))
+        results.print_table(rows, COLUMNS, bold=("map", candidate_name(*default)))
 
 
 if __name__ == "__main__":
