@@ -175,12 +175,16 @@ def curve(
     return torch.trapezoid(torch.stack(found).float(), dim=0) / STEPS
 
 
-def measure(model: HybridClassifier, images: Tensor, chosen: list[Candidate]) -> dict[str, Figures]:
-    """All figures of the baselines and of some candidates."""
+def measure(
+    model: HybridClassifier, images: Tensor, chosen: list[Candidate], with_baselines: bool
+) -> dict[str, Figures]:
+    """All figures of some candidates, and of the baselines."""
     ranking = classify(model, images).argsort(dim=1, descending=True)
     classes = ranking[:, 0]
     others = candidate_maps(model, chosen, images, ranking[:, -1])
-    maps = baseline_maps(model, images, classes) | candidate_maps(model, chosen, images, classes)
+    maps = candidate_maps(model, chosen, images, classes)
+    if with_baselines:
+        maps |= baseline_maps(model, images, classes)
     figures = masking(model, images, classes, maps)
     blurred = GaussianBlur(11, sigma=5.0)(images)
     for name, some in figures.items():
@@ -252,11 +256,11 @@ def main() -> None:
         rows = save(args.output, "screening", screen(model, images[SCREENED]))
         chosen = finalists(model, rows)
         chosen += [some for some in (default, classic) if some not in chosen]
-        rows = save(args.output, "training", measure(model, images[:500], chosen))
+        rows = save(args.output, "training", measure(model, images[:500], chosen, False))
         best = winner(rows)
         chosen = [c for c in chosen if c in (default, classic) or candidate_name(*c) == best]
         images = dataset.load(args.data_dir, train=False)[0][:1000]
-        save(args.output, "test", measure(model, images, chosen))
+        save(args.output, "test", measure(model, images, chosen, True))
     for split in ("screening", "training", "test"):
         rows = [row for row in results.read(args.output) if row["split"] == split]
         print(f"\n{split} images\n")
