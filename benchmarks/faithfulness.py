@@ -119,7 +119,6 @@ def baseline_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> M
     untrained = GradCAM(HybridClassifier(model.config), default_layers(model), METHOD)
     return {
         "a random map": noise,
-        "a random map, blurred": GaussianBlur(11, sigma=3.0)(noise),
         "a centred Gaussian": gaussian.expand(len(images), -1, -1),
         "the image's brightness": images[:, 0].float(),
         "input gradients": Saliency(model).attribute(x, target=classes)[:, 0].detach(),
