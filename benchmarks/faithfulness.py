@@ -44,13 +44,11 @@ from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
 from Visulization import METHOD, all_layers, default_layers
 
-SCREENED = slice(500, 650)  # of the training images
-FINALISTS = 6
 LOG_ODDS = False
+FINALISTS = 6
 MOST_ALIKE = 0.6
 STEPS = 10  # of deletion and insertion
 BATCH_SIZE = 50  # what fits into a CPU's caches
-GAUSSIAN_SIGMA = 7  # pixels
 COLUMNS = dict(
     map=("heatmap", ""),
     beats_chance=("beats chance ↑", ".1%"),
@@ -97,9 +95,9 @@ def layer_maps(
 
 
 def candidate_maps(
-    model: HybridClassifier, chosen: list[Candidate] | None, images: Tensor, classes: Tensor
+    model: HybridClassifier, chosen: list[Candidate], images: Tensor, classes: Tensor
 ) -> Maps:
-    """The maps of some candidates, or of all at single layers."""
+    """The maps of some candidates; if none is chosen, of all at single layers."""
     single = layer_maps(model, False, images, classes) | layer_maps(model, True, images, classes)
     maps = {}
     for method, log_odds, layers in chosen or single:
@@ -113,13 +111,13 @@ def baseline_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> M
     """Maps that a good explanation must beat."""
     noise = torch.rand(len(images), 28, 28, generator=torch.Generator().manual_seed(0))
     distance = torch.arange(28) - 13.5
-    gaussian = (-(distance[:, None] ** 2 + distance**2) / (2 * GAUSSIAN_SIGMA**2)).exp()
+    centre = 1000 - (distance[:, None] ** 2 + distance**2)
     x = dataset.normalize(images).requires_grad_()
     torch.manual_seed(0)
     untrained = GradCAM(HybridClassifier(model.config), default_layers(model), METHOD)
     return {
         "a random map": noise,
-        "a centred Gaussian": gaussian.expand(len(images), -1, -1),
+        "a centred Gaussian": centre.expand(len(images), -1, -1),
         "the image's brightness": images[:, 0].float(),
         "input gradients": Saliency(model).attribute(x, target=classes)[:, 0].detach(),
         "the default, untrained model": untrained(dataset.normalize(images), classes),
@@ -175,9 +173,9 @@ def curve(
 
 
 def measure(
-    model: HybridClassifier, images: Tensor, chosen: list[Candidate], with_baselines: bool
+    model: HybridClassifier, images: Tensor, chosen: list[Candidate], with_baselines: bool = False
 ) -> dict[str, Figures]:
-    """All figures of some candidates, and of the baselines."""
+    """Figures of some candidates, or of all at single layers: without curves, which take long."""
     ranking = classify(model, images).argsort(dim=1, descending=True)
     classes = ranking[:, 0]
     others = candidate_maps(model, chosen, images, ranking[:, -1])
@@ -187,26 +185,16 @@ def measure(
     figures = masking(model, images, classes, maps)
     blurred = GaussianBlur(11, sigma=5.0)(images)
     for name, some in figures.items():
-        some["deletion"] = curve(model, images, torch.zeros_like(images), classes, maps[name])
-        some["insertion"] = curve(model, blurred, images, classes, maps[name])
-        some["merit"] = some["insertion"] - some["deletion"]
         if name in others:
             some["other_class"] = rank_correlation(maps[name], others[name], images)
+        if chosen:
+            some["deletion"] = curve(model, images, torch.zeros_like(images), classes, maps[name])
+            some["insertion"] = curve(model, blurred, images, classes, maps[name])
+            some["merit"] = some["insertion"] - some["deletion"]
     return figures
 
 
 # ---- The choice ----
-
-
-def screen(model: HybridClassifier, images: Tensor) -> dict[str, Figures]:
-    """Of all candidates at single layers, what the second step asks for."""
-    ranking = classify(model, images).argsort(dim=1, descending=True)
-    maps = candidate_maps(model, None, images, ranking[:, 0])
-    others = candidate_maps(model, None, images, ranking[:, -1])
-    figures = masking(model, images, ranking[:, 0], maps)
-    for name, some in figures.items():
-        some["other_class"] = rank_correlation(maps[name], others[name], images)
-    return figures
 
 
 def finalists(model: HybridClassifier, rows: list[dict[str, str]]) -> list[Candidate]:
@@ -215,11 +203,11 @@ def finalists(model: HybridClassifier, rows: list[dict[str, str]]) -> list[Candi
     rows.sort(key=lambda row: -float(row["beats_chance"]))
     best = {row["map"] for row in rows[:FINALISTS]}
     layers = [(layer,) for layer in all_layers(model)]
-    chosen = [c for c in itertools.product(METHODS, (False, True), layers)]
-    chosen = [candidate for candidate in chosen if candidate_name(*candidate) in best]
-    for (method, log_odds, first), (*score, second) in itertools.combinations(chosen, 2):
-        if score == [method, log_odds]:
-            chosen.append((method, log_odds, first + second))
+    every = itertools.product(METHODS, (False, True), layers)
+    chosen = [candidate for candidate in every if candidate_name(*candidate) in best]
+    for (*score, first), (*other_score, second) in itertools.combinations(chosen, 2):
+        if score == other_score:
+            chosen.append((*score, first + second))
     return chosen
 
 
@@ -252,10 +240,10 @@ def main() -> None:
     if not args.table:
         set_threads()
         images = dataset.load(args.data_dir, train=True)[0]
-        rows = save(args.output, "screening", screen(model, images[SCREENED]))
+        rows = save(args.output, "screening", measure(model, images[500:650], []))
         chosen = finalists(model, rows)
         chosen += [some for some in (default, classic) if some not in chosen]
-        rows = save(args.output, "training", measure(model, images[:500], chosen, False))
+        rows = save(args.output, "training", measure(model, images[:500], chosen))
         best = winner(rows)
         chosen = [c for c in chosen if c in (default, classic) or candidate_name(*c) == best]
         images = dataset.load(args.data_dir, train=False)[0][:1000]
