@@ -42,6 +42,7 @@ KINDS = (3, 3, 10)  # of the first, the second and the third mark
 NOISE = 0.2  # of images with a deviation of 1, each way
 DRAWS = 3
 COLUMNS = dict(
+    seed=("seed", ""),
     heatmap=("heatmap", ""),
     mass_accuracy=("mass accuracy ↑", ".1%"),
     rank_accuracy=("rank accuracy ↑", ".1%"),
