@@ -4,8 +4,8 @@
         maps = cam(dataset.normalize(images))  # float32 (N, 28, 28), 0 to 1
 
 One forward pass keeps the layer's activations A (channels k, a small grid of places), one backward
-pass tells how the class score y grows with each of them, G = dy / dA. A method turns both into
-weights w, and the map is relu(sum_k w_k A_k): evidence against the class is cut off.
+pass the gradients of the class score y, G = dy / dA. A method turns both into weights w, and the
+map is relu(sum_k w_k A_k): evidence against the class is cut off.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,18 +29,14 @@ Classes = int | Sequence[int] | Tensor | None  # one for all images, or one for 
 
 
 def gradcam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """A channel's weight is its mean gradient, (N, C, 1, 1).
-
-    Selvaraju et al. 2017, arXiv 1610.02391, equations 1 and 2.
-    """
+    """A channel's mean gradient, (N, C, 1, 1) (Selvaraju et al. 2017, arXiv 1610.02391)."""
     return gradient.mean(dim=(2, 3), keepdim=True)
 
 
 def gradcam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
-    """A channel's weight, (N, C, 1, 1), sums its positive gradients, weighted by curvature.
+    """A channel's positive gradients, weighted by curvature, (N, C, 1, 1).
 
-    Chattopadhay et al. 2018, arXiv 1710.11063. The score is taken through an exponential, which
-    makes its higher derivatives powers of G.
+    Chattopadhay et al. 2018, arXiv 1710.11063: of exp(y), so higher derivatives are powers of G.
     """
     curvature = 2 * gradient**2 + activation.sum(dim=(2, 3), keepdim=True) * gradient**3
     share = gradient**2 / torch.where(curvature == 0, 1, curvature)
@@ -48,14 +44,14 @@ def gradcam_plus_plus(activation: Tensor, gradient: Tensor) -> Tensor:
 
 
 def hirescam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """Every place has its own weight, its gradient (Draelos & Carin 2020, arXiv 2011.08891)."""
+    """Each place's own gradient (Draelos & Carin 2020, arXiv 2011.08891)."""
     return gradient
 
 
 def layercam(activation: Tensor, gradient: Tensor) -> Tensor:
-    """As HiResCAM, without negative gradients, which are noisy in early layers.
+    """Each place's own positive gradient (Jiang et al. 2021, IEEE TIP 30).
 
-    Jiang et al. 2021, "LayerCAM", IEEE TIP 30. They join layers by the maximum, not the mean.
+    They join layers by the maximum, not the mean.
     """
     return gradient.relu()
 
@@ -86,13 +82,9 @@ def tokens_to_grid(
 ) -> Tensor:
     """Bring a layer's output to (N, C, h, w), in the proportions of `image_size`, (H, W).
 
-    Takes tokens (N, h * w, C), row by row, and 4-D outputs with C in one of the `channels`.
-
-    A shape does not tell everything: 16 patches and 9 registers look like 25 patches, (N, C, T)
-    and (T, N, C) may look like (N, T, C), and queries (N, heads, T, d) like a grid.
-
-    Raises:
-        ValueError: it fits the image in no way or in two, or is attention weights.
+    Takes tokens (N, h * w, C), row by row, and 4-D outputs with C in a dimension of `channels`. A
+    ValueError if it fits in no way or in two, or is attention weights. A shape does not tell all:
+    16 patches and 9 registers look like 25 patches, and queries (N, heads, T, d) like a grid.
     """
     height, width = image_size
     grids = []
@@ -119,20 +111,20 @@ def tokens_to_grid(
 class GradCAM:
     """Heatmaps from one layer of a model, or the mean of several layers'.
 
-    In a `with` block or a single call, the model has hooks, is in evaluation mode, and is frozen.
-    Afterwards, also after an error, it is as before. `logits`, (N, classes), are the latest call's.
+    In a `with` block or a single call, the model has hooks, is in evaluation mode, and is frozen;
+    afterwards it is as before. `logits`, (N, classes), are the latest call's.
 
     Args:
         model: maps images to logits (N, classes); a compiled one runs uncompiled.
-        target_layer: a module of `model` or its name, or several. Behind the last attention of a
-            vision transformer with a class token no gradient reaches the patches: take what goes
-            into it, like the last block's first norm.
+        target_layer: a module of `model` or its name, or several. Behind a vision transformer's
+            last attention, no gradient of a class token reaches the patches: take what goes into
+            it, like the last block's first norm.
         method: a key of `METHODS`.
         reshape: turns a layer's output into (N, C, h, w); None is `tokens_to_grid`.
         run: which one, from 0, of a layer's several runs in a forward pass.
+        log_odds: y is log(p / (1 - p)), not the logit: what raises all classes is no evidence.
 
-    Raises:
-        ValueError: what is given is not there, or cannot be explained.
+    A ValueError if what is given is not there, or cannot be explained.
     """
 
     def __init__(
@@ -142,6 +134,7 @@ class GradCAM:
         method: str = "gradcam",
         reshape: Callable[[Tensor], Tensor] | None = None,
         run: int | None = None,
+        log_odds: bool = False,
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper calls no hooks
         layers = dict(self.model.named_modules(remove_duplicate=False))
@@ -157,6 +150,7 @@ class GradCAM:
         self.method = METHODS[method]
         self.reshape = reshape
         self.run = run
+        self.log_odds = log_odds
         self.logits = None
         self._hooks = None
         self._runs = {}  # each layer's activations
@@ -180,11 +174,10 @@ class GradCAM:
             weight.requires_grad = True
 
     def _keep_activation(self, layer: nn.Module, inputs: tuple, output: object) -> object:
-        # The caller, too, may run the model in a `with` block.
+        # The caller may run the model, too.
         if layer not in self._runs or not isinstance(output, Tensor):
             return output
-        # Autograd's graph begins with the first layer's activation. The model goes on with a copy,
-        # as its next operation may be in place.
+        # Autograd's graph begins here. The model's next operation may be in place: on a copy.
         activation = output.clone().requires_grad_()
         self._runs[layer].append(activation)
         return activation.clone()
@@ -199,20 +192,19 @@ class GradCAM:
     ) -> Tensor:
         """Heatmaps of a batch: one forward pass, one backward pass as far as the first layer.
 
-        With `versus`, y is the difference of two classes' logits, and the map is signed:
-        sum_k w_k A_k, where w is the method's weight for y minus that for -y. Finer-CAM (Zhang et
-        al. 2025, arXiv 2501.11309) is similar.
+        With `versus`, y is the difference of two logits, w the method's weight for y minus that
+        for -y, and the map sum_k w_k A_k is signed (as Finer-CAM, Zhang et al. 2025, arXiv
+        2501.11309).
 
         Args:
             images: floats (N, channels, H, W), as the model takes them.
             target_class: the class to explain; None takes the predicted ones.
             versus: the class to compare it with.
-            normalize: divide each map by its largest amount.
+            normalize: divide each map by its largest amount; else a layer's amounts add up to 1.
 
         Returns:
-            float32 (N, H, W), from 0 to 1; with `versus` from -1 to 1, negative where a place
-            supports that class. With `normalize=False` a layer's amounts add up to 1. Layers
-            without evidence are left out of the mean; a map without any is zeros.
+            float32 (N, H, W), from 0 to 1; with `versus` from -1 to 1, negative for that class.
+            Layers without evidence are left out of the mean; a map without any is zeros.
         """
         if self._hooks is None:
             with self:
@@ -228,15 +220,19 @@ class GradCAM:
         self.logits = logits.detach()
         if target_class is None:
             target_class = self.logits.argmax(dim=1)
-        score = logits.gather(1, self._indices("target_class", target_class))
+        target = self._indices("target_class", target_class)
+        score = logits.gather(1, target)
         signed = versus is not None
         if signed:
             score = score - logits.gather(1, self._indices("versus", versus))
+        elif self.log_odds:
+            others = logits.scatter(1, target, -torch.inf)
+            score = score - others.logsumexp(dim=1, keepdim=True)
         gradients = [None]
         if score.requires_grad:
             for activation in activations:
                 self._check_batch(activation, score)
-            # A score depends on its own image alone, so the sum's gradient holds every image's.
+            # A score depends on its own image alone: the sum's gradient holds every image's.
             gradients = torch.autograd.grad(score.sum(), activations, allow_unused=True)
         if any(gradient is None for gradient in gradients):
             raise ValueError("the layer has no gradient: unused, or cut off by no_grad or detach")
@@ -256,7 +252,6 @@ class GradCAM:
         return maps
 
     def _chosen_run(self, layer: nn.Module) -> Tensor:
-        """A target layer's activation."""
         runs = self._runs[layer]
         run = 0 if len(runs) == 1 else self.run
         if run not in range(len(runs)):
@@ -265,7 +260,7 @@ class GradCAM:
         return runs[run]
 
     def _indices(self, name: str, classes: Classes) -> Tensor:
-        """One class index for each image, int64 (N, 1)."""
+        """A class for each image, int64 (N, 1)."""
         n, count = self.logits.shape
         indices = torch.as_tensor(classes, device=self.logits.device)
         known = torch.isin(indices, torch.arange(count).to(indices))

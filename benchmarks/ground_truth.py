@@ -1,154 +1,212 @@
-"""Heatmaps where the right answer is known: a mark of 4x4 pixels alone decides the class.
+"""Heatmaps where the right answer is known: two marks of 4x4 pixels together decide the class.
 
-    python benchmarks/ground_truth.py    train the model of the marks, some minutes, and measure
+    python benchmarks/ground_truth.py    train two models of the marks and measure: 20 minutes
 
-On every image, one of ten marks is planted at a random place, and the class is the mark's number.
-Measured is the share of a map's evidence that lies on the mark (after Yang & Kim 2019, arXiv
-1907.09701), and within two pixels, as a place of a coarse layer is larger than the mark.
+On every image, three marks are planted at random places. Two have three kinds each, and
+their pair is the class. The third, of ten kinds, decides nothing. Of a map for the right class:
 
-With two marks, and `versus`, it is the share of all evidence, for and against, that is on the mark
-with the right sign, and with the wrong one.
+- mass accuracy: the share of its evidence on the two marks that decide (Arras et al. 2022, arXiv
+  2003.07258); rank accuracy: the share of as many hottest pixels; pointing game: of the hottest one
+- weaker mark: the share of evidence on the one of the two that has less
+- third mark: the share of evidence on the mark that decides nothing
+- taken away: the share at the first mark's place, for the same class, once the mark is not there
+- max-sensitivity: the largest relative change under small noise, as in Quantus (Yeh et al. 2019,
+  arXiv 1901.09392)
+- versus: the share, with the right sign, on the second mark, against the class that differs in it
 """
 
 import argparse
-import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import results
 import torch
-import torch.nn.functional as F
-from faithfulness import baseline_maps, cam_maps, method_name
+from captum.attr import IntegratedGradients, Occlusion, Saliency
+from faithfulness import candidate_name
 from peers import RECIPE
-from torch import Tensor
+from torch import Tensor, nn
 
 import dataset
 import train
-from gradcam import METHODS, GradCAM
+from gradcam import GradCAM
 from model import HybridClassifier
 from Visulization import default_layers
 
 SIDE = 4  # pixels of a mark, both ways
+CELL = 7  # an image has 4x4 cells; marks lie in different ones
+SEEDS = 2
+EPOCHS = 3
+TRAIN_SIZE = 20_000
+NUM_IMAGES = 100  # that a model is right on, of 2,000 test images
+KINDS = (3, 3, 10)  # of the first, the second and the third mark
+NOISE = 0.2  # of images with a deviation of 1, each way
+DRAWS = 3
 COLUMNS = dict(
-    marks=("marks", ""),
+    seed=("seed", ""),
     heatmap=("heatmap", ""),
-    on_mark=("on the mark", ".1%"),
-    near_mark=("within 2 pixels", ".1%"),
-    hottest=("hottest pixel on it", ".1%"),
-    wrong_sign=("wrong sign", ".1%"),
+    mass_accuracy=("mass accuracy ↑", ".1%"),
+    rank_accuracy=("rank accuracy ↑", ".1%"),
+    pointing_game=("pointing game ↑", ".1%"),
+    weaker_mark=("weaker mark ↑", ".1%"),
+    third_mark=("third mark ↓", ".1%"),
+    first_mark=("first mark ↑", ".1%"),
+    taken_away=("taken away ↓", ".1%"),
+    max_sensitivity=("max-sensitivity ↓", ".2f"),
+    versus=("versus ↑", ".1%"),
 )
+Explainer = Callable[[Tensor, Tensor], Tensor]  # of images and classes; maps (N, 28, 28)
 
 
-def make_marks(generator: torch.Generator) -> Tensor:
-    """Ten patterns, uint8 (10, 4, 4), of eight white and eight black pixels: equally bright."""
-    noise = torch.rand(len(dataset.CLASS_NAMES), SIDE**2, generator=generator)
+# ---- The images ----
+
+
+def make_patterns(generator: torch.Generator) -> Tensor:
+    """All marks, uint8 (16, 4, 4), half white and half black: equally bright."""
+    noise = torch.rand(sum(KINDS), SIDE**2, generator=generator)
     white = noise.argsort(dim=1) < SIDE**2 // 2
     return (255 * white).byte().view(-1, SIDE, SIDE)
 
 
-def plant(images: Tensor, marks: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Copies of uint8 images (N, 1, 28, 28) with their labels' marks at `places`, top and left.
+def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels (N,), the patterns (N, 3) of their marks, and the places (N, 3, 2), top and left."""
+    first, second, third = (torch.randint(kinds, (n,), generator=generator) for kinds in KINDS)
+    patterns = torch.stack([first, KINDS[0] + second, sum(KINDS[:2]) + third], dim=1)
+    cells = torch.rand(n, 16, generator=generator).argsort(dim=1)[:, :3]
+    corners = CELL * torch.stack([cells // 4, cells % 4], dim=2)
+    shifts = torch.randint(CELL - SIDE + 1, (n, 3, 2), generator=generator)
+    return KINDS[1] * first + second, patterns, corners + shifts
 
-    Also returns where the marks are, bool (N, 28, 28).
+
+def plant(images: Tensor, marks: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Copies of uint8 images (N, 1, 28, 28) with marks (N, M, 4, 4) at `places` (N, M, 2).
+
+    Also returns where each mark is, bool (M, N, 28, 28).
     """
-    rows = places[:, 0, None, None] + torch.arange(SIDE)[:, None]
-    columns = places[:, 1, None, None] + torch.arange(SIDE)
+    rows = places[:, :, 0, None, None] + torch.arange(SIDE)[:, None]
+    columns = places[:, :, 1, None, None] + torch.arange(SIDE)
     image = torch.arange(len(images))[:, None, None]
-    images, mask = images.clone(), torch.zeros(len(images), *images.shape[2:], dtype=torch.bool)
-    images[image, 0, rows, columns] = marks[labels]
-    mask[image, rows, columns] = True
-    return images, mask
+    images = images.clone()
+    masks = torch.zeros(marks.shape[1], len(images), 28, 28, dtype=torch.bool)
+    for i, mask in enumerate(masks):
+        images[image, 0, rows[:, i], columns[:, i]] = marks[:, i]
+        mask[image, rows[:, i], columns[:, i]] = True
+    return images, masks
 
 
-def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Labels, int64 (N,), and places of their marks, int64 (N, 2), all equally likely."""
-    labels = torch.randint(0, len(dataset.CLASS_NAMES), (n,), generator=generator)
-    places = torch.randint(0, dataset.IMAGE_SIZE - SIDE + 1, (n, 2), generator=generator)
-    return labels, places
+# ---- The maps ----
 
 
-def share_on(maps: Tensor, mask: Tensor) -> float:
-    """The mean share of maps (N, 28, 28) that is on a mask, bool (N, 28, 28); empty maps: 0."""
-    totals = maps.sum(dim=(1, 2)).clamp_min(torch.finfo(maps.dtype).tiny)
-    return ((maps * mask).sum(dim=(1, 2)) / totals).mean().item()
+def explainers(model: HybridClassifier) -> tuple[dict[str, Explainer], dict[str, GradCAM]]:
+    """What makes the maps, by name, and those that can contrast two classes."""
+    pair = tuple(default_layers(model))
+    chosen = [("layercam", True, pair), ("layercam", False, pair)]
+    chosen += [("hirescam", True, ("stem.stage0_0", "stem.down1"))]
+    chosen += [("gradcam", False, tuple(model.stage_ends()[-1:]))]
+    cams = {}
+    for method, log_odds, layers in chosen:
+        cam = GradCAM(model, layers, method, log_odds=log_odds)
+        cams[candidate_name(method, log_odds, layers)] = cam
+    first = next(iter(cams.values()))
+    black = -dataset.MEAN / dataset.STD
+    occlusion = partial(Occlusion(model).attribute, baselines=black, strides=(1, 3, 3))
+    integrated = partial(IntegratedGradients(model).attribute, baselines=black, n_steps=20)
+    window = (1, SIDE, SIDE)
+    others = {
+        "the first, and the mirror image's": lambda x, y: first(x, y) + first(x.flip(3), y).flip(2),
+        "occlusion": lambda x, y: occlusion(x, window, target=y)[:, 0].relu(),
+        "integrated gradients": lambda x, y: integrated(x, target=y)[:, 0].relu(),
+        "input gradients": lambda x, y: Saliency(model).attribute(x.clone().requires_grad_(), y)[
+            :, 0
+        ],
+        "the image's brightness": lambda x, y: x[:, 0] - black,
+        "a random map": lambda x, y: torch.rand_like(x[:, 0]),
+    }
+    return cams | others, cams
 
 
-def candidates(model: HybridClassifier, methods: list[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Methods and layers: the stem's stage ends, the encoder's blocks, and the default layers."""
-    layers = [*model.stage_ends(), *(f"blocks.{i}" for i in range(len(model.blocks)))]
-    chosen = [*((layer,) for layer in layers), tuple(default_layers(model))]
-    return list(itertools.product(methods, chosen))
+def shares(explain: Explainer, x: Tensor, labels: Tensor) -> Tensor:
+    """Maps (N, 28, 28) that add up to 1, but empty ones."""
+    chunks = zip(x.split(50), labels.split(50), strict=True)
+    maps = torch.cat([explain(*chunk).detach() for chunk in chunks])
+    return maps / maps.sum(dim=(1, 2), keepdim=True).clamp_min(1e-30)
 
 
-def one_mark(
-    model: HybridClassifier, images: Tensor, mask: Tensor, labels: Tensor
-) -> Iterator[results.Row]:
-    """The rows of images with one mark each, best first."""
-    near = F.max_pool2d(mask.float(), 5, stride=1, padding=2).bool()
-    maps = dict(baseline_maps(model, images, labels))
-    maps["chance"] = torch.ones(mask.shape)
-    for method, layers in candidates(model, list(METHODS)):
-        maps[method_name(method, layers)] = cam_maps(model, layers, method, images, labels)
-    for name, heat in sorted(maps.items(), key=lambda item: -share_on(item[1], mask)):
-        places = heat.flatten(1).argmax(dim=1, keepdim=True)
-        yield dict(
-            marks="one",
-            heatmap=name,
-            on_mark=share_on(heat, mask),
-            near_mark=share_on(heat, near),
-            hottest=mask.flatten(1).gather(1, places).double().mean().item(),
-        )
+# ---- The measures ----
 
 
-def two_marks(
-    model: HybridClassifier, images: Tensor, masks: list, labels: list
-) -> Iterator[results.Row]:
-    """The rows of images with two marks each, for the first mark's class against the second's."""
-    one, other = masks
-    for method, layers in candidates(model, ["gradcam", "hirescam"]):
-        with GradCAM(model, layers, method) as cam:
-            maps = cam(dataset.normalize(images), *labels, normalize=False)
-        up, down = maps.relu(), (-maps).relu()
-        right = (up * one + down * other).sum(dim=(1, 2)).mean().item()
-        wrong = (up * other + down * one).sum(dim=(1, 2)).mean().item()
-        yield dict(
-            marks="two", heatmap=method_name(method, layers), on_mark=right, wrong_sign=wrong
-        )
+def share_on(maps: Tensor, mask: Tensor) -> Tensor:
+    """The share (N,) of each map's evidence that is on a mask, bool (N, 28, 28)."""
+    return (maps * mask).sum(dim=(1, 2))
+
+
+def share_of_hottest(maps: Tensor, mask: Tensor, count: int) -> float:
+    """How many of the hottest pixels are on a mask."""
+    places = maps.flatten(1).topk(count).indices
+    return mask.flatten(1).gather(1, places).double().mean().item()
+
+
+def max_sensitivity(explain: Explainer, x: Tensor, labels: Tensor) -> float:
+    """The largest change of a map, as a part of it, under some draws of noise; the mean of maps."""
+    maps = shares(explain, x, labels)
+    changes = []
+    for _ in range(DRAWS):
+        noise = NOISE * (2 * torch.rand_like(x) - 1)
+        change = shares(explain, x + noise, labels) - maps
+        changes.append(change.norm(dim=(1, 2)) / maps.norm(dim=(1, 2)).clamp_min(1e-30))
+    return torch.stack(changes).amax(dim=0).mean().item()
+
+
+def train_model(data_dir: str, seed: int, marks: Tensor) -> nn.Module:
+    """The default recipe's model, trained on images with marks."""
+    changes = RECIPE | dict(shift=0, erase=0.0)  # nothing that hides marks
+    changes |= dict(epochs=EPOCHS, val_size=0, train_size=TRAIN_SIZE, seed=seed)
+    run = train.start_run(results.settings(**changes, data_dir=data_dir, device="cpu"))
+    labels, patterns, places = draw(len(run.images), torch.Generator().manual_seed(seed))
+    run.images, _ = plant(run.images, marks[patterns], places)
+    run.labels = labels
+    for epoch in range(EPOCHS):
+        train.train_epoch(run, epoch)
+    return run.ema
 
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
-    """Train the model of the marks, and measure on test images that it is right on."""
-    generator = torch.Generator().manual_seed(0)
-    marks = make_marks(generator)
-    changes = RECIPE | dict(flip=False, shift=0, erase=0.0)  # nothing that moves or hides marks
-    changes |= dict(epochs=args.epochs, val_size=0, data_dir=args.data_dir, device="cpu")
-    run = train.start_run(results.settings(**changes))
-    labels, places = draw(len(run.images), generator)
-    run.images, _ = plant(run.images, marks, labels, places)
-    run.labels = labels
-    for epoch in range(args.epochs):
-        train.train_epoch(run, epoch)
-    model = run.ema
-
-    images = dataset.load(args.data_dir, train=False)[0]
-    labels, places = draw(len(images), generator)
-    planted, mask = plant(images, marks, labels, places)
-    right = train.predict(model, planted).argmax(dim=1) == labels
-    print(f"right on {right.double().mean().item():.2%} of the test images with one mark\n")
-    index = right.nonzero().flatten()[: args.num_images]
-    yield from one_mark(model, planted[index], mask[index], labels[index])
-
-    others, other_places = draw(len(images), generator)
-    apart = ((places - other_places).abs().amax(dim=1) >= 2 * SIDE) & (labels != others)
-    planted, other_mask = plant(planted, marks, others, other_places)
-    i = apart.nonzero().flatten()[: args.num_images]
-    yield from two_marks(model, planted[i], [mask[i], other_mask[i]], [labels[i], others[i]])
+    """Of each seed, rows of the test images that its model is right on."""
+    marks = make_patterns(torch.Generator().manual_seed(0))
+    images = dataset.load(args.data_dir, train=False)[0][:2000]
+    labels, patterns, places = draw(len(images), torch.Generator().manual_seed(0))
+    planted, masks = plant(images, marks[patterns], places)
+    without, _ = plant(images, marks[patterns][:, 1:], places[:, 1:])
+    for seed in range(SEEDS):
+        model = train_model(args.data_dir, seed, marks)
+        right = train.predict(model, planted).argmax(dim=1) == labels
+        i = right.nonzero().flatten()[:NUM_IMAGES]
+        x, taken, y = dataset.normalize(planted[i]), dataset.normalize(without[i]), labels[i]
+        first, second, third = masks[:, i]
+        both = first | second
+        other = y - y % KINDS[1] + (y + 1) % KINDS[1]  # another kind of the second mark
+        every, cams = explainers(model)
+        for name, explain in every.items():
+            torch.manual_seed(0)
+            maps = shares(explain, x, y)
+            on_first, on_second = share_on(maps, first), share_on(maps, second)
+            row = dict(seed=seed, accuracy=right.double().mean().item(), heatmap=name)
+            row["mass_accuracy"] = (on_first + on_second).mean().item()
+            row["rank_accuracy"] = share_of_hottest(maps, both, 2 * SIDE**2)
+            row["pointing_game"] = share_of_hottest(maps, both, 1)
+            row["weaker_mark"] = torch.minimum(on_first, on_second).mean().item()
+            row["third_mark"] = share_on(maps, third).mean().item()
+            row["first_mark"] = on_first.mean().item()
+            row["taken_away"] = share_on(shares(explain, taken, y), first).mean().item()
+            row["max_sensitivity"] = max_sensitivity(explain, x[:20], y[:20])
+            if name in cams:
+                contrast = cams[name](x, y, versus=other, normalize=False)
+                row["versus"] = share_on(contrast.relu(), second).mean().item()
+            yield row
 
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--num-images", type=int, default=1000)
-    results.run(parser, measure, ("marks", "heatmap"), COLUMNS)
+    results.run(parser, measure, ("seed", "heatmap"), COLUMNS)
 
 
 if __name__ == "__main__":

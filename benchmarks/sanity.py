@@ -10,38 +10,25 @@ classes. The figure is Spearman's rank correlation over the pixels that are not 
 import copy
 from collections.abc import Iterator
 
-import numpy as np
 import results
 import torch
-from faithfulness import method_name
-from scipy.stats import spearmanr
+from faithfulness import LOG_ODDS, candidate_name, rank_correlation
 from torch import Tensor
 
 import dataset
 from gradcam import METHODS, GradCAM
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
-from Visulization import METHOD, all_layers, default_layers
+from Visulization import all_layers, default_layers
 
-
-def rank_correlation(maps: Tensor, others: Tensor, images: Tensor) -> float:
-    """The mean correlation of maps (N, 28, 28) over the bright pixels of images (N, 1, 28, 28).
-
-    Where one of two maps is the same everywhere, they have nothing in common: 0.
-    """
-    total = 0.0
-    garments = (images[:, 0] > 0).numpy()
-    for a, b, garment in zip(maps.numpy(), others.numpy(), garments, strict=True):
-        a, b = a[garment], b[garment]
-        if np.ptp(a) and np.ptp(b):
-            total += float(spearmanr(a, b).statistic)
-    return total / len(maps)
+PARTS = ("head", "stem.down1", "stem.first")  # the cascade is compared after these
 
 
 def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, HybridClassifier]]:
     """The model with more and more parts randomised, and the latest's name, from head to stem."""
     torch.manual_seed(0)
-    fresh, changed = HybridClassifier(model.config).state_dict(), copy.deepcopy(model)
+    fresh = HybridClassifier(model.config).state_dict()
+    changed = copy.deepcopy(model)
     names = ["head", "pool", "norm", *reversed(all_layers(model))]
     names.insert(3 + len(model.blocks), "pos_embed")  # added to what leaves the stem
     for name in names:
@@ -51,41 +38,38 @@ def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, Hybr
 
 
 def correlations(
-    model: HybridClassifier, layers: tuple[str, ...], method: str, images: Tensor
+    model: HybridClassifier, method: str, log_odds: bool, layers: tuple[str, ...], images: Tensor
 ) -> dict[str, float]:
-    """The correlation of a method's maps with each of the others."""
+    """The correlation of a candidate's maps with each of the others."""
     x = dataset.normalize(images)
-    cam = GradCAM(model, layers, method)
+    cam = GradCAM(model, layers, method, log_odds=log_odds)
     maps = cam(x)
     ranking = cam.logits.argsort(dim=1, descending=True)
     others = {
-        "the image's brightness": images[:, 0].float(),
         "the map of the second likeliest class": cam(x, ranking[:, 1]),
         "the map of the least likely class": cam(x, ranking[:, -1]),
     }
     for name, changed in randomized_from_the_top(model):
-        changed_cam = GradCAM(changed, layers, method)
-        others[f"random from the top to {name}"] = changed_cam(x, ranking[:, 0])
-    return {name: rank_correlation(maps, other, images) for name, other in others.items()}
+        if name in PARTS:
+            changed_cam = GradCAM(changed, layers, method, log_odds=log_odds)
+            others[f"random from the top to {name}"] = changed_cam(x, ranking[:, 0])
+    return {name: rank_correlation(maps, o, images).mean().item() for name, o in others.items()}
 
 
 def main() -> None:
-    parser = results.make_parser(__file__, __doc__)
-    parser.add_argument("--num-images", type=int, default=200)
-    args = parser.parse_args()
+    args = results.make_parser(__file__, __doc__).parse_args()
     if not args.table:
         set_threads()
         model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
-        images = dataset.load(args.data_dir, train=False)[0][: args.num_images]
+        images = dataset.load(args.data_dir, train=False)[0][:200]
         default = tuple(default_layers(model))
-        variants = [(default, METHOD), (tuple(model.stage_ends()[-1:]), "gradcam")]
-        variants += [(default, method) for method in METHODS if method != METHOD]
-        variants += [(default[1:], "gradcam++")]
+        variants = [(method, LOG_ODDS, default) for method in METHODS]
+        variants += [("gradcam", False, tuple(model.stage_ends()[-1:]))]
         rows: dict[str, results.Row] = {}
-        for layers, method in variants:
-            for other, figure in correlations(model, layers, method, images).items():
+        for variant in variants:
+            for other, figure in correlations(model, *variant, images).items():
                 row = rows.setdefault(other, dict(compared_with=other))
-                row[method_name(method, layers)] = figure
+                row[candidate_name(*variant)] = figure
         for row in rows.values():
             results.add(args.output, row, "compared_with")
     rows = results.read(args.output)

@@ -9,6 +9,7 @@ import results
 import torch
 from conftest import ROOT
 
+import dataset
 import train
 from model import MAX_PARAMETERS, SHIPPED_CHECKPOINT, load_checkpoint
 
@@ -63,19 +64,54 @@ def test_the_shipped_checkpoint_is_the_first_seed_of_the_record_at_its_last_epoc
     assert checkpoint["epoch"] == train.RECIPES["record"]["epochs"]
 
 
-def test_the_default_heatmap_won_on_training_images_and_beats_the_baselines_on_test_images():
-    module = pytest.importorskip("faithfulness", exc_type=SystemExit)
-    layers = module.default_layers(load_checkpoint(SHIPPED_CHECKPOINT)[0])
-    default = module.method_name(module.METHOD, layers)
+@pytest.fixture
+def faithfulness():
+    return pytest.importorskip("faithfulness", exc_type=SystemExit)  # OpenCV cannot be loaded
+
+
+def test_the_best_heatmap_won_on_training_images_and_beats_the_baselines_on_test_images(
+    faithfulness,
+):
     table = results.read(FOLDER / "faithfulness.csv")
-    candidates = [row for row in table if (row["split"], row["kind"]) == ("training", "candidate")]
-    # Grad-CAM++ shows nearly the same map for all classes.
-    candidates = [row for row in candidates if not row["map"].startswith("gradcam++")]
-    assert max(candidates, key=module.merit)["map"] == default
-    (ours,) = [row for row in table if (row["split"], row["map"]) == ("test", default)]
-    for row in table:
-        if (row["split"], row["kind"]) == ("test", "baseline"):
-            assert module.merit(ours) > module.merit(row), row["map"]
+    best = faithfulness.winner([row for row in table if row["split"] == "training"])
+    assert best == "hirescam of log-odds stem.stage0_0 + stem.down1"
+    test = {row["map"]: row for row in table if row["split"] == "test"}
+    shares = {name: float(row["beats_chance"]) for name, row in test.items()}
+    assert max(shares, key=shares.get) == best
+
+
+def test_the_rule_for_the_default_heatmap_on_paper(faithfulness):
+    names = "map", "beats_chance", "beats_chance_error", "merit", "other_class"
+    lines = [
+        ("the same for all classes", "0.9", "0.02", "0.5", "0.7"),
+        ("first", "0.80", "0.03", "0.1", "-0.2"),
+        ("within its error", "0.78", "0.01", "0.2", "0.5"),
+        ("outside of it", "0.76", "0.05", "0.3", "0.5"),
+        ("a baseline", "0.95", "0.01", "0.3", ""),
+    ]
+    rows = [dict(zip(names, line, strict=True)) for line in lines]
+    assert faithfulness.winner(rows) == "within its error"
+
+
+class Whiteness(torch.nn.Module):
+    """The probability of class 0 is the share of white pixels."""
+
+    data = dataset.FASHION_MNIST
+
+    def forward(self, x):
+        share = (x * self.data.std + self.data.mean).mean(dim=(1, 2, 3))
+        return torch.stack([share, 1 - share], dim=1).log()
+
+
+def test_the_area_under_a_curve_on_paper(faithfulness):
+    images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, :14] = 255
+    maps = torch.zeros(2, 28, 28)
+    maps[0, :14] = 1  # the white half turns black first: 1/2, 1/4, 0, 0, 0
+    maps[1, 14:] = 1  # and last: 1/2, 1/2, 1/2, 1/4, 0
+    classes = torch.zeros(2, dtype=torch.long)
+    areas = faithfulness.curve(Whiteness(), images, images * 0, classes, maps)
+    torch.testing.assert_close(areas, torch.tensor([0.125, 0.375]), atol=3e-3, rtol=0)
 
 
 def test_the_peers_are_as_small_and_the_resnet_trains_by_its_own_recipe(small_data):
@@ -91,17 +127,39 @@ def test_the_peers_are_as_small_and_the_resnet_trains_by_its_own_recipe(small_da
     assert not any(map(torch.equal, before, run.model.parameters()))
 
 
-def test_a_planted_mark_is_where_its_mask_says_and_shares_are_measured_there():
-    from ground_truth import make_marks, plant, share_on
+def test_planted_marks_are_where_their_masks_say_and_maps_are_measured_there():
+    import ground_truth as truth
 
-    marks = make_marks(torch.Generator().manual_seed(0))
-    images = torch.full((1, 1, 28, 28), 9, dtype=torch.uint8)
-    planted, mask = plant(images, marks, torch.tensor([7]), torch.tensor([[10, 5]]))
-    assert torch.equal(planted[0, 0, 10:14, 5:9], marks[7])
-    assert mask.sum() == 16 and (planted[:, 0][~mask] == 9).all()
-    maps = torch.zeros(1, 28, 28)
-    maps[0, 10, 8], maps[0, 9, 9] = 3.0, 1.0
-    assert share_on(maps, mask) == pytest.approx(0.75)
+    labels, patterns, places = truth.draw(50, torch.Generator().manual_seed(0))
+    assert (labels == 3 * patterns[:, 0] + patterns[:, 1] - 3).all()
+    marks = truth.make_patterns(torch.Generator().manual_seed(0))[patterns]
+    planted, masks = truth.plant(torch.full((50, 1, 28, 28), 9).byte(), marks, places)
+    for i, mask in enumerate(masks):
+        assert torch.equal(planted[:, 0][mask].view(50, 4, 4), marks[:, i])
+    assert masks.sum(dim=0).max() == 1 and (planted[:, 0][~masks.any(dim=0)] == 9).all()
+
+    maps = torch.zeros(50, 28, 28)
+    maps[masks[0]] = 3.0
+    maps[:, 13, 13] += 1.0
+    nothing = torch.zeros(50, 28, 28, dtype=torch.bool)
+    nothing[:, 13, 13] = True
+    assert truth.share_of_hottest(maps, masks[0], 16) == 1
+    maps = truth.shares(lambda x, y: x[:, 0], maps[:, None], labels)
+    assert (truth.share_on(maps, masks[0]) >= 48 / 49 - 1e-6).all()
+
+
+def test_the_sensitivity_of_a_map_is_its_largest_change():
+    import ground_truth as truth
+
+    def moved(x, labels):
+        maps = torch.zeros(len(x), 28, 28)
+        is_noisy = x.flatten(1).any(dim=1)
+        maps[is_noisy, 0, 0], maps[~is_noisy, 5, 5] = 1.0, 1.0
+        return maps
+
+    x, labels = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.long)
+    assert truth.max_sensitivity(moved, x, labels) == pytest.approx(2**0.5)
+    assert truth.max_sensitivity(lambda x, y: torch.ones(len(x), 28, 28), x, labels) == 0
 
 
 def test_the_nearest_image_gives_alarms_and_lowest_confidence_as_many():

@@ -1,4 +1,4 @@
-import copy
+import math
 
 import pytest
 import torch
@@ -57,9 +57,8 @@ IMAGE = torch.zeros(1, 1, 2, 2)
         ("hirescam", [[0.0, 0.0], [0.0, 8.0]], [[-2.0, -4.0], [0.0, 8.0]]),
         # without the negative gradients
         ("layercam", [[2.0, 0.0], [0.0, 8.0]], [[-2.0, -4.0], [0.0, 8.0]]),
-        # Channel 0 adds up to 7: two places have shares 4 / (2 * 4 + 7 * 8) = 1 / 16, the weight is
-        # 2 * 2 / 16. Channel 1 adds up to 6, and one gradient is positive: 1 / (2 + 6) * 1. Of the
-        # opposite, channel 0 has no weight, and channel 1 has 1 / (2 + 6) + 2 * 4 / (8 + 48).
+        # Channel 0: 2 * 2 * 4 / (2 * 4 + 7 * 8); channel 1: 1 / (2 + 6). Of the opposite, channel
+        # 0 has no weight, and channel 1 has 1 / (2 + 6) + 2 * 4 / (8 + 48).
         ("gradcam++", [[0.75, 0.25], [0.5, 1.0]], [[0.25 - 4 / 7, -2 / 7], [0.5, 1.0]]),
     ],
 )
@@ -74,6 +73,16 @@ def test_methods_on_paper(method, expected, contrast):
         torch.testing.assert_close(cam(IMAGE, 0, versus=2), contrast / contrast.abs().max())
         torch.testing.assert_close(cam(IMAGE, 0, versus=2, normalize=False), shares(contrast))
         assert torch.equal(cam(IMAGE, 2, versus=0), -cam(IMAGE, 0, versus=2))
+
+
+def test_log_odds_are_evidence_for_a_class_against_all_others():
+    # Three places give one logit each: 2, -2 and log(3) - 2. Of the others, the second has
+    # 1/4 of the probability, the third 3/4. Their gradients are -1/4 and -3/4.
+    activation = torch.tensor([[[[2.0, -2.0], [math.log(3) - 2, 0.0]]]])
+    gradients = torch.eye(4)[:3].view(3, 1, 1, 2, 2)
+    cam = GradCAM(OnPaper((activation, gradients)), "layers.0", "hirescam", log_odds=True)
+    expected = torch.tensor([[[2.0, 0.5], [0.75 * (2 - math.log(3)), 0.0]]])
+    torch.testing.assert_close(cam(IMAGE, 0, normalize=False), shares(expected))
 
 
 def grid(*rows):
@@ -94,12 +103,11 @@ def test_layers_are_averaged_by_their_shares_and_one_without_evidence_is_left_ou
     torch.testing.assert_close(maps, torch.tensor([[[-0.1, -0.3], [0.0, 0.6]]]))
 
 
-@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("left, some", [(2e-6, False), (5e-5, True), (float("nan"), True)])
-def test_what_is_left_over_of_large_terms_is_no_evidence(left, some, signed):
+def test_what_is_left_over_of_large_terms_is_no_evidence(left, some):
     products = torch.tensor([[[[0.5 + left, 0.0], [0.0, 0.0]], [[-0.5, 0.0], [0.0, 0.0]]]])
-    for size in (2, 6):
-        maps = shares_of_evidence(products, (size, size), signed)
+    for signed in (False, True):
+        maps = shares_of_evidence(products, (6, 6), signed)
         assert maps.any() == some and maps.isnan().any() == (left != left)
 
 
@@ -110,9 +118,7 @@ def test_what_is_left_over_of_large_terms_is_no_evidence(left, some, signed):
     "shape, image_size, expected",
     [
         ((2, 64, 5), (32, 128), (4, 16)),  # 64 is a square number, but the image is none
-        ((2, 7, 7, 5), (28, 28), (7, 7)),  # channels last
-        ((2, 8, 7, 7), (28, 28), (7, 7)),
-        ((2, 7, 5, 6), (55, 41), (7, 5)),
+        ((2, 7, 5, 6), (55, 41), (7, 5)),  # channels last
         ((2, 8, 97, 197), (200, 400), (97, 197)),  # convolutions without padding
         ((2, 5, 1, 1), (224, 224), (1, 1)),
     ],
@@ -132,11 +138,8 @@ def test_the_grid_has_the_shape_of_the_image(shape, image_size, expected):
     [
         ((2, 17, 5), (32, 32), 0),  # a class token
         ((2, 20, 5), (28, 28), 0),  # 16 patches and 4 registers, but also 4x5
-        ((2, 36, 5), (30, 100), 0),
         ((2, 1, 5), (28, 28), 0),
-        ((2, 1, 5), (9, 90), 0),
         ((2, 10), (28, 28), 0),
-        ((2, 3, 15, 16), (28, 28), 0),
         ((2, 16, 16, 16), (64, 64), 2),  # channels first and channels last
         ((2, 44, 75, 128), (176, 300), 2),  # 75x128 is 75x127.8 rounded
     ],
@@ -144,10 +147,7 @@ def test_the_grid_has_the_shape_of_the_image(shape, image_size, expected):
 def test_what_fits_the_image_in_no_way_or_in_two_is_refused(shape, image_size, ways):
     with pytest.raises(ValueError, match=f"in {ways} ways: .*`reshape`"):
         tokens_to_grid(torch.rand(shape), image_size)
-
-
-def test_attention_weights_are_refused():
-    with pytest.raises(ValueError, match="in 0 ways"):
+    with pytest.raises(ValueError, match="in 0 ways"):  # attention weights
         tokens_to_grid(torch.randn(2, 4, 5, 5).softmax(dim=3), (28, 28))
 
 
@@ -164,22 +164,17 @@ class Encoder(nn.Module):
         return self.layer(tokens).std(dim=1 - self.batch)
 
 
-def test_the_batch_has_to_come_first_also_with_as_many_images_as_tokens():
-    torch.manual_seed(0)
-    first, second, x = Encoder(0), Encoder(1), torch.rand(16, 1, 28, 28)
+@pytest.mark.parametrize("n", [4, 16])  # 16 images of 16 tokens
+def test_the_batch_has_to_come_first(n):
+    first, second, x = Encoder(0), Encoder(1), torch.rand(n, 1, 28, 28)
     second.load_state_dict(first.state_dict())
-    expected = torch.cat([GradCAM(first, "layer", "layercam")(images) for images in x.split(4)])
-    torch.testing.assert_close(GradCAM(first, "layer", "layercam")(x), expected)
-    for n in (16, 4):
-        with pytest.raises(ValueError, match="give `reshape`"):
-            GradCAM(second, "layer")(x[:n])
+    with pytest.raises(ValueError, match="give `reshape`"):
+        GradCAM(second, "layer")(x)
     cam = GradCAM(second, "layer", "layercam", lambda t: t.transpose(0, 1).mT.unflatten(2, (4, 4)))
-    torch.testing.assert_close(cam(x), expected)
+    torch.testing.assert_close(cam(x), GradCAM(first, "layer", "layercam")(x))
 
 
-@pytest.mark.parametrize(
-    "reshape", [lambda t: t[:, 1:], lambda t: [t], lambda t: t[1:].mT.unflatten(2, (7, 7))]
-)
+@pytest.mark.parametrize("reshape", [lambda t: t, lambda t: t[1:].mT.unflatten(2, (7, 7))])
 def test_a_reshape_that_returns_no_grids_is_refused(small_model, x, reshape):
     with pytest.raises(ValueError, match=r"no grid .* of 6 images"):
         GradCAM(small_model, "blocks.0", reshape=reshape)(x)
@@ -225,13 +220,12 @@ def test_the_default_class_is_the_predicted_one_and_each_image_may_have_its_own(
     with GradCAM(small_model, "stem.stage1_0") as cam:
         default = cam(x)
         predicted = cam.logits.argmax(dim=1)
-        assert default.shape == (6, 28, 28)
         assert not default.requires_grad and not cam.logits.requires_grad
         assert torch.equal(default, cam(x, predicted))
         assert torch.equal(default, cam(x, predicted.tolist()))
         mixed = cam(x, [2, 2, 2, 5, 5, 5])
-        torch.testing.assert_close(mixed[:3], cam(x[:3], 2), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(mixed[3:], cam(x[3:], 5), rtol=1e-4, atol=1e-5)
+        expected = torch.cat([cam(x[:3], 2), cam(x[3:], 5)])
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(cam.logits, small_model(x)[3:], rtol=1e-4, atol=1e-5)
     assert GradCAM(small_model.bfloat16(), "blocks.0")(x.bfloat16()).dtype == torch.float32
 
@@ -259,28 +253,13 @@ def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
     small_model.head.bias.requires_grad_(False)
     before = settings(small_model)
     statistics = {name: buffer.clone() for name, buffer in small_model.named_buffers()}
-    with pytest.raises(KeyError), GradCAM(small_model, "blocks.1") as cam:
+    with pytest.raises(RuntimeError), GradCAM(small_model, "blocks.1") as cam:
         assert not any(map(any, settings(small_model)[1:]))
         cam(x)
-        assert not small_model(x).requires_grad
-        raise KeyError
-    assert settings(small_model) == before
-    with pytest.raises(RuntimeError):
-        GradCAM(small_model, "blocks.1")(torch.zeros(2, 3, 28, 28))
+        cam(torch.zeros(2, 3, 28, 28))
     assert settings(small_model) == before
     for name, buffer in small_model.named_buffers():
         assert torch.equal(buffer, statistics[name])
-
-
-def test_it_works_where_gradients_are_switched_off(small_model, x):
-    cam = GradCAM(small_model, "blocks.0")
-    maps = cam(x)
-    with torch.no_grad():
-        assert torch.equal(maps, cam(x))
-    with torch.inference_mode():
-        predicted = small_model(x).argmax(dim=1)
-        assert torch.equal(maps, cam(x * 1, predicted))
-    assert torch.equal(maps, cam(x, predicted))
 
 
 class Gate(nn.Module):
@@ -292,58 +271,30 @@ class Gate(nn.Module):
         return (self.conv(x) * x).mean(dim=(2, 3))
 
 
-def test_the_model_may_use_images_of_inference_mode_again(x):
-    cam = GradCAM(Gate(), "conv", "hirescam")
+@pytest.mark.parametrize("model, layer", [(None, "blocks.0"), (Gate(), "conv")])
+def test_it_works_where_gradients_are_switched_off(small_model, x, model, layer):
+    model = model or small_model
+    cam = GradCAM(model, layer, "hirescam")
+    predicted = model(x).argmax(dim=1)
+    maps = cam(x)
+    with torch.no_grad():
+        assert torch.equal(maps, cam(x))
     with torch.inference_mode():
-        maps = cam(x * 1, 0)
-    assert torch.equal(maps, cam(x, 0))
+        assert torch.equal(maps, cam(x * 1, predicted * 1))
 
 
-class Twice(nn.Module):
-    """A layer runs on the images and on other ones, or on what it made of the images."""
-
-    def __init__(self, other):
-        super().__init__()
-        self.conv, self.once, self.other = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1), other
-
-    def again(self, first):
-        return self.conv(first.tanh() if self.other is None else self.other)
-
-    def end(self, first, second):
-        return self.once((first * second).sigmoid() + second).tanh().mean(dim=(2, 3))
-
-    def forward(self, x):
-        first = self.conv(x)
-        return self.end(first, self.again(first))
-
-
-@pytest.mark.parametrize("other", [None, torch.linspace(-1, 1, 384).view(2, 3, 8, 8)])
-def test_of_a_layer_that_runs_twice_either_run_is_explained(other):
-    torch.manual_seed(0)
-    model, x, maps = Twice(other), torch.randn(2, 3, 8, 8), []
-    for run in (0, 1):
-        first = model.conv(x).detach().requires_grad_()
-        second = model.again(first)
-        chosen = (first, second)[run]
-        (gradient,) = torch.autograd.grad(model.end(first, second)[:, 0].sum(), chosen)
-        expected = (gradient * chosen).sum(dim=1).relu().detach()
-        with GradCAM(model, "conv", "hirescam", run=run) as cam:
-            model(x)  # counts as no run
-            maps.append(cam(x, 0, normalize=False))
-        torch.testing.assert_close(maps[run], shares(expected))
-    once = GradCAM(model, "once", "hirescam")(x, 0, normalize=False)
-    both = GradCAM(model, ["conv", "once"], "hirescam", run=1)(x, 0, normalize=False)
-    torch.testing.assert_close(both, (maps[1] + once) / 2)
+def test_of_a_layer_that_runs_twice_either_run_is_explained_and_either_name_finds_it():
+    runs = [(grid([1.0, 3.0], [0.0, 0.0]), (2.0,)), (grid([0.0, 0.0], [0.0, 5.0]), (7.0,))]
+    model = OnPaper(*runs)
+    model.layers[1] = model.layers[0]
+    for run, expected in enumerate(([[0.25, 0.75], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]])):
+        for layers in ("layers.0", "layers.1", ["layers.0", "layers.1"]):
+            with GradCAM(model, layers, "hirescam", run=run) as cam:
+                model(IMAGE)  # counts as no run
+                assert cam(IMAGE, 0, normalize=False).tolist() == [expected]
     for run in (None, 2, -1):
         with pytest.raises(ValueError, match=r"returns 2 tensors .*`run` from 0"):
-            GradCAM(model, "conv", run=run)(x)
-
-
-def test_a_layer_with_two_names_is_found_by_either_and_runs_once(small_model, x):
-    small_model.same_blocks = small_model.blocks
-    maps = GradCAM(small_model, "blocks.0")(x)
-    assert maps.any() and torch.equal(maps, GradCAM(small_model, "same_blocks.0")(x))
-    torch.testing.assert_close(maps, GradCAM(small_model, ["blocks.0", "same_blocks.0"])(x))
+            GradCAM(model, "layers.0", run=run)(IMAGE)
 
 
 @pytest.mark.parametrize("target", [10, -1, [1, 2], [0.5] * 6, [0, 0, 0, 0, 0, 10]])
@@ -363,7 +314,6 @@ def test_an_empty_batch_has_no_maps(small_model, x):
     "layer, method, words",
     [
         ("blocks.7", "gradcam", r"no layer 'blocks.7'; it has .*blocks.1"),
-        ("", "gradcam", "no layer ''"),
         (nn.Identity(), "gradcam", r"no layer Identity\(\)"),
         ("head", "gradcam", "fits the 28x28 image in 0 ways"),
         ("blocks", "gradcam", "returns 0 tensors"),
@@ -379,30 +329,16 @@ def test_layers_without_places_and_unknown_names_are_refused(small_model, x, lay
 # ---- Other people's models ----
 
 
-def without_in_place_operations(model, monkeypatch):
-    """A copy of the model in which no operation overwrites its input."""
-    relu, model = F.relu, copy.deepcopy(model)
-    monkeypatch.setattr(F, "relu", lambda x, inplace=False: relu(x))
-    for module in model.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
-    return model
-
-
-@pytest.mark.parametrize(
-    "name, layers", [("resnet", ["bn1", "layer1.0.bn1", "layer2.0.bn1"]), ("densenet", "features")]
-)
-def test_a_layer_that_an_in_place_operation_follows(monkeypatch, name, layers):
+def test_a_layer_that_an_in_place_operation_follows():
     torch.manual_seed(0)
-    if name == "resnet":
-        model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).eval()
-    else:
-        model = models.DenseNet(8, (2, 2), 16, num_classes=5).eval()
-    x = torch.rand(2, 3, 64, 64)
+    model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).eval()
+    layers, x = ["bn1", "layer1.0.bn1", "layer2.0.bn1"], torch.rand(2, 3, 64, 64)
     contrasts = GradCAM(model, layers)(x, 1, versus=0)
-    cam = GradCAM(without_in_place_operations(model, monkeypatch), layers)
+    for module in model.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
     assert contrasts.min() < 0
-    torch.testing.assert_close(contrasts, cam(x, 1, versus=0))
+    torch.testing.assert_close(contrasts, GradCAM(model, layers)(x, 1, versus=0))
 
 
 class Passing(nn.Module):
@@ -439,50 +375,41 @@ def test_patches_behind_a_class_token():
     torch.testing.assert_close(maps, shares(expected), rtol=1e-3, atol=1e-5)
 
 
-class Pair(nn.Module):
-    def forward(self, x):
-        return x, x
-
-
 class Ending(nn.Module):
     """A small convolutional network with another end."""
 
     def __init__(self, end):
         super().__init__()
-        self.conv, self.late, self.pair = nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), Pair()
-        self.head, self.end = nn.Linear(4, 3), end
+        self.conv, self.head, self.end = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3), end
 
     def forward(self, x):
         return self.end(self, self.conv(x))
 
     def logits(self, x):
-        return self.head(self.pair(self.late(x))[0].mean(dim=(2, 3)))
+        return self.head(x.mean(dim=(2, 3)))
 
 
 @pytest.mark.parametrize(
-    "layers, end, words",
+    "end, words",
     [
-        ("conv", lambda model, x: (model.logits(x), x), "returns logits"),
-        ("conv", lambda model, x: model.logits(x)[:, 0], "returns logits"),
-        ("pair", lambda model, x: model.logits(x), "returns 0 tensors"),
-        ("conv", torch.no_grad()(lambda model, x: model.logits(x)), "no gradient"),
-        ("conv", lambda model, x: model.logits(torch.ones_like(x)), "no gradient"),
-        (["conv", "late"], lambda model, x: model.logits(x.detach()), "no gradient"),
+        (lambda model, x: (model.logits(x), x), "returns logits"),
+        (lambda model, x: model.logits(x)[:, 0], "returns logits"),
+        (torch.no_grad()(lambda model, x: model.logits(x)), "no gradient"),
+        (lambda model, x: model.logits(torch.ones_like(x)), "no gradient"),
     ],
 )
-def test_models_that_cannot_be_explained_are_refused(layers, end, words):
+def test_models_that_cannot_be_explained_are_refused(end, words):
     with pytest.raises(ValueError, match=words):
-        GradCAM(Ending(end), layers)(torch.rand(2, 1, 8, 8))
+        GradCAM(Ending(end), "conv")(torch.rand(2, 1, 8, 8))
 
 
-@pytest.mark.parametrize("images", [(IMAGE, IMAGE), IMAGE[0]])
-def test_images_that_are_not_one_batch_are_refused(small_model, images):
-    with pytest.raises(ValueError, match=r"one tensor \(N, channels, H, W\)"):
-        GradCAM(small_model, "blocks.0")(images)
+def test_images_that_are_not_one_batch_are_refused(small_model):
+    for images in (IMAGE, IMAGE), IMAGE[0]:
+        with pytest.raises(ValueError, match=r"one tensor \(N, channels, H, W\)"):
+            GradCAM(small_model, "blocks.0")(images)
 
 
 def test_a_compiled_model_has_the_maps_of_the_original(small_model, x):
     compiled = torch.compile(small_model, backend="eager")
     maps = GradCAM(small_model, "blocks.0")(x)
-    assert torch.equal(GradCAM(compiled, "blocks.0")(x), maps)
     assert torch.equal(GradCAM(compiled, small_model.blocks[0])(x), maps)

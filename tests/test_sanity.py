@@ -36,15 +36,16 @@ def test_maps_change_when_weights_are_randomised_from_the_top_down(shipped, test
     for part, changed in sanity.randomized_from_the_top(shipped):
         if part in most:
             others = GradCAM(changed, layers, method)(x, cam.logits.argmax(dim=1))
-            assert sanity.rank_correlation(maps, others, images) < most[part]
+            assert sanity.rank_correlation(maps, others, images).mean() < most[part]
 
 
 def test_maps_of_one_image_differ_between_classes(shipped, test_split):
     images = test_split[0][:20]
     x = dataset.normalize(images)
-    cam = GradCAM(shipped, shipped.stage_ends()[:2], "layercam")
+    cam = GradCAM(shipped, ["stem.stage0_0", "stem.down1"], "hirescam", log_odds=True)
     maps = cam(x)
     ranking = cam.logits.argsort(dim=1, descending=True)
     assert torch.equal(maps, cam(x, ranking[:, 0]))
     for rank in (1, 2, 9):
-        assert sanity.rank_correlation(maps, cam(x, ranking[:, rank]), images) < 0.6
+        others = cam(x, ranking[:, rank])
+        assert sanity.rank_correlation(maps, others, images).mean() < 0
