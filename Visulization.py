@@ -59,14 +59,16 @@ from model import (
 )
 from training.processes import set_threads
 
-METHOD = "layercam"
+METHOD = "hirescam"
+LOG_ODDS = True  # what is explained; a contrast has a score of its own
 NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM"}
 NAMES |= {"layercam": "LayerCAM"}
 
 
 def default_layers(model: HybridClassifier) -> list[str]:
-    """The most faithful layers (benchmarks/faithfulness.py): last at 28x28, first at 14x14."""
-    return [model.stage_ends()[0], "stem.down1"]
+    """The most faithful (benchmarks/faithfulness.py): the first at 28x28 and at 14x14."""
+    first = "stem.stage0_0" if model.config.stem_blocks[0] else "stem.first"
+    return [first, "stem.down1"]
 
 
 def all_layers(model: HybridClassifier) -> list[str]:
@@ -79,7 +81,7 @@ def make_cam(model: HybridClassifier, layers: list[str], method: str) -> GradCAM
     """Grad-CAM of this project's model, whose outputs all have their channels first."""
     reshape = partial(tokens_to_grid, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=[1])
     try:
-        cam = GradCAM(model, layers, method, reshape)
+        cam = GradCAM(model, layers, method, reshape, log_odds=LOG_ODDS)
         cam(torch.zeros(1, CHANNELS, IMAGE_SIZE, IMAGE_SIZE))  # complains of a layer without places
     except ValueError as error:
         raise UserError(f"--target-layer: {error}") from error
@@ -310,7 +312,7 @@ def parse_arguments() -> Namespace:
     choose("--num-images", **number, default="3", help="first images of each class (default: 3)")
     add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
     add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
-    add("--target-layer", **several, metavar="NAME", help="default: last at 28x28, first at 14x14")
+    add("--target-layer", **several, metavar="NAME", help="default: one at 28x28, one at 14x14")
     add("--target-class", **one_class, help="class to explain (default: predicted)")
     add("--versus", **one_class, help='the class to compare with, or "next"')
     similar = dict(type=int, choices=range(1, 11), metavar="N")
@@ -365,7 +367,9 @@ def main() -> None:
         model, checkpoint = load_checkpoint(args.checkpoint)
         find_classes(args, model.data.class_names)
         args.target_layer = args.target_layer or default_layers(model)
-        words = NAMES.get(args.method, args.method)
+        words = NAMES[args.method]
+        if LOG_ODDS and args.versus is None:
+            words += " of log-odds"
         if len(args.target_layer) > 1:
             words += f", mean of {len(args.target_layer)} layers"
         layers = " + ".join(args.target_layer)

@@ -42,9 +42,8 @@ from explaining.explanation import Evidence, Explanation, classify, mask_evidenc
 from gradcam import METHODS, GradCAM, shares_of_evidence
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from training.processes import set_threads
-from Visulization import METHOD, all_layers, default_layers
+from Visulization import LOG_ODDS, METHOD, all_layers, default_layers
 
-LOG_ODDS = False
 FINALISTS = 6
 MOST_ALIKE = 0.6
 STEPS = 10  # of deletion and insertion
@@ -114,7 +113,8 @@ def baseline_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> M
     centre = 1000 - (distance[:, None] ** 2 + distance**2)
     x = dataset.normalize(images).requires_grad_()
     torch.manual_seed(0)
-    untrained = GradCAM(HybridClassifier(model.config), default_layers(model), METHOD)
+    blank = HybridClassifier(model.config)
+    untrained = GradCAM(blank, default_layers(model), METHOD, log_odds=LOG_ODDS)
     return {
         "a random map": noise,
         "a centred Gaussian": centre.expand(len(images), -1, -1),

@@ -29,7 +29,7 @@ from explaining import explanation, sheets
 from explaining.explanation import UNSURE, Evidence, explain, mask_evidence
 from explaining.sheets import CONTRAST, SHARES, Cell, Sheet, paint, save_sheet
 
-LAYERS = ["stem.stage0_2", "stem.down1"]  # the default of the shipped model
+LAYERS = ["stem.stage0_0", "stem.down1"]  # the default of the shipped model
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def three_images(test_split):
 
 def test_an_error_is_explained_for_both_classes(shipped, test_split):
     images, labels = three_images(test_split)
-    cam = GradCAM(shipped, LAYERS, "layercam")
+    cam = GradCAM(shipped, LAYERS, "hirescam", log_odds=True)
     for target, expected in ((None, [[6, 4], [9], [1]]), (2, [[2, 4], [2, 9], [2, 1]])):
         explanations = explain(cam, images, labels, target)
         found = [[evidence.label for evidence in e.evidence] for e in explanations]
@@ -97,7 +97,7 @@ def test_an_error_is_explained_for_both_classes(shipped, test_split):
 
 def test_a_contrast_is_one_signed_map_of_two_classes(shipped, test_split):
     images, labels = three_images(test_split)
-    cam = GradCAM(shipped, LAYERS, "layercam")
+    cam = GradCAM(shipped, LAYERS, "hirescam", log_odds=True)
     p = probabilities(shipped, images)
     explanations = explain(cam, images, labels, versus=4)
     maps = cam(dataset.normalize(images), p.argmax(dim=1), 4, normalize=False).numpy()
@@ -115,7 +115,7 @@ def test_a_contrast_is_one_signed_map_of_two_classes(shipped, test_split):
 def test_a_tenth_of_the_garment_is_black_the_hottest_or_a_random_one(shipped, test_split, versus):
     images, labels = three_images(test_split)
     images[2], images[2, 0, 4:6, 3:9] = 0, 200  # twelve pixels: one is black
-    cam = GradCAM(shipped, LAYERS, "layercam")
+    cam = GradCAM(shipped, LAYERS, "hirescam", log_odds=True)
     explanations = explain(cam, images, labels, None, versus)
     mask_evidence(shipped, explanations)
     draws = torch.rand(20, 784, generator=torch.Generator().manual_seed(0)).numpy()
@@ -209,7 +209,9 @@ def test_a_picture_of_each_image_and_a_sheet_of_all(run, drawn, few_images):
     assert contact.cells[0].labels == ["", "for Shirt", "for Coat"]
     for _, scale, source in drawn.values():
         assert scale == SHARES
-        assert source == "LayerCAM, mean of 2 layers\n(stem.stage0_2 + stem.down1; model: record)"
+        assert source.startswith(
+            "HiResCAM of log-odds, mean of 2 layers\n(stem.stage0_0 + stem.down1"
+        )
     first, second = (cell.panels for cell in both.cells)
     own = ([first[0], first[2], second[2]], boot.cells[0].panels, trouser.cells[0].panels)
     for cell, panels, i in zip(contact.cells, own, (499, 0, 2), strict=True):
@@ -276,7 +278,9 @@ def test_one_image_is_explained_for_every_class(run, drawn, shipped, few_images,
     ((sheet, _, _),) = drawn.values()
     images = few_images[0][[499] * 10]
     x, p = dataset.normalize(images), probabilities(shipped, images)[0]
-    maps = GradCAM(shipped, LAYERS, "layercam")(x, torch.arange(10), normalize=False).numpy()
+    maps = GradCAM(shipped, LAYERS, "hirescam", log_odds=True)(
+        x, torch.arange(10), normalize=False
+    ).numpy()
     for cell, name, share, heatmap in zip(sheet.cells, CLASS_NAMES, p, maps, strict=True):
         assert cell.caption == f"{name} {share:.0%}"
         (expected,) = paint(images[0, 0].numpy(), heatmap / maps.max(), SHARES)[1]
@@ -336,12 +340,12 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, shipped, few_images, tmp
         target_classes=answers.tolist(),
         versus=[-1] * 3,
         target_layers=LAYERS,
-        method="layercam",
+        method="hirescam",
         class_names=list(CLASS_NAMES),
     )
     assert {name: saved[name].tolist() for name in expected} == expected
     assert saved["probabilities"] == pytest.approx(p.numpy(), abs=1e-5)
-    cam, x = GradCAM(shipped, LAYERS, "layercam"), dataset.normalize(images)
+    cam, x = GradCAM(shipped, LAYERS, "hirescam", log_odds=True), dataset.normalize(images)
     maps = cam(x, answers, normalize=False)
     assert saved["maps"] == pytest.approx(maps.numpy(), rel=1e-3, abs=1e-6)
     words = drawn["here/00000_Ankle-boot_as_Ankle-boot.png"][0].cells[0].caption
