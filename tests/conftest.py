@@ -31,6 +31,7 @@ SMALL_MODEL = ModelConfig(
 SMALL_RUN = vars(SMALL_MODEL) | dict(
     train_size=160, val_size=100, epochs=2, batch_size=16, drop_path=0.2, cutmix=0.0
 )
+SMALL_RUN |= dict(skip_easy=0.0, alternate_flip=False, whiten=False)
 SMALL_RUN |= dict(device="cpu", precision="float32", threads=1, quiet=True)
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also in a background job

@@ -219,7 +219,7 @@ def test_a_picture_of_each_image_and_a_sheet_of_all(run, drawn, few_images):
         for found, expected in zip(cell.panels, panels, strict=True):
             assert all(map(np.array_equal, found, expected))
     hottest = [cell.panels[2][1][..., 3].max() for cell in both.cells]
-    assert max(hottest) == 230 and min(hottest) < 225  # both on one scale
+    assert max(hottest) == 230 and min(hottest) < 229  # both on one scale
 
 
 def test_the_first_images_of_a_class_are_drawn(run, drawn, few_images):
@@ -260,7 +260,7 @@ def test_one_image_is_seen_from_every_layer(run, drawn, shipped, few_images):
     run("--index", 499, "--compare-layers", "--method", "gradcam", "--versus", "Coat")
     ((sheet, scale, _),) = drawn.values()
     first, *others = [cell.caption for cell in sheet.cells]
-    assert first == "stem.stage0_2 + stem.down1"
+    assert first == "stem.stage0_0 + stem.down1"
     assert others == Visulization.all_layers(shipped)
     assert "for Shirt, not Coat, each" in sheet.title and scale == CONTRAST
     image, x = few_images[0][499, 0].numpy(), dataset.normalize(few_images[0][499:])
