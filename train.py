@@ -173,6 +173,7 @@ RECIPES = dict(  # they replace defaults; flags override both
         stem_dims=(32, 64),
         stem_blocks=(3, 3, 1),
         epochs=4,
+        batch_size=128,
         lr=2e-3,
         ema_decay=0.98,
     ),
