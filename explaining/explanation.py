@@ -16,7 +16,7 @@ from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, HybridClassifier
 
 DRAWS = 20  # of random pixels
 # An answer of a lower probability is unsure. Chosen on the held-out photographs of the archive:
-# with a first model, 59 % of these answers were wrong, and 73 % of the wrong answers were these
+# 53 % of these answers are wrong, and 63 % of the wrong answers are these
 # (benchmarks/photographs.py --archive).
 UNSURE = 0.7
 
