@@ -69,9 +69,12 @@ FASHION_MNIST = DataInfo()
 
 def _read(path: Path) -> bytes:
     """A file's content, unpacked if it is compressed, whatever its name; b"" if there is none."""
-    if not path.exists():
+    if not path.is_file():
         return b""
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; make it readable") from error
     try:
         return gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error):  # not compressed, or damaged

@@ -238,7 +238,7 @@ def load_checkpoint(
         reason = getattr(error, "strerror", "it is damaged or not of this version of the project")
         raise UserError(f"cannot read {path}: {reason}; name another checkpoint") from error
     try:
-        data = DataInfo(**checkpoint.get("data", {}))  # the shipped one has none
+        data = DataInfo(**checkpoint.get("data", {}))  # the record has none
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]), data)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:

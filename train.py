@@ -82,7 +82,7 @@ SETTINGS: Table = dict(
     pool=("attention", ("attention", "mean"), "how 49 tokens become one"),
     drop_path=(0.0, (0.0, 0.99), "stochastic depth of the last Transformer block"),
     residual_unit=("resnet", ("resnet", "pyramidnet"), "pyramidnet: norm first, no ReLU last"),
-    whiten=(True, None, "frozen PCA-whitening layer first"),
+    whiten=(True, None, "frozen first layer: 18 filters that whiten, others random"),
     # optimisation
     epochs=(33, (1, INF), "passes over the training images"),
     batch_size=(256, (1, INF), "images per step of all processes"),
@@ -438,6 +438,8 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         whiten_first_layer(model, dataset.normalize(images[train_index[:5000]], data))
     if config.start and not resume:
         runs.load_start(model, user_path(config.start))
+        if config.val_size and processes.is_first():
+            print("note: --start may have been trained on the validation images: give --val-size 0")
     optimizers = make_optimizers(model, config.optimizer, config.weight_decay, config.momentum)
     check_optimizers(model, optimizers)
     run = Run(

@@ -18,10 +18,15 @@ def prepare(script: str) -> None:
         print(f"{script}: interrupted", file=sys.stderr, flush=True)
         os._exit(130)  # a library might catch an exception
 
-    signal.signal(signal.SIGINT, stop)  # until `errors_in_one_line`
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, stop)  # until `errors_in_one_line`
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own fails outside it
     # PyTorch needs a name; a container's user may have none.
     os.environ.setdefault("LOGNAME", os.environ.get("USER", "nobody"))
+    # Else a file takes a closed stream's number, and what libraries print.
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     with suppress(AttributeError):  # a notebook's
         sys.stdout.reconfigure(errors="backslashreplace")  # Windows' lacks characters
 

@@ -48,7 +48,7 @@ class Evidence:
     def verdict(self) -> str:
         """Whether the hottest tenth matters more than a random one, by over a deviation.
 
-        A random map passes by luck for one test image in eight.
+        A random map passes by luck for one test image in seven.
         """
         _, hottest, random, deviation = self.probabilities
         says = self.heatmap.any() and random - hottest > deviation

@@ -80,3 +80,23 @@ def test_what_a_file_says_cannot_command_the_terminal():
     words = re.escape("a script: error: \ufffd[31m one line")
     with pytest.raises(SystemExit, match=f"^{words}$"), errors_in_one_line("a script"):
         raise UserError("\x1b[31m one\n line")
+
+
+def test_a_file_does_not_take_the_number_of_a_closed_stream(tmp_path):
+    code = f"""
+import os, sys
+prepare("x")
+file = open({str(tmp_path / "file")!r}, "w")
+os.write(2, b"a library complains")
+print(file.fileno() > 2, file=sys.stdout)
+print("lost", file=sys.stderr)
+"""
+    process = python(code, preexec_fn=lambda: os.close(2))
+    assert process.communicate(timeout=60)[0] == "True\n" and process.returncode == 0
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_shells_background_job_goes_on_ignoring_ctrl_c():
+    code = 'import signal; prepare("x"); print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)'
+    process = python(code, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    assert process.communicate(timeout=60)[0] == "True\n"

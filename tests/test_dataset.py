@@ -310,3 +310,22 @@ def test_a_stretched_garment_fills_the_frame(monkeypatch, draw, size, new_size):
     found = augmented(garment, stretch=2.0)[0, 0].float() / 200
     sides = found.sum(dim=0).max().item(), found.sum(dim=1).max().item()
     assert sides == pytest.approx(new_size, abs=0.6)
+
+
+def test_the_split_of_the_shipped_checkpoint_stays_what_it_was(data_dir):
+    # Otherwise those that learn from it would be trained on its validation images.
+    val = dataset.split_indices(dataset.load(data_dir, train=True)[1], 5000, seed=0)[1]
+    assert (val[:5].tolist(), val.sum().item()) == ([1, 14, 16, 25, 30], 147_303_911)
+
+
+def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "train-labels-idx1-ubyte").mkdir()  # an archive unpacked into a folder
+    assert dataset._read(tmp_path / "train-labels-idx1-ubyte") == b""
+    path = tmp_path / "file"
+    path.touch()
+    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    with pytest.raises(UserError, match="Permission denied; make it readable"):
+        dataset._read(path)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import assert_alike, assert_identical, state_of
 
 import train
@@ -273,3 +274,14 @@ def test_a_finished_run_is_only_tested_again(main, flags, monkeypatch, capsys, t
         assert f"the run to resume has {name} " in main("--resume", *change)
     shutil.copy(folder / "best.pt", folder / "last.pt")
     assert "last.pt holds only weights: start without --resume" in main("--resume")
+
+
+def test_another_optimizer_is_refused_on_resume(run_config, monkeypatch):
+    train.train(run_config(epochs=1))
+
+    def edited(model, *_):
+        return [torch.optim.SGD(model.parameters(), lr=0.0)]
+
+    monkeypatch.setattr(train, "make_optimizers", edited)
+    with pytest.raises(UserError, match="had another optimizer: start anew"):
+        train.train(run_config(epochs=1), resume=True)

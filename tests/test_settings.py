@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+import train
 from common.files import UserError
 from training.settings import INF, choose_settings, make_parser, resumed_settings
 
@@ -115,3 +116,8 @@ def test_a_run_of_a_table_with_other_rows_is_not_resumed():
     for table, name in ((TABLE | dict(more=(1, None, "")), "more"), (smaller, "rate")):
         with pytest.raises(UserError, match=f"had other settings .{name}.: start anew"):
             resumed_settings(table, saved, {}, may_change=())
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_defaults_and_recipes_are_themselves_allowed(recipe):
+    assert choose_settings(train.SETTINGS, train.RECIPES, dict(recipe=recipe)).recipe == recipe

@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["mean"] = torch.zeros_like(p)  # of the gradients
                 state["mean"].lerp_(p.grad, 1 - momentum)
-                update = p.grad.lerp(state["mean"], momentum).flatten(1)
+                update = p.grad.lerp(state["mean"], momentum).flatten(1).float()
                 size = min(update.shape)
                 parameters[size].append(p)
                 updates[size].append(update)

@@ -190,8 +190,11 @@ def resume_run(run: Run) -> None:
         raise UserError("the data has changed since the run began: put it back")
     if state["checksums"] != run.checksums:
         raise UserError("the teacher or the photographs have changed: put the old ones back")
-    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    try:
+        for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+    except ValueError as error:
+        raise UserError("the run to resume had another optimizer: start anew") from error
     run.model.load_state_dict(state["model"])
     run.best.load_state_dict(state["best"])
     run.losses.copy_(state["losses"])
