@@ -72,7 +72,7 @@ def make_plan(size: str) -> Steps:
     steps = {name: f"{flags} {size}" for name, flags in TEACHERS.items()}
     best = best_of(steps)
     teacher = f"{steps[best]} --val-size 0"
-    student = f"--recipe record --teacher {best}/best.pt"
+    student = f"--recipe record --teacher {best}/last.pt"
     tried = {}
     for group in STUDENTS:
         tried |= {name: f"{student} {flags} {size}" for name, flags in group.items()}

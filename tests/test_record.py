@@ -48,10 +48,10 @@ def test_the_steps_have_an_order_and_none_is_repeated_and_the_test_comes_last(pl
 
 
 def test_the_lowest_validation_loss_is_carried_on(play):
-    assert "--teacher large/best.pt" in record.make_plan(record.TINY)["warm"]
+    assert "--teacher large/last.pt" in record.make_plan(record.TINY)["warm"]
     play()
     steps = record.make_plan(record.TINY)
-    assert "--teacher wide_resnet/best.pt" in steps["as_record"]
+    assert "--teacher wide_resnet/last.pt" in steps["as_record"]
     assert "--depth 0" in steps["teacher_1"]
     for name in ("upright", "final_4"):
         assert "--temperature 2" in steps[name]
