@@ -60,7 +60,8 @@ def test_the_lowest_validation_loss_is_carried_on(play):
 
 
 def test_the_peer_goes_on_bit_for_bit(small_data, tmp_path, monkeypatch):
-    flags = "--val-size 0 --train-size 200 --epochs 2"
+    # Else a busy machine may choose another precision in between.
+    flags = "--val-size 0 --train-size 200 --epochs 2 --precision float32 --threads 1 --device cpu"
     weights = []
     for folder in ("whole", "parts"):
         path = tmp_path / folder
