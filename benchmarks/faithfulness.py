@@ -73,7 +73,9 @@ Maps = dict[str, Tensor]  # by name: float32 (N, 28, 28), never negative
 Figures = dict[str, Tensor]  # by column: one for each image, (N,)
 
 
-def candidate_name(method: str, log_odds: bool, layers: tuple[str, ...], mirror: bool) -> str:
+def candidate_name(
+    method: str, log_odds: bool, layers: tuple[str, ...], mirror: bool = False
+) -> str:
     """Its name in the tables."""
     score = " of log-odds" if log_odds else ""
     end = ", and mirrored" if mirror else ""
