@@ -111,7 +111,7 @@ def photograph(image: np.ndarray, make_background: Callable, rng: Random) -> np.
 
 
 def simulate(data_dir: Path, count: int) -> Photographs:
-    """Test images, as they are and on each background."""
+    """Test images, as they are and on backgrounds."""
     images, labels = dataset.load(data_dir, train=False)
     images, labels = images[:count, 0].numpy(), labels[:count]
     made = {"as they are": images}

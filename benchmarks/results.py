@@ -25,7 +25,7 @@ from training.settings import choose_settings
 ROOT = Path(train.__file__).parent
 Row = dict[str, object]
 Rows = list[dict[str, str]]  # of a file of figures
-Columns = dict[str, tuple[str, str]]  # of a table: the heading and the format, see `cell`
+Columns = dict[str, tuple[str, str]]  # headings and formats, see `cell`
 
 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:

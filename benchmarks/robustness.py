@@ -1,4 +1,4 @@
-"""How far to trust the probabilities, and what changed images do to the accuracy: the test split.
+"""How far to trust the probabilities, and what changed images do to the accuracy.
 
     python benchmarks/robustness.py [CHECKPOINTS]    of the shipped model, or of others
 
@@ -20,7 +20,7 @@ import dataset
 import train
 from model import load_checkpoint
 
-SIDE = 8  # pixels of the black square, both ways
+SIDE = 8  # of the black square, in pixels
 COLUMNS = dict(
     checkpoint=("", ""),
     test_accuracy=("accuracy", ".2%"),

@@ -57,7 +57,7 @@ print(1000 / (time.perf_counter() - started))
 
 
 def original_rate(folder: Path) -> float:
-    """Images per second at which the original project trains on this machine."""
+    """Images per second at which the original project trains here."""
     command = [sys.executable, "-c", ORIGINAL_LOOP]
     return float(subprocess.check_output(command, cwd=folder / "MyModel", text=True))
 
