@@ -2,22 +2,22 @@
 
     python benchmarks/ablations.py --group "8 epochs" --what "mean pooling" -- --pool mean
 
-The first trains with the flags of `train.py` after `--` and adds a row, without looking at the test
-split. Rows of one group are to be compared. A row can be repeated at its commit.
+Flags of `train.py` come after `--`. Rows of one group are to be compared.
 """
 
-import itertools
+import argparse
 import tempfile
+from collections.abc import Iterator
 
 import results
-import torch
 
 import train
 from common.files import UserError, errors_in_one_line
 from model import load_checkpoint
-from training.settings import choose_settings, make_parser
+from training.settings import make_parser
 
 COLUMNS = dict(
+    group=("group", ""),
     what=("what", ""),
     command=("command", "code"),
     val_accuracy=("val accuracy", ".2%"),
@@ -26,25 +26,27 @@ COLUMNS = dict(
 )
 
 
-def experiment(flags: list[str], data_dir: str) -> results.Row:
-    """Train with the flags and return the experiment's figures."""
-    given = vars(make_parser(train.SETTINGS, "").parse_args(flags))
+def experiment(args: argparse.Namespace) -> Iterator[results.Row]:
+    """The row of a run with these flags; the test split is not looked at."""
+    if not (args.group and args.what):
+        raise UserError("an experiment needs --group, --what and, after --, its flags")
+    given = vars(make_parser(train.SETTINGS, "").parse_args(args.flags))
     commit = results.commit()
     with tempfile.TemporaryDirectory() as folder:
-        given = dict(output_dir=folder, data_dir=data_dir, quiet=True) | given
-        config = choose_settings(train.SETTINGS, train.RECIPES, given)
+        places = dict(output_dir=folder, data_dir=args.data_dir)
+        config = results.settings(**places | dict(threads=0) | given)
         if not config.val_size:
             raise UserError("experiments are compared on validation images: give --val-size")
-        best = train.train(config)
-        checkpoint = load_checkpoint(best)[1]
+        checkpoint = load_checkpoint(train.train(config))[1]
     row = checkpoint["history"][-1]
-    return dict(
-        command=" ".join(["python train.py", *flags]),
-        seeds=config.seed,
+    yield dict(
+        group=args.group,
+        what=args.what,
+        command=" ".join(["python train.py", *args.flags]),
         val_accuracy=row["val_accuracy"],
         val_loss=row["val_loss"],
         minutes=round(row["seconds"] / 60, 1),
-        machine=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
+        machine=checkpoint["environment"],
         commit=commit,
     )
 
@@ -54,16 +56,8 @@ def main() -> None:
     parser.add_argument("--group", help="the rows that this one is to be compared with")
     parser.add_argument("--what", help="what the experiment changes")
     parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
-    args = parser.parse_args()
-    if not args.table:
-        if not (args.group and args.what):
-            parser.error("an experiment needs --group, --what and, after --, its flags")
-        with errors_in_one_line("ablations.py"):
-            row = experiment(args.flags, args.data_dir)
-        results.add(args.output, dict(group=args.group, what=args.what) | row)
-    for group, rows in itertools.groupby(results.read(args.output), key=lambda row: row["group"]):
-        print(f"\n{group}\n")
-        results.print_table(list(rows), COLUMNS)
+    with errors_in_one_line("ablations.py"):
+        results.run(parser, experiment, (), COLUMNS)
 
 
 if __name__ == "__main__":

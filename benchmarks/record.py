@@ -1,6 +1,6 @@
-"""The next record: a mean of 96.0 % over five seeds, below 600,000 parameters.
+"""The plan for the next record: a mean of 96.0 % over five seeds, below 600,000 parameters.
 
-    python benchmarks/record.py --folder FOLDER --plan        the steps, on an H200
+    python benchmarks/record.py --folder FOLDER --plan        its steps, and minutes of an H200
     python benchmarks/record.py --folder FOLDER --minutes 8   do what is next
 
 A changed plan needs a new folder. Validation losses choose; testing comes last.
@@ -98,7 +98,7 @@ def print_plan(steps: Steps) -> None:
 
 
 def train_peer(config: SimpleNamespace) -> None:
-    run = peers.start(peers.CUTOUT, **vars(config) | peers.CUTOUT_RECIPE)
+    run = peers.start(peers.CUTOUT, **vars(config) | peers.CUTOUT_RECIPE | dict(whiten=False))
     path = run.folder / "run.pt"
     if path.exists():
         model, optimizer, run.history = torch.load(path)
@@ -118,19 +118,20 @@ def test(data_dir: str) -> None:
     print(seeds.spread(rows, "test_accuracy"))
     peer = peers.preact_resnet()
     peer.load_state_dict(torch.load(f"{PEER}/run.pt", map_location="cpu")[0])
-    figures = seeds.figures_of(peer, *dataset.load(data_dir, train=False))
-    rows.append(dict(command=PEER, seed=0) | figures)
+    split = dataset.load(data_dir, train=False)
+    rows.append(dict(command=PEER, seed=0, **seeds.figures_of(peer, *split)))
     for row in rows:
         results.add(Path("seeds.csv"), row, "command", "seed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--minutes", type=int, default=8)
-    parser.add_argument("--plan", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--data-dir", type=os.path.abspath, default="data")
+    add = parser.add_argument
+    add("--folder", type=Path, required=True)
+    add("--minutes", type=int, default=8)
+    add("--plan", action="store_true")
+    add("--tiny", action="store_true")
+    add("--data-dir", type=os.path.abspath, default="data")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(args.folder)

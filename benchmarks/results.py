@@ -1,7 +1,4 @@
-"""What the benchmarks share: flags, the file of figures beside each script, and printed tables.
-
-To be imported before the project's own modules, which lie in the folder above.
-"""
+"""What the benchmarks share; to be imported first, since it finds the project's modules."""
 
 import argparse
 import csv
@@ -10,8 +7,10 @@ import re
 import statistics
 import subprocess
 import sys
-import time
+import timeit
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,16 +22,14 @@ import train
 from training.processes import set_threads
 from training.settings import choose_settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(train.__file__).parent
 Row = dict[str, object]
-Columns = dict[str, tuple[str, str]]  # of a table: the heading and the format, see `cell`
-
-
-# ---- The command line ----
+Rows = list[dict[str, str]]  # of a file of figures
+Columns = dict[str, tuple[str, str]]  # headings and formats, see `cell`
 
 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the flags that all benchmarks have; `script` is its `__file__`."""
+    """A parser with the flags of all benchmarks, for the script of this file."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--table", action="store_true", help="only print the saved figures")
     parser.add_argument("--output", type=Path, default=Path(script).with_suffix(".csv"))
@@ -41,9 +38,9 @@ def make_parser(script: str, description: str) -> argparse.ArgumentParser:
 
 
 def settings(recipe: str = "default", **changes: object) -> SimpleNamespace:
-    """The settings of a recipe, some of them changed, with as many threads as there are now."""
-    given = dict(recipe=recipe, quiet=True, threads=torch.get_num_threads()) | changes
-    return choose_settings(train.SETTINGS, train.RECIPES, given)
+    """The settings of a recipe, some of them changed."""
+    given = dict(recipe=recipe, quiet=True, threads=torch.get_num_threads())
+    return choose_settings(train.SETTINGS, train.RECIPES, given | changes)
 
 
 # ---- Files of figures ----
@@ -53,24 +50,23 @@ def commit() -> str:
     """The commit that the code is at, with a + where a script has changed; "" without git."""
     if not (ROOT / ".git").exists():
         return ""
-    said = []
-    for words in ("rev-parse --short=7 HEAD", "status --porcelain -- *.py"):
-        command = ["git", *words.split()]
-        said.append(subprocess.check_output(command, cwd=ROOT, text=True).strip())
-    return said[0] + ("+" if said[1] else "")
+    git = partial(subprocess.check_output, cwd=ROOT, text=True)
+    head = git(["git", "rev-parse", "--short=7", "HEAD"]).strip()
+    is_changed = git(["git", "status", "--porcelain", "--", "*.py"])
+    return f"{head}+" if is_changed else head
 
 
 def machine() -> str:
-    """The processor, its vector instructions, PyTorch's version and threads, in words."""
-    names = [platform.machine()]
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) or names
+    """What a script computes on, in words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    name = found[1] if found else platform.machine()
     instructions = torch.backends.cpu.get_cpu_capability()
     threads = torch.get_num_threads()
-    return f"{names[0]}, {instructions}, torch {torch.__version__}, {threads} threads"
+    return f"{name}, {instructions}, torch {torch.__version__}, {threads} threads"
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> Rows:
     """The rows of a file of figures; none if it is not there."""
     if not path.exists():
         return []
@@ -79,10 +75,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def add(path: Path, row: Row, *key: str) -> None:
-    """Add a row to a file, its fractions rounded, with commit and machine unless it names them.
-
-    It takes the place of a row that is alike in the columns `key`, if any are given.
-    """
+    """Add a row, with commit and machine, in the place of one that is alike in columns `key`."""
     row = dict(commit=commit(), machine=machine()) | row
     row = {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
     rows = read(path)
@@ -103,7 +96,7 @@ def add(path: Path, row: Row, *key: str) -> None:
 
 
 def cell(value: str, form: str) -> str:
-    """A figure in a table; `form` is a format such as ".1%", or "code", or "" for mere text."""
+    """A figure in a table; `form` is a format such as ".1%", or "code", or "" for text."""
     if not form or not value:
         return value
     return f"`{value}`" if form == "code" else format(float(value), form)
@@ -111,18 +104,28 @@ def cell(value: str, form: str) -> str:
 
 def run(
     parser: argparse.ArgumentParser, measure: Callable, key: tuple[str, ...], columns: Columns
-) -> None:
-    """What a benchmark does: measure, save each row as it comes, and print the table."""
+) -> Rows:
+    """Measure, save each row as it comes, print and return the table."""
     args = parser.parse_args()
     if not args.table:
         set_threads()
         for row in measure(args):
             add(args.output, row, *key)
-    print_table(read(args.output), columns)
+    rows = read(args.output)
+    print_table(rows, columns)
+    return rows
 
 
-def print_table(rows: list[dict[str, str]], columns: Columns, bold: tuple[str, str] = ()) -> None:
-    """Print rows in Markdown, in bold if they have a value in a column: `bold`."""
+def grouped(rows: Rows, name_of: Callable) -> dict[str, Rows]:
+    """The rows under the names that they are given."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[name_of(row)].append(row)
+    return groups
+
+
+def print_table(rows: Rows, columns: Columns, bold: tuple[str, str] = ()) -> None:
+    """Print rows in Markdown; in bold those with a value in a column, `bold`."""
     headings = [heading for heading, _ in columns.values()]
     print(f"| {' | '.join(headings)} |")
     print(f"|---|{'---:|' * (len(headings) - 1)}")
@@ -133,16 +136,12 @@ def print_table(rows: list[dict[str, str]], columns: Columns, bold: tuple[str, s
         print(f"| {' | '.join(cells)} |")
 
 
-# ---- Time ----
-
-
 def median_seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """The median seconds of each call; they take turns, as the machine's speed drifts."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    seconds = defaultdict(list)
     for number in range(rounds + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
-            call()
+            took = timeit.timeit(call, number=1)
             if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(took)
     return {name: statistics.median(values) for name, values in seconds.items()}

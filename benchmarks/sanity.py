@@ -2,26 +2,33 @@
 
     python benchmarks/sanity.py
 
-Maps of the shipped model are compared with maps of the same images, for the same class, after its
-weights are randomised part by part from the head down (arXiv 1810.03292, section 3), and for other
-classes. The figure is Spearman's rank correlation over the pixels that are not black.
+The shipped model's maps are compared with those for other classes, and with those of the same class
+after its weights are randomised from the head down (arXiv 1810.03292, section 3). The figure is
+Spearman's rank correlation over the pixels that are not black.
 """
 
+import argparse
 import copy
 from collections.abc import Iterator
 
 import results
 import torch
-from faithfulness import LOG_ODDS, candidate_name, rank_correlation
-from torch import Tensor
+from faithfulness import candidate_maps, candidate_name, rank_correlation
 
 import dataset
-from gradcam import METHODS, GradCAM
+from explaining.explanation import classify
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
-from training.processes import set_threads
-from Visulization import all_layers, default_layers
+from Visulization import all_layers
 
 PARTS = ("head", "stem.down1", "stem.first")  # the cascade is compared after these
+CANDIDATES = [  # the default, the earlier default, and two classics
+    ("hirescam", True, ("stem.stage0_0", "stem.down1"), False),
+    ("layercam", False, ("stem.stage0_2", "stem.down1"), False),
+    ("gradcam", False, ("stem.stage2_0",), False),
+    ("gradcam++", False, ("stem.down1",), False),
+]
+COLUMNS = dict(compared_with=("correlation of the map with", ""))
+COLUMNS |= {candidate_name(*each): (candidate_name(*each), ".2f") for each in CANDIDATES}
 
 
 def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, HybridClassifier]]:
@@ -37,45 +44,30 @@ def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, Hybr
         yield name, changed
 
 
-def correlations(
-    model: HybridClassifier, method: str, log_odds: bool, layers: tuple[str, ...], images: Tensor
-) -> dict[str, float]:
-    """The correlation of a candidate's maps with each of the others."""
-    x = dataset.normalize(images)
-    cam = GradCAM(model, layers, method, log_odds=log_odds)
-    maps = cam(x)
-    ranking = cam.logits.argsort(dim=1, descending=True)
+def measure(args: argparse.Namespace) -> Iterator[results.Row]:
+    """A row for each of the other maps."""
+    model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
+    images = dataset.load(args.data_dir, train=False)[0][:200]
+    likeliest, second, *_, last = classify(model, images).argsort(dim=1, descending=True).T
+    maps = candidate_maps(model, CANDIDATES, images, likeliest)
     others = {
-        "the map of the second likeliest class": cam(x, ranking[:, 1]),
-        "the map of the least likely class": cam(x, ranking[:, -1]),
+        "the map of the second likeliest class": candidate_maps(model, CANDIDATES, images, second),
+        "the map of the least likely class": candidate_maps(model, CANDIDATES, images, last),
     }
-    for name, changed in randomized_from_the_top(model):
-        if name in PARTS:
-            changed_cam = GradCAM(changed, layers, method, log_odds=log_odds)
-            others[f"random from the top to {name}"] = changed_cam(x, ranking[:, 0])
-    return {name: rank_correlation(maps, o, images).mean().item() for name, o in others.items()}
+    for part, changed in randomized_from_the_top(model):
+        if part in PARTS:
+            found = candidate_maps(changed, CANDIDATES, images, likeliest)
+            others[f"random from the top to {part}"] = found
+    for what, other in others.items():
+        row = dict(compared_with=what)
+        for name in maps:
+            row[name] = rank_correlation(maps[name], other[name], images).mean().item()
+        yield row
 
 
 def main() -> None:
-    args = results.make_parser(__file__, __doc__).parse_args()
-    if not args.table:
-        set_threads()
-        model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
-        images = dataset.load(args.data_dir, train=False)[0][:200]
-        default = tuple(default_layers(model))
-        variants = [(method, LOG_ODDS, default) for method in METHODS]
-        variants += [("gradcam", False, tuple(model.stage_ends()[-1:]))]
-        rows: dict[str, results.Row] = {}
-        for variant in variants:
-            for other, figure in correlations(model, *variant, images).items():
-                row = rows.setdefault(other, dict(compared_with=other))
-                row[candidate_name(*variant)] = figure
-        for row in rows.values():
-            results.add(args.output, row, "compared_with")
-    rows = results.read(args.output)
-    maps = [name for name in rows[0] if name not in ("compared_with", "commit", "machine")]
-    columns = dict(compared_with=("correlation of the map with", ""))
-    results.print_table(rows, columns | {name: (name, ".2f") for name in maps})
+    parser = results.make_parser(__file__, __doc__)
+    results.run(parser, measure, ("compared_with",), COLUMNS)
 
 
 if __name__ == "__main__":

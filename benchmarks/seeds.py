@@ -3,45 +3,43 @@
 python benchmarks/seeds.py checkpoints/best.pt    test a finished run and add its row
 """
 
-import itertools
 import statistics
 from pathlib import Path
 
 import results
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dataset
 import train
 from model import load_checkpoint
-from training.processes import set_threads
-from training.settings import choose_settings, flag
+from training.settings import flag
 
 TABLE = Path(__file__).with_suffix(".csv")
 NOT_IN_COMMAND = ("recipe", "seed", "device", "precision", "threads", *train.MAY_CHANGE_ON_RESUME)
-NOT_IN_COMMAND += ("report_test",)  # is gone
 COLUMNS = dict(
     command=("command", "code"),
+    seed=("seed", ""),
     parameters=("parameters", ",.0f"),
     val_accuracy=("val accuracy", ".2%"),
     test_accuracy=("test accuracy", ".2%"),
     flip_accuracy=("with flip test-time augmentation", ".2%"),
-    test_loss=("test loss", ".4f"),
     minutes=("minutes", ".1f"),
 )
 
 
 def command_of(config: dict) -> str:
     """The command, without the seed, that trains with these settings of a checkpoint."""
-    standard = vars(choose_settings(train.SETTINGS, train.RECIPES, {"recipe": config["recipe"]}))
+    recipe = config["recipe"]
+    standard = vars(results.settings(recipe))
     words = ["python train.py"]
-    if config["recipe"] != train.SETTINGS["recipe"][0]:
-        words += ["--recipe", config["recipe"]]
-    for name, value in config.items():
-        if name in NOT_IN_COMMAND or value == standard[name]:
+    if recipe != "default":
+        words.append(f"--recipe {recipe}")
+    for name, default in standard.items():
+        value = config.get(name, default)
+        if name in NOT_IN_COMMAND or value == default:
             continue
         if isinstance(value, bool):
-            words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+            words.append(flag(name if value else f"no_{name}"))
         else:
             words += [flag(name), *map(str, value if isinstance(value, tuple) else [value])]
     return " ".join(words)
@@ -55,7 +53,6 @@ def figures_of(model: nn.Module, images: Tensor, labels: Tensor) -> results.Row:
         parameters=sum(p.numel() for p in model.parameters()),
         test_accuracy=(logits.argmax(dim=1) == labels).double().mean().item(),
         flip_accuracy=(both.argmax(dim=1) == labels).double().mean().item(),
-        test_loss=F.cross_entropy(logits, labels).item(),
     )
 
 
@@ -86,18 +83,12 @@ def spread(rows: list[dict[str, str]], name: str) -> str:
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, default="checkpoints/best.pt")
-    args = parser.parse_args()
-    if not args.table:
-        set_threads()
-        results.add(args.output, row_of(args.checkpoint, args.data_dir), "command", "seed")
-    rows = sorted(results.read(args.output), key=lambda row: (row["command"], int(row["seed"])))
-    named = [row | dict(command=f"{row['command']} --seed {row['seed']}") for row in rows]
-    results.print_table(named, COLUMNS)
-    for command, group in itertools.groupby(rows, key=lambda row: row["command"]):
-        seeds = list(group)
-        if len(seeds) > 1:
-            print(f"\n- `{command}`, {len(seeds)} seeds: {spread(seeds, 'test_accuracy')}", end="")
-            print(f"; with flip test-time augmentation {spread(seeds, 'flip_accuracy')}")
+    key = "command", "seed"
+    rows = results.run(parser, lambda a: [row_of(a.checkpoint, a.data_dir)], key, COLUMNS)
+    for command, seeds in results.grouped(rows, lambda row: row["command"]).items():
+        accuracy = spread(seeds, "test_accuracy")
+        flipped = spread(seeds, "flip_accuracy")
+        print(f"\n- `{command}`, {len(seeds)} seeds: {accuracy}, with flips {flipped}")
 
 
 if __name__ == "__main__":
