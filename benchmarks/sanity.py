@@ -48,15 +48,15 @@ def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     """A row for each of the other maps."""
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
     images = dataset.load(args.data_dir, train=False)[0][:200]
-    likeliest, second, *_, last = classify(model, images).argsort(dim=1, descending=True).T
-    maps = candidate_maps(model, CANDIDATES, images, likeliest)
-    others = {
-        "the map of the second likeliest class": candidate_maps(model, CANDIDATES, images, second),
-        "the map of the least likely class": candidate_maps(model, CANDIDATES, images, last),
-    }
+    ranking = classify(model, images).argsort(dim=1, descending=True)
+    maps = candidate_maps(model, CANDIDATES, images, ranking[:, 0])
+    others = {}
+    for what, place in (("second likeliest", 1), ("least likely", -1)):
+        found = candidate_maps(model, CANDIDATES, images, ranking[:, place])
+        others[f"the map of the {what} class"] = found
     for part, changed in randomized_from_the_top(model):
         if part in PARTS:
-            found = candidate_maps(changed, CANDIDATES, images, likeliest)
+            found = candidate_maps(changed, CANDIDATES, images, ranking[:, 0])
             others[f"random from the top to {part}"] = found
     for what, other in others.items():
         row = dict(compared_with=what)
