@@ -234,18 +234,23 @@ def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tu
 # ---- Batches ----
 
 
-def split_indices(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def split_indices(
+    labels: Tensor, val_size: int, seed: int, train_size: int = 0
+) -> tuple[Tensor, Tensor]:
     """Hold `val_size` of N images out for validation, every class in proportion.
 
-    Returns the indices of both parts, int64, ascending.
+    Returns the indices, int64, ascending, of the others, or only `train_size` of these, and of
+    those held out.
     """
+    if train_size:
+        others, val = split_indices(labels, val_size, seed)
+        return others[split_indices(labels[others], train_size, seed)[1]], val
     if val_size == 0:
         return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
     from sklearn.model_selection import train_test_split  # takes a second to load
 
-    train, val = train_test_split(
-        range(len(labels)), test_size=val_size, random_state=seed, stratify=labels.tolist()
-    )
+    options = dict(test_size=val_size, random_state=seed, stratify=labels.tolist())
+    train, val = train_test_split(range(len(labels)), **options)
     return torch.tensor(sorted(train)), torch.tensor(sorted(val))
 
 

@@ -109,7 +109,7 @@ SETTINGS: Table = dict(
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
     quiet=(False, None, "one line an epoch, and the result"),
 )
-# What the record and its teacher share.
+# What the record and its teacher share, which has another shape.
 BIG = dict(
     val_size=0,
     skip_easy=0.0,
@@ -120,6 +120,8 @@ BIG = dict(
     cutmix=0.5,
     rotate=15.0,
     noise=0.1,
+    stem_dims=(32, 64),
+    stem_blocks=(3, 3, 1),
     num_heads=3,
     residual_unit="pyramidnet",
     whiten=False,
@@ -155,13 +157,7 @@ RECIPES = dict(  # they replace defaults; flags override both
         epochs=64,
     ),
     # The most accurate. First: --recipe teacher --output-dir checkpoints/teacher
-    record=BIG
-    | dict(
-        stem_dims=(32, 64),
-        stem_blocks=(3, 3, 1),
-        epochs=121,
-        teacher=("checkpoints/teacher/best.pt",),
-    ),
+    record=BIG | dict(epochs=121, teacher=("checkpoints/teacher/best.pt",)),
     # The record learns people's own pictures. First: python -m explaining.photographs CLONE
     photographs=BIG
     | dict(
@@ -170,8 +166,6 @@ RECIPES = dict(  # they replace defaults; flags override both
         train_size=10000,
         stretch=1.4,
         start="checkpoints/shipped/model.pt",
-        stem_dims=(32, 64),
-        stem_blocks=(3, 3, 1),
         epochs=4,
         batch_size=128,
         lr=2e-3,
@@ -215,10 +209,8 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
         if size and not classes <= size <= left - classes:
             raise UserError(f"{flag(name)} {size}: give 0, or {classes} to {left - classes:,}")
         left -= size
-    train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
-    if config.train_size:
-        some = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
-        train_index = train_index[some]
+    sizes = config.val_size, config.seed, config.train_size
+    train_index, val_index = dataset.split_indices(labels, *sizes)
     held_out = {}
     if config.val_size:
         held_out["val"] = images[val_index], labels[val_index]

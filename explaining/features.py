@@ -31,15 +31,11 @@ def training_split(
     path: Path, train_config: dict[str, Any], labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The indices, int64, of the images that a checkpoint was trained on, and that it held out."""
-    names = ("val_size", "train_size", "seed")
-    val_size, train_size, seed = (train_config.get(name, 0) for name in names)
+    sizes = [train_config.get(name, 0) for name in ("val_size", "seed", "train_size")]
     try:
-        trained, held_out = dataset.split_indices(labels, val_size, seed)
-        if train_size:
-            trained = trained[dataset.split_indices(labels[trained], train_size, seed)[1]]
+        return dataset.split_indices(labels, *sizes)
     except ValueError as error:
         raise UserError(f"{path} was trained on other images: give their --data-dir") from error
-    return trained, held_out
 
 
 class TrainingImages(NamedTuple):
@@ -60,18 +56,17 @@ def load_training_images(
     images, labels = dataset.load(data_dir, train=True, read_image=image_of)
     trained, held_out = training_split(path, train_config, labels)
     source = checksum(path) + hashlib.sha256(images.numpy()).hexdigest()
-    tokens = None
+    place = path.with_suffix(".similar.pt")
+    kept = dict(source=None)
     with suppress(Exception):  # a missing or damaged file raises one of a dozen types
-        kept = torch.load(path.with_suffix(".similar.pt"), weights_only=True)
-        if kept["source"] == source:
-            tokens = kept["tokens"]
-    if tokens is None:
+        kept = torch.load(place, weights_only=True)
+    if kept["source"] != source:
         chunks = tqdm(images[trained].split(500), "once: training images", leave=False)
         tokens = torch.cat([embed(model, chunk).half() for chunk in chunks])
-        # the folder may be read-only
-        with suppress(RuntimeError), whole_file(path.with_suffix(".similar.pt")) as file:
-            torch.save(dict(source=source, tokens=tokens), file)
-    return TrainingImages(images, labels, trained, held_out, tokens)
+        kept = dict(source=source, tokens=tokens)
+        with suppress(RuntimeError), whole_file(place) as file:  # the folder may be read-only
+            torch.save(kept, file)
+    return TrainingImages(images, labels, trained, held_out, kept["tokens"])
 
 
 def similar_images(
