@@ -46,16 +46,13 @@ class Evidence:
     class_names: tuple[str, ...] = CLASS_NAMES
 
     def verdict(self) -> str:
-        """Whether the hottest tenth matters more than a random one, by over a deviation.
-
-        A random map passes by luck for one test image in seven.
-        """
+        """Whether the hottest tenth matters more than a random one, by over a deviation."""
         _, hottest, random, deviation = self.probabilities
         says = self.heatmap.any() and random - hottest > deviation
         return "says something" if says else "says little"
 
     def role(self) -> str:
-        """What it is for: "for Coat", "for Coat, not Shirt", or "no evidence"."""
+        """Like "for Coat" or "for Coat, not Shirt"."""
         words = f"for {self.class_names[self.label]}"
         if self.versus >= 0:
             words += f", not {self.class_names[self.versus]}"
@@ -72,7 +69,7 @@ class Evidence:
 
 @dataclass
 class Explanation:
-    """An image, the model's answer, and the evidence for it."""
+    """An image, and how the model sees it."""
 
     image: np.ndarray  # uint8 (28, 28)
     label: int  # the true class; -1 where it is not known
@@ -112,7 +109,8 @@ class Explanation:
 
     def file_name(self) -> str:
         """The name of its picture: "01917_Coat_as_Coat_not_Shirt.png"."""
-        asked, names = self.evidence[0], [*map(in_file_name, self.class_names)]
+        asked = self.evidence[0]
+        names = [in_file_name(name) for name in self.class_names]
         name = f"{self.file_stem}_as_{names[self.predicted]}"
         if asked.label != self.predicted:
             name += f"_for_{names[asked.label]}"
@@ -167,18 +165,17 @@ def explain(
     probabilities = classify(cam.model, images)
     targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets)
     targets = targets.expand(len(images))
-    data = cam.model.data
-    x = dataset.normalize(images, data)
-    if versus is None:
-        others = torch.full_like(targets, -1)
-        maps = cam(x, targets, normalize=False).numpy()
-    else:
+    others = None
+    if versus is not None:
         others = probabilities.scatter(1, targets[:, None], -1.0).argmax(dim=1)
         if versus != "next":
             others = torch.where(targets == versus, others, versus)
-        maps = cam(x, targets, others, normalize=False).numpy()
+    data = cam.model.data
+    x = dataset.normalize(images, data)
+    maps = cam(x, targets, others, normalize=False).numpy()
     explanations = []
-    for i, (target, other) in enumerate(zip(targets.tolist(), others.tolist(), strict=True)):
+    for i, target in enumerate(targets.tolist()):
+        other = -1 if others is None else int(others[i])
         evidence = [Evidence(target, other, maps[i], class_names=data.class_names)]
         e = Explanation(images[i, 0].numpy(), int(labels[i]), probabilities[i].numpy(), evidence)
         e.class_names = data.class_names
