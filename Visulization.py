@@ -162,7 +162,7 @@ def layer_sheet(args: Namespace, cam: GradCAM, e: Explanation) -> Sheet:
     asked = e.evidence[0]
     versus = asked.versus if asked.versus >= 0 else None
     cells = []
-    for layers in [args.target_layer, *([name] for name in all_layers(cam.model))]:
+    for layers in [args.target_layer] + [[name] for name in all_layers(cam.model)]:
         layer_cam = make_cam(cam.model, layers, args.method)
         heatmap = layer_cam(x, asked.label, versus)[0].numpy()
         cells.append(Cell(paint(e.image, heatmap, scale_of(e))[1:], " + ".join(layers)))

@@ -236,25 +236,21 @@ def add_photographs(
     return torch.cat([images, new]), torch.cat([labels, new_labels]), train_index, held_out
 
 
-def augmented_batch(
-    images: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
-    config: SimpleNamespace,
-    data: DataInfo,
-) -> tuple[Tensor, Tensor]:
-    """Normalised random variants of uint8 images (N, 1, 28, 28), and their targets.
+def augmented_batch(run: Run, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised random variants of the images of these indices, int64 (N,), and their targets.
 
     These are the labels, int64 (N,), or with CutMix the share of each class, (N, 10).
     """
+    config = run.config
+    images, targets = run.images[index], run.labels[index]
     names = ("shift", "erase", "erase_area", "rotate", "noise", "stretch")
     options = {name: getattr(config, name) for name in names}
     flip = config.flip and not config.alternate_flip  # which mirrors them once an epoch
-    images = dataset.augment(images, generator, flip, **options)
+    images = dataset.augment(images, run.generator, flip, **options)
     if config.cutmix:
-        targets = F.one_hot(labels, len(data.class_names)).float()
-        images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
-    return dataset.normalize(images, data), labels
+        targets = F.one_hot(targets, len(run.data.class_names)).float()
+        images, targets = dataset.cutmix(images, targets, run.generator, config.cutmix)
+    return dataset.normalize(images, run.data), targets
 
 
 # ---- The loss ----
@@ -372,8 +368,7 @@ def training_step(
     run: Run, index: Tensor, lr: float | Tensor, decay: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step on the images of these indices, int64 (N,); returns loss and logits, (N, 10)."""
-    images, labels = run.images[index], run.labels[index]
-    x, y = augmented_batch(images, labels, run.generator, run.config, run.data)
+    x, y = augmented_batch(run, index)
     x, y = processes.own_part(x), processes.own_part(y)
     loss, logits = training_loss(run.compiled, run.teachers, x, y, run.config)
     loss.backward()

@@ -15,9 +15,7 @@ from gradcam import GradCAM
 from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, HybridClassifier
 
 DRAWS = 20  # of random pixels
-# An answer of a lower probability is unsure. Chosen on the held-out photographs of the archive:
-# 53 % of these answers are wrong, and 63 % of the wrong answers are these
-# (benchmarks/photographs.py --archive).
+# An answer of a lower probability is unsure; chosen by benchmarks/photographs.py --archive.
 UNSURE = 0.7
 
 
@@ -48,23 +46,27 @@ class Evidence:
     def verdict(self) -> str:
         """Whether the hottest tenth matters more than a random one, by over a deviation."""
         _, hottest, random, deviation = self.probabilities
-        says = self.heatmap.any() and random - hottest > deviation
-        return "says something" if says else "says little"
+        if self.heatmap.any() and random - hottest > deviation:
+            return "says something"
+        return "says little"
 
     def role(self) -> str:
         """Like "for Coat" or "for Coat, not Shirt"."""
         words = f"for {self.class_names[self.label]}"
+        if not self.heatmap.any():
+            words = f"no evidence\n{words}"
         if self.versus >= 0:
             words += f", not {self.class_names[self.versus]}"
-        return words if self.heatmap.any() else f"no evidence\n{words}"
+        return words
 
     def caption(self) -> str:
         """What it is for, and what masking the hottest pixels does, against masking others."""
         if not self.heatmap.any():
             return self.role()
-        words = "{:.2f}; without its hottest tenth {:.2f}"
-        words += ", without a random tenth of the garment {:.2f} ± {:.2f}"
-        return f"{self.role()} ({self.verdict()}):\n{words.format(*self.probabilities)}"
+        whole, hottest, random, deviation = self.probabilities
+        words = f"{whole:.2f}; without its hottest tenth {hottest:.2f}"
+        words += f", without a random tenth of the garment {random:.2f} ± {deviation:.2f}"
+        return f"{self.role()} ({self.verdict()}):\n{words}"
 
 
 @dataclass

@@ -76,18 +76,21 @@ def similar_images(
 
     By Euclidean distance of pooled tokens. A class nearer than the predicted one is red.
     """
-    token, labels = embed(model, torch.from_numpy(e.image)[None, None]), training.labels
-    cells, limit = [], 0.0
+    token = embed(model, torch.from_numpy(e.image)[None, None])
+    labels = training.labels[training.trained]
+    cells = []
+    nearest = 0.0  # the distance of the class before
     for k in e.probabilities.argsort()[::-1][:2]:
-        members = labels[training.trained] == int(k)
+        members = labels == int(k)
         distances = torch.cdist(token, training.tokens[members].float())[0]
-        distances, places = distances.sort()
-        images = training.images[training.trained[members][places[:count]], 0].numpy()
+        distances, order = distances.sort()
+        index = training.trained[members][order[:count]]
+        panels = [[image] for image in training.images[index, 0].numpy()]
         words = [f"{distance:.2f}" for distance in distances[:count]]
-        color = "crimson" if distances[0] < limit else "black"
+        color = "crimson" if distances[0] < nearest else "black"
         caption = f"nearest training images\nlabelled {e.class_names[k]}"
-        cells.append(Cell([[image] for image in images], caption, words, color))
-        limit = distances[0]
+        cells.append(Cell(panels, caption, words, color))
+        nearest = distances[0]
     return cells
 
 

@@ -134,9 +134,8 @@ def best_epoch(run: Run) -> int:
 
 def contents_of(run: Run) -> dict[str, Any]:
     """What a checkpoint holds besides the weights."""
-    config = run.config
-    environment = processes.environment(config.device, config.precision, config.threads)
-    return dict(train_config=vars(config), history=run.history, environment=environment)
+    environment = processes.environment(run.config)
+    return dict(train_config=vars(run.config), history=run.history, environment=environment)
 
 
 def save_best(run: Run) -> None:
