@@ -14,7 +14,6 @@ from common.console import command, outlive_output, prepare
 if __name__ == "__main__":
     prepare("train.py")
 
-import copy
 import random
 import signal
 import sys
@@ -51,7 +50,6 @@ from training.settings import INF, Table, choose_settings, flag, make_parser, re
 # ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims) ----
 
 # name=(default, what is allowed: a range, words or None for anything, meaning)
-# A row that you add is `config.NAME`.
 SETTINGS: Table = dict(
     recipe=("default", None, "values for many of the others"),
     # data
@@ -180,8 +178,6 @@ GROUPS = dict(  # of --help, by first row
     teacher="distillation",
     seed="system",
 )
-# What is drawn: mirrored images, their order and augmentation, what layers and your code draw.
-RANDOM_PURPOSES = ("weights", "flips", "batches", "layers")
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 
 
@@ -378,8 +374,9 @@ def training_step(
 
 
 def seed_for(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> int:
-    """A seed of its own for each of `RANDOM_PURPOSES`, epoch and process."""
-    numbers = (seed, RANDOM_PURPOSES.index(purpose), epoch, rank)
+    """A seed of its own for each purpose, epoch and process."""
+    purposes = ("weights", "flips", "batches", "layers")
+    numbers = (seed, purposes.index(purpose), epoch, rank)
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -398,16 +395,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
     Another model may be given.
     """
-    config = copy.copy(config)
-    device = processes.choose_device(config.device)
-    config.device = device.type
-    processes.join(device)
-    threads = processes.set_threads(config.threads)
-    precision = processes.choose_precision(config.precision, device)
-    # All processes, and a resumed run, have to compute alike.
-    config.threads, config.precision = processes.of_the_first((threads, precision))
-    torch.set_num_threads(config.threads)
-
+    config, device = processes.settle(config)
     images, labels, train_index, held_out = load_data(config, device)
     data = dataset.describe(config.data_dir, images)
     teachers = runs.load_teachers(config, data, labels, device)

@@ -1,5 +1,6 @@
 """CPU threads, the device and its precision, several processes."""
 
+import copy
 import os
 import platform
 import sys
@@ -92,6 +93,20 @@ def bfloat16_speed_up() -> float:
         output.sum().backward()
 
     return rate(partial(train, True)) / rate(partial(train, False))
+
+
+def settle(config: SimpleNamespace) -> tuple[SimpleNamespace, torch.device]:
+    """What "auto" comes to: a copy of the settings, and the device. Meets other processes."""
+    config = copy.copy(config)
+    device = choose_device(config.device)
+    config.device = device.type
+    join(device)
+    threads = set_threads(config.threads)
+    precision = choose_precision(config.precision, device)
+    # All processes, and a resumed run, have to compute alike.
+    config.threads, config.precision = of_the_first((threads, precision))
+    torch.set_num_threads(config.threads)
+    return config, device
 
 
 def environment(config: SimpleNamespace) -> str:
