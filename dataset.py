@@ -149,20 +149,22 @@ def load(
     data_dir = user_path(data_dir)
     if folders := _class_folders(data_dir):
         return _read_pictures(folders, train, read_image)
-    names, tensors = class_names(data_dir), []
-    for kind, side in (("images-idx3", [IMAGE_SIZE, IMAGE_SIZE]), ("labels-idx1", [])):
-        name = f"{'train' if train else 't10k'}-{kind}-ubyte"
+    names = class_names(data_dir)
+    split = "train" if train else "t10k"
+    tensors = []
+    for kind, magic, sides in (("images-idx3", 0x803, [28, 28]), ("labels-idx1", 0x801, [])):
+        name = f"{split}-{kind}-ubyte"
         path = data_dir / name
         if names is CLASS_NAMES:
             content = _find(name, data_dir) or _fetch(name, data_dir)
         else:
             content = _read(path) or _read(data_dir / f"{name}.gz")
-        header = 4 * len(side) + 8
-        magic, *shape = struct.unpack(f">{header // 4}I", content[:header].ljust(header))
-        size = len(content) - header
-        if magic != 0x801 + len(side) or shape[1:] != side or not 0 < math.prod(shape) == size:
+        start = 8 + 4 * len(sides)  # of the values
+        found, *shape = struct.unpack(f">{start // 4}I", content[:start].ljust(start))
+        size = len(content) - start
+        if found != magic or shape[1:] != sides or not 0 < math.prod(shape) == size:
             raise UserError(f"{path} is missing, damaged or not of 28x28 pixels: make it anew")
-        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start)
         tensors.append(values.view(shape))
     images, labels = tensors
     if len(labels) != len(images) or labels.max() >= len(names):

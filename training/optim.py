@@ -107,7 +107,6 @@ def make_optimizers(
         dict(params=list(matrices.values()), weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
-    # An optimiser of your own: return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
     optimizers = []
     if kind == "muon":
         outer = [name for name in matrices if name.startswith(FIRST_AND_LAST)]

@@ -16,7 +16,6 @@ from torch import Tensor
 from common.files import printable, whole_file
 
 Row = dict[str, float]  # the numbers of an epoch
-# Training accuracy looks low, since its images are augmented.
 SPLITS = dict(
     train="train split, as augmented",
     val="val split",
