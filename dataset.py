@@ -151,8 +151,9 @@ def load(
         return _read_pictures(folders, train, read_image)
     names = class_names(data_dir)
     split = "train" if train else "t10k"
+    kinds = (("images-idx3", 0x803, [IMAGE_SIZE] * 2), ("labels-idx1", 0x801, []))
     tensors = []
-    for kind, magic, sides in (("images-idx3", 0x803, [28, 28]), ("labels-idx1", 0x801, [])):
+    for kind, magic, sides in kinds:
         name = f"{split}-{kind}-ubyte"
         path = data_dir / name
         if names is CLASS_NAMES:
