@@ -404,7 +404,6 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
             raise UserError("--photographs have Fashion-MNIST's classes: give its --data-dir")
         parts = add_photographs(config, images, labels, train_index, held_out)
         images, labels, train_index, held_out = parts
-    steps, pruned = steps_of_epochs(config, len(train_index))
     seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
@@ -424,9 +423,6 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         labels=labels,
         train_index=train_index,
         held_out=held_out,
-        steps=steps,
-        pruned=pruned,
-        warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
         model=model,
         optimizers=optimizers,
         teachers=teachers,
@@ -440,21 +436,6 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     if config.cuda_graph and device.type == "cuda" and processes.count() == 1:
         run.step = ReplayedStep(run.step, run.generator)
     return run
-
-
-def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
-    """The steps of each epoch, and how many of `size` images later epochs prune."""
-    pruned = 0
-    if config.epochs > 1:
-        pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
-    later = (size - pruned) // config.batch_size
-    steps = [size // config.batch_size] + [later] * (config.epochs - 1)
-    if not steps[-1] or config.batch_size % processes.count():
-        advice = f"give at most {size - pruned:,}"
-        if processes.count() > 1:
-            advice += f", divisible by the {processes.count()} processes"
-        raise UserError(f"--batch-size {config.batch_size}: {advice}")
-    return steps, pruned
 
 
 def make_model(config: SimpleNamespace, data: DataInfo = FASHION_MNIST) -> HybridClassifier:
