@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 import dataset
@@ -88,8 +89,8 @@ def make_cam(model: HybridClassifier, layers: list[str], method: str) -> GradCAM
 
 
 def choose_images(
-    args: Namespace, model: HybridClassifier, images: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+    args: Namespace, model: HybridClassifier, images: Tensor, labels: Tensor
+) -> Tensor:
     """The indices of the images to explain, int64 (N,)."""
     if args.index:
         if not 0 <= min(args.index) <= max(args.index) < len(images):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import dataset
 from common.files import printable
@@ -122,7 +123,7 @@ class Explanation:
 
 
 @torch.no_grad()
-def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
+def classify(model: HybridClassifier, images: Tensor) -> Tensor:
     """Class probabilities, float32 (N, 10), of uint8 images (N, 1, 28, 28)."""
     logits = [model(dataset.normalize(chunk, model.data)) for chunk in images.split(500)]
     return torch.cat(logits).softmax(dim=1)
@@ -153,9 +154,9 @@ def mask_evidence(model: HybridClassifier, explanations: list[Explanation]) -> N
 
 def explain(
     cam: GradCAM,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    targets: torch.Tensor | int | None = None,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | int | None = None,
     versus: int | Literal["next"] | None = None,
 ) -> list[Explanation]:
     """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, else for the predicted ones.

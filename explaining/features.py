@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
 from tqdm import tqdm
 
 import dataset
@@ -21,15 +22,15 @@ from model import HybridClassifier, check_classes
 
 
 @torch.no_grad()
-def embed(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
+def embed(model: HybridClassifier, images: Tensor) -> Tensor:
     """The pooled tokens, float32 (N, C), of uint8 images (N, 1, 28, 28)."""
     chunks = images.split(100)
     return torch.cat([model.embed(dataset.normalize(chunk, model.data)) for chunk in chunks])
 
 
 def training_split(
-    path: Path, train_config: dict[str, Any], labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    path: Path, train_config: dict[str, Any], labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """The indices, int64, of the images that a checkpoint was trained on, and that it held out."""
     sizes = [train_config.get(name, 0) for name in ("val_size", "seed", "train_size")]
     try:
@@ -41,11 +42,11 @@ def training_split(
 class TrainingImages(NamedTuple):
     """The training images, and what a model makes of those that it was trained on."""
 
-    images: torch.Tensor  # uint8 (N, 1, 28, 28)
-    labels: torch.Tensor  # int64 (N,)
-    trained: torch.Tensor  # the indices of those, int64 (M,)
-    held_out: torch.Tensor  # and of others, for validation
-    tokens: torch.Tensor  # pooled, float16 (M, C)
+    images: Tensor  # uint8 (N, 1, 28, 28)
+    labels: Tensor  # int64 (N,)
+    trained: Tensor  # the indices of those, int64 (M,)
+    held_out: Tensor  # and of others, for validation
+    tokens: Tensor  # pooled, float16 (M, C)
 
 
 def load_training_images(
@@ -94,7 +95,7 @@ def similar_images(
     return cells
 
 
-def labels_of_nearest(tokens: torch.Tensor, training: TrainingImages) -> torch.Tensor:
+def labels_of_nearest(tokens: Tensor, training: TrainingImages) -> Tensor:
     """What most of the three nearest images are labelled, int64 (N,), of pooled tokens (N, C)."""
     vote = KNeighborsClassifier(3, algorithm="brute")
     vote.fit(training.tokens.float(), training.labels[training.trained])
