@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 import dataset
@@ -61,8 +62,7 @@ from training.processes import set_threads
 
 METHOD = "hirescam"
 LOG_ODDS = True  # what is explained; a contrast has a score of its own
-NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "hirescam": "HiResCAM"}
-NAMES |= {"layercam": "LayerCAM"}
+NAMES = dict(zip(METHODS, ("Grad-CAM", "Grad-CAM++", "HiResCAM", "LayerCAM"), strict=True))
 
 
 def default_layers(model: HybridClassifier) -> list[str]:
@@ -89,22 +89,23 @@ def make_cam(model: HybridClassifier, layers: list[str], method: str) -> GradCAM
 
 
 def choose_images(
-    args: Namespace, model: HybridClassifier, images: torch.Tensor, labels: torch.Tensor
-) -> torch.Tensor:
+    args: Namespace, model: HybridClassifier, images: Tensor, labels: Tensor
+) -> Tensor:
     """The indices of the images to explain, int64 (N,)."""
     if args.index:
         if not 0 <= min(args.index) <= max(args.index) < len(images):
             raise UserError(f"--index: give numbers from 0 to {len(images) - 1:,}")
         return torch.tensor(args.index)
     index = torch.isin(labels, torch.tensor(args.classes)).nonzero().flatten()
+    if args.average:
+        return index
     if args.worst or args.label_errors:
         confidence, predicted = classify(model, images[index]).max(dim=1)
         wrong = predicted != labels[index]
-        index = index[wrong][confidence[wrong].argsort(descending=True, stable=True)]
-    if args.worst or args.label_errors or args.average:
-        return index[: args.worst]
-    by_class = [index[labels[index] == label][: args.num_images] for label in args.classes]
-    chosen = torch.cat(by_class)
+        most_confident = confidence[wrong].argsort(descending=True, stable=True)
+        return index[wrong][most_confident[: args.worst]]
+    count = args.num_images
+    chosen = torch.cat([index[labels[index] == label][:count] for label in args.classes])
     return chosen[:1] if args.compare_layers or args.all_classes else chosen
 
 
@@ -115,7 +116,7 @@ def explain_images(
     check_classes(args.checkpoint, cam.model, args.data_dir)
     kind = "test image"
     images, labels = dataset.load(args.data_dir, train=False, read_image=image_of)
-    numbers = torch.arange(len(images))
+    numbers = torch.arange(len(images))  # by which the person knows them
     if args.label_errors and len(training.held_out):
         kind, numbers = "training image", training.held_out
         images, labels = training.images[numbers], training.labels[numbers]
@@ -162,7 +163,7 @@ def layer_sheet(args: Namespace, cam: GradCAM, e: Explanation) -> Sheet:
     asked = e.evidence[0]
     versus = asked.versus if asked.versus >= 0 else None
     cells = []
-    for layers in [args.target_layer, *([name] for name in all_layers(cam.model))]:
+    for layers in [args.target_layer] + [[name] for name in all_layers(cam.model)]:
         layer_cam = make_cam(cam.model, layers, args.method)
         heatmap = layer_cam(x, asked.label, versus)[0].numpy()
         cells.append(Cell(paint(e.image, heatmap, scale_of(e))[1:], " + ".join(layers)))
@@ -172,12 +173,12 @@ def layer_sheet(args: Namespace, cam: GradCAM, e: Explanation) -> Sheet:
 
 def class_sheet(cam: GradCAM, e: Explanation) -> Sheet:
     """One image's evidence for each class."""
-    x = dataset.normalize(torch.from_numpy(e.image)[None, None], cam.model.data)
-    maps = [cam(x, label, normalize=False)[0].numpy() for label in range(len(e.class_names))]
+    labels = torch.arange(len(e.class_names))
+    images = torch.from_numpy(e.image).expand(len(labels), 1, -1, -1)
+    maps = cam(dataset.normalize(images, cam.model.data), labels, normalize=False).numpy()
     cells = []
-    for label, heatmap in enumerate(maps):
-        panels = paint(e.image, heatmap / (np.max(maps) or 1), SHARES)[1:]
-        cells.append(Cell(panels, e.share(label)))
+    for label, heatmap in enumerate(maps / (maps.max() or 1)):
+        cells.append(Cell(paint(e.image, heatmap, SHARES)[1:], e.share(label)))
     title = f"{e.name}: {e.answer()}\nshares of each class's evidence, on one scale"
     return Sheet(f"{e.file_stem}_classes.png", title, cells, 2)
 
@@ -189,7 +190,7 @@ def average_sheet(explanations: list[Explanation]) -> Sheet:
         group = [e for e in explanations if e.label == label]
         image = np.mean([e.image for e in group], axis=0).round().astype(np.uint8)
         heatmap = np.mean([e.evidence[0].heatmap for e in group], axis=0)
-        panels = paint(image, heatmap / (np.abs(heatmap).max() or 1), scale_of(group[0]))
+        panels = paint(image, heatmap / (heatmap.max() or 1), SHARES)
         cells.append(Cell(panels, f"{group[0].class_names[label]}: {len(group):,} images"))
     return Sheet("average.png", "mean test images and their mean heatmaps", cells, 2)
 
@@ -221,32 +222,40 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
         np.savez_compressed(file, **arrays)
 
 
+def doubtful_sheet(explanations: list[Explanation]) -> Sheet:
+    """Images whose label is in doubt, which are also printed."""
+    for e in explanations:
+        print(f"{e.name}: {e.answer()}")
+    kind = explanations[0].name.rpartition(" ")[0]
+    if kind == "test image":
+        print("note: these are test images, since training held no images out")
+    title = f"{kind}s whose label the model and similar training images contradict"
+    return many_sheet("label_errors.png", title, explanations)
+
+
+def make_sheets(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> list[Sheet]:
+    """The pictures that the flags ask for."""
+    if args.average:
+        return [average_sheet(explanations)]
+    if args.compare_layers:
+        return [layer_sheet(args, cam, e) for e in explanations]
+    if args.all_classes:
+        return [class_sheet(cam, e) for e in explanations]
+    if args.worst:
+        return [many_sheet("worst.png", "the most confident errors", explanations)]
+    if args.label_errors:
+        return [doubtful_sheet(explanations)]
+    if args.html:
+        return []
+    sheets = [overlay_sheet(e) for e in explanations]
+    if len(explanations) > 1 and not args.image:
+        sheets.append(many_sheet("contact_sheet.png", "test images", explanations))
+    return sheets
+
+
 def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None:
     """Write what the flags ask for into `args.output_dir`."""
-    if not args.average:
-        mask_evidence(cam.model, explanations)
-    if args.average:
-        sheets = [average_sheet(explanations)]
-    elif args.compare_layers:
-        sheets = [layer_sheet(args, cam, e) for e in explanations]
-    elif args.all_classes:
-        sheets = [class_sheet(cam, e) for e in explanations]
-    elif args.worst:
-        sheets = [many_sheet("worst.png", "the most confident errors", explanations)]
-    elif args.label_errors:
-        for e in explanations:
-            print(f"{e.name}: {e.answer()}")
-        kind = explanations[0].name.rpartition(" ")[0]
-        if kind == "test image":
-            print("note: these are test images, since training held no images out")
-        title = f"{kind}s whose label the model and similar training images contradict"
-        sheets = [many_sheet("label_errors.png", title, explanations)]
-    elif args.html:
-        sheets = []
-    else:
-        sheets = [overlay_sheet(e) for e in explanations]
-        if len(explanations) > 1 and not args.image:
-            sheets.append(many_sheet("contact_sheet.png", "test images", explanations))
+    sheets = make_sheets(args, cam, explanations)
     for sheet in tqdm(sheets, "drawing", leave=False, disable=None):
         save_sheet(args.output_dir, sheet, scale_of(explanations[0]), args.source)
     names = [sheet.file_name for sheet in sheets]
@@ -275,7 +284,7 @@ def class_index(text: str, names: Sequence[str]) -> int:
 
 def find_classes(args: Namespace, names: Sequence[str]) -> None:
     """Turn the classes that the flags name into numbers."""
-    args.classes = [class_index(text, names) for text in args.classes or names]
+    args.classes = [class_index(name, names) for name in args.classes or names]
     if args.target_class is not None:
         args.target_class = class_index(args.target_class, names)
     if args.versus not in (None, "next"):
@@ -359,6 +368,17 @@ def choose_paths(args: Namespace) -> None:
     args.output_dir = user_path(args.output_dir or Path("HeapImg", folder, own))
 
 
+def source_of_maps(args: Namespace) -> str:
+    """What made the heatmaps, in two lines."""
+    words = NAMES[args.method]
+    if LOG_ODDS and args.versus is None:
+        words += " of log-odds"
+    if len(args.target_layer) > 1:
+        words += f", mean of {len(args.target_layer)} layers"
+    layers = " + ".join(args.target_layer)
+    return f"{words}\n({layers}; model: {model_name(args.checkpoint)})"
+
+
 def main() -> None:
     args = parse_arguments()
     with errors_in_one_line("Visulization.py"), outlive_output("Visulization.py"):
@@ -367,13 +387,7 @@ def main() -> None:
         model, checkpoint = load_checkpoint(args.checkpoint)
         find_classes(args, model.data.class_names)
         args.target_layer = args.target_layer or default_layers(model)
-        words = NAMES[args.method]
-        if LOG_ODDS and args.versus is None:
-            words += " of log-odds"
-        if len(args.target_layer) > 1:
-            words += f", mean of {len(args.target_layer)} layers"
-        layers = " + ".join(args.target_layer)
-        args.source = f"{words}\n({layers}; model: {model_name(args.checkpoint)})"
+        args.source = source_of_maps(args)
         cam = make_cam(model, args.target_layer, args.method)
         training = None
         if args.similar:
@@ -385,8 +399,11 @@ def main() -> None:
             explanations = explain_images(args, cam, training)
         if not explanations:
             raise UserError("no such image can be explained: ask for others")
-        for e in explanations if args.similar else []:
-            e.similar = similar_images(model, e, training, args.similar)
+        if args.similar:
+            for e in explanations:
+                e.similar = similar_images(model, e, training, args.similar)
+        if not args.average:
+            mask_evidence(model, explanations)
         draw(args, cam, explanations)
         if len(explanations) < len(args.image):
             raise UserError(f"{len(explanations)} of {len(args.image)} pictures could be explained")

@@ -149,20 +149,23 @@ def load(
     data_dir = user_path(data_dir)
     if folders := _class_folders(data_dir):
         return _read_pictures(folders, train, read_image)
-    names, tensors = class_names(data_dir), []
-    for kind, side in (("images-idx3", [IMAGE_SIZE, IMAGE_SIZE]), ("labels-idx1", [])):
-        name = f"{'train' if train else 't10k'}-{kind}-ubyte"
+    names = class_names(data_dir)
+    split = "train" if train else "t10k"
+    kinds = (("images-idx3", 0x803, [IMAGE_SIZE] * 2), ("labels-idx1", 0x801, []))
+    tensors = []
+    for kind, magic, sides in kinds:
+        name = f"{split}-{kind}-ubyte"
         path = data_dir / name
         if names is CLASS_NAMES:
             content = _find(name, data_dir) or _fetch(name, data_dir)
         else:
             content = _read(path) or _read(data_dir / f"{name}.gz")
-        header = 4 * len(side) + 8
-        magic, *shape = struct.unpack(f">{header // 4}I", content[:header].ljust(header))
-        size = len(content) - header
-        if magic != 0x801 + len(side) or shape[1:] != side or not 0 < math.prod(shape) == size:
+        start = 8 + 4 * len(sides)  # of the values
+        found, *shape = struct.unpack(f">{start // 4}I", content[:start].ljust(start))
+        size = len(content) - start
+        if found != magic or shape[1:] != sides or not 0 < math.prod(shape) == size:
             raise UserError(f"{path} is missing, damaged or not of 28x28 pixels: make it anew")
-        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header)
+        values = torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start)
         tensors.append(values.view(shape))
     images, labels = tensors
     if len(labels) != len(images) or labels.max() >= len(names):
@@ -234,18 +237,23 @@ def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tu
 # ---- Batches ----
 
 
-def split_indices(labels: Tensor, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
+def split_indices(
+    labels: Tensor, val_size: int, seed: int, train_size: int = 0
+) -> tuple[Tensor, Tensor]:
     """Hold `val_size` of N images out for validation, every class in proportion.
 
-    Returns the indices of both parts, int64, ascending.
+    Returns the indices, int64, ascending, of the others, or only `train_size` of these, and of
+    those held out.
     """
+    if train_size:
+        others, val = split_indices(labels, val_size, seed)
+        return others[split_indices(labels[others], train_size, seed)[1]], val
     if val_size == 0:
         return torch.arange(len(labels)), torch.empty(0, dtype=torch.int64)
     from sklearn.model_selection import train_test_split  # takes a second to load
 
-    train, val = train_test_split(
-        range(len(labels)), test_size=val_size, random_state=seed, stratify=labels.tolist()
-    )
+    options = dict(test_size=val_size, random_state=seed, stratify=labels.tolist())
+    train, val = train_test_split(range(len(labels)), **options)
     return torch.tensor(sorted(train)), torch.tensor(sorted(val))
 
 

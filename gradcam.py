@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # A map's sum, as a part of its terms' sizes; less is no evidence. Rounding leaves 3e-6 of HiResCAM
-# in front of a layer norm; the faintest of 1,000 LayerCAM maps of the record has 8e-5, and none of
-# its default maps is empty.
+# in front of a layer norm; the faintest of 1,000 LayerCAM maps of the record has 8e-5.
 LEAST_EVIDENCE = 1e-5
 ADVICE = (
     "choose another layer, or give `reshape`: lambda t: t for (N, C, h, w), t.permute(0, 3, 1, 2) "

@@ -28,17 +28,17 @@ PHOTOGRAPHS_CHECKPOINT = SHIPPED_CHECKPOINT.with_name("photographs.pt")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of the model."""
+    """The shape of the model; `SETTINGS` in train.py says what each field is."""
 
-    stem_dims: tuple[int, int]  # channels of the stem at 28x28 and at 14x14
-    stem_blocks: tuple[int, int, int]  # residual blocks at 28x28, 14x14 and 7x7
-    embed_dim: int  # channels at 7x7: the width of a token
-    depth: int  # number of Transformer blocks; 0 leaves a convolutional network
-    num_heads: int  # attention heads; divides embed_dim
-    mlp_ratio: float  # hidden width of an MLP, as a multiple of embed_dim
-    pool: str  # "attention" or "mean"
-    drop_path: float  # stochastic depth of the last block; earlier ones get less
-    residual_unit: str  # "resnet" or "pyramidnet"
+    stem_dims: tuple[int, int]
+    stem_blocks: tuple[int, int, int]
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_ratio: float
+    pool: str
+    drop_path: float
+    residual_unit: str
 
     def __post_init__(self) -> None:
         if self.embed_dim % self.num_heads:
@@ -155,10 +155,9 @@ class HybridClassifier(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, num_tokens, config.embed_dim))
         self.blocks = nn.ModuleList()
         for i in range(config.depth):
-            drop_path = config.drop_path * (i + 1) / config.depth
-            self.blocks.append(
-                EncoderBlock(config.embed_dim, config.num_heads, config.mlp_ratio, drop_path)
-            )
+            drop_path = config.drop_path * (i + 1) / config.depth  # less in earlier blocks
+            shape = config.embed_dim, config.num_heads, config.mlp_ratio
+            self.blocks.append(EncoderBlock(*shape, drop_path))
         self.norm = nn.LayerNorm(config.embed_dim)
         self.pool = Pool(config.embed_dim, config.pool)
         self.head = nn.Linear(config.embed_dim, len(data.class_names))
@@ -243,9 +242,8 @@ def load_checkpoint(
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{path} does not fit the model that model.py builds ({reason}): train again"
-        ) from error
+        what = f"{path} does not fit the model that model.py builds"
+        raise UserError(f"{what} ({reason}): train again") from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 

@@ -14,7 +14,6 @@ from common.console import command, outlive_output, prepare
 if __name__ == "__main__":
     prepare("train.py")
 
-import copy
 import random
 import signal
 import sys
@@ -51,7 +50,6 @@ from training.settings import INF, Table, choose_settings, flag, make_parser, re
 # ---- The defaults: edit a value here, or pass it as a flag (--stem-dims for stem_dims) ----
 
 # name=(default, what is allowed: a range, words or None for anything, meaning)
-# A row that you add is `config.NAME`.
 SETTINGS: Table = dict(
     recipe=("default", None, "values for many of the others"),
     # data
@@ -109,7 +107,7 @@ SETTINGS: Table = dict(
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
     quiet=(False, None, "one line an epoch, and the result"),
 )
-# What the record and its teacher share.
+# What the record and its teacher share, which has another shape.
 BIG = dict(
     val_size=0,
     skip_easy=0.0,
@@ -120,6 +118,8 @@ BIG = dict(
     cutmix=0.5,
     rotate=15.0,
     noise=0.1,
+    stem_dims=(32, 64),
+    stem_blocks=(3, 3, 1),
     num_heads=3,
     residual_unit="pyramidnet",
     whiten=False,
@@ -155,13 +155,7 @@ RECIPES = dict(  # they replace defaults; flags override both
         epochs=64,
     ),
     # The most accurate. First: --recipe teacher --output-dir checkpoints/teacher
-    record=BIG
-    | dict(
-        stem_dims=(32, 64),
-        stem_blocks=(3, 3, 1),
-        epochs=121,
-        teacher=("checkpoints/teacher/best.pt",),
-    ),
+    record=BIG | dict(epochs=121, teacher=("checkpoints/teacher/best.pt",)),
     # The record learns people's own pictures. First: python -m explaining.photographs CLONE
     photographs=BIG
     | dict(
@@ -170,8 +164,6 @@ RECIPES = dict(  # they replace defaults; flags override both
         train_size=10000,
         stretch=1.4,
         start="checkpoints/shipped/model.pt",
-        stem_dims=(32, 64),
-        stem_blocks=(3, 3, 1),
         epochs=4,
         batch_size=128,
         lr=2e-3,
@@ -186,8 +178,6 @@ GROUPS = dict(  # of --help, by first row
     teacher="distillation",
     seed="system",
 )
-# What is drawn: mirrored images, their order and augmentation, what layers and your code draw.
-RANDOM_PURPOSES = ("weights", "flips", "batches", "layers")
 MAY_CHANGE_ON_RESUME = ("data_dir", "output_dir", "quiet", "teacher")
 
 
@@ -215,10 +205,8 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
         if size and not classes <= size <= left - classes:
             raise UserError(f"{flag(name)} {size}: give 0, or {classes} to {left - classes:,}")
         left -= size
-    train_index, val_index = dataset.split_indices(labels, config.val_size, config.seed)
-    if config.train_size:
-        some = dataset.split_indices(labels[train_index], config.train_size, config.seed)[1]
-        train_index = train_index[some]
+    sizes = config.val_size, config.seed, config.train_size
+    train_index, val_index = dataset.split_indices(labels, *sizes)
     held_out = {}
     if config.val_size:
         held_out["val"] = images[val_index], labels[val_index]
@@ -244,25 +232,21 @@ def add_photographs(
     return torch.cat([images, new]), torch.cat([labels, new_labels]), train_index, held_out
 
 
-def augmented_batch(
-    images: Tensor,
-    labels: Tensor,
-    generator: torch.Generator,
-    config: SimpleNamespace,
-    data: DataInfo,
-) -> tuple[Tensor, Tensor]:
-    """Normalised random variants of uint8 images (N, 1, 28, 28), and their targets.
+def augmented_batch(run: Run, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised random variants of the images of these indices, int64 (N,), and their targets.
 
     These are the labels, int64 (N,), or with CutMix the share of each class, (N, 10).
     """
+    config = run.config
+    images, targets = run.images[index], run.labels[index]
     names = ("shift", "erase", "erase_area", "rotate", "noise", "stretch")
     options = {name: getattr(config, name) for name in names}
     flip = config.flip and not config.alternate_flip  # which mirrors them once an epoch
-    images = dataset.augment(images, generator, flip, **options)
+    images = dataset.augment(images, run.generator, flip, **options)
     if config.cutmix:
-        targets = F.one_hot(labels, len(data.class_names)).float()
-        images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
-    return dataset.normalize(images, data), labels
+        targets = F.one_hot(targets, len(run.data.class_names)).float()
+        images, targets = dataset.cutmix(images, targets, run.generator, config.cutmix)
+    return dataset.normalize(images, run.data), targets
 
 
 # ---- The loss ----
@@ -380,8 +364,7 @@ def training_step(
     run: Run, index: Tensor, lr: float | Tensor, decay: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     """One step on the images of these indices, int64 (N,); returns loss and logits, (N, 10)."""
-    images, labels = run.images[index], run.labels[index]
-    x, y = augmented_batch(images, labels, run.generator, run.config, run.data)
+    x, y = augmented_batch(run, index)
     x, y = processes.own_part(x), processes.own_part(y)
     loss, logits = training_loss(run.compiled, run.teachers, x, y, run.config)
     loss.backward()
@@ -391,8 +374,9 @@ def training_step(
 
 
 def seed_for(seed: int, purpose: str, epoch: int = 0, rank: int = 0) -> int:
-    """A seed of its own for each of `RANDOM_PURPOSES`, epoch and process."""
-    numbers = (seed, RANDOM_PURPOSES.index(purpose), epoch, rank)
+    """A seed of its own for each purpose, epoch and process."""
+    purposes = ("weights", "flips", "batches", "layers")
+    numbers = (seed, purposes.index(purpose), epoch, rank)
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -411,16 +395,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
 
     Another model may be given.
     """
-    config = copy.copy(config)
-    device = processes.choose_device(config.device)
-    config.device = device.type
-    processes.join(device)
-    threads = processes.set_threads(config.threads)
-    precision = processes.choose_precision(config.precision, device)
-    # All processes, and a resumed run, have to compute alike.
-    config.threads, config.precision = processes.of_the_first((threads, precision))
-    torch.set_num_threads(config.threads)
-
+    config, device = processes.settle(config)
     images, labels, train_index, held_out = load_data(config, device)
     data = dataset.describe(config.data_dir, images)
     teachers = runs.load_teachers(config, data, labels, device)
@@ -429,7 +404,6 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
             raise UserError("--photographs have Fashion-MNIST's classes: give its --data-dir")
         parts = add_photographs(config, images, labels, train_index, held_out)
         images, labels, train_index, held_out = parts
-    steps, pruned = steps_of_epochs(config, len(train_index))
     seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
@@ -449,9 +423,6 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         labels=labels,
         train_index=train_index,
         held_out=held_out,
-        steps=steps,
-        pruned=pruned,
-        warmup_steps=round(min(config.warmup_epochs * steps[0], sum(steps) / 4)),
         model=model,
         optimizers=optimizers,
         teachers=teachers,
@@ -465,21 +436,6 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     if config.cuda_graph and device.type == "cuda" and processes.count() == 1:
         run.step = ReplayedStep(run.step, run.generator)
     return run
-
-
-def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
-    """The steps of each epoch, and how many of `size` images later epochs prune."""
-    pruned = 0
-    if config.epochs > 1:
-        pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
-    later = (size - pruned) // config.batch_size
-    steps = [size // config.batch_size] + [later] * (config.epochs - 1)
-    if not steps[-1] or config.batch_size % processes.count():
-        advice = f"give at most {size - pruned:,}"
-        if processes.count() > 1:
-            advice += f", divisible by the {processes.count()} processes"
-        raise UserError(f"--batch-size {config.batch_size}: {advice}")
-    return steps, pruned
 
 
 def make_model(config: SimpleNamespace, data: DataInfo = FASHION_MNIST) -> HybridClassifier:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import dataset
 from common.files import printable
@@ -15,9 +16,7 @@ from gradcam import GradCAM
 from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, HybridClassifier
 
 DRAWS = 20  # of random pixels
-# An answer of a lower probability is unsure. Chosen on the held-out photographs of the archive:
-# 53 % of these answers are wrong, and 63 % of the wrong answers are these
-# (benchmarks/photographs.py --archive).
+# An answer of a lower probability is unsure; chosen by benchmarks/photographs.py --archive.
 UNSURE = 0.7
 
 
@@ -46,33 +45,34 @@ class Evidence:
     class_names: tuple[str, ...] = CLASS_NAMES
 
     def verdict(self) -> str:
-        """Whether the hottest tenth matters more than a random one, by over a deviation.
-
-        A random map passes by luck for one test image in seven.
-        """
+        """Whether the hottest tenth matters more than a random one, by over a deviation."""
         _, hottest, random, deviation = self.probabilities
-        says = self.heatmap.any() and random - hottest > deviation
-        return "says something" if says else "says little"
+        if self.heatmap.any() and random - hottest > deviation:
+            return "says something"
+        return "says little"
 
     def role(self) -> str:
-        """What it is for: "for Coat", "for Coat, not Shirt", or "no evidence"."""
+        """Like "for Coat" or "for Coat, not Shirt"."""
         words = f"for {self.class_names[self.label]}"
+        if not self.heatmap.any():
+            words = f"no evidence\n{words}"
         if self.versus >= 0:
             words += f", not {self.class_names[self.versus]}"
-        return words if self.heatmap.any() else f"no evidence\n{words}"
+        return words
 
     def caption(self) -> str:
         """What it is for, and what masking the hottest pixels does, against masking others."""
         if not self.heatmap.any():
             return self.role()
-        words = "{:.2f}; without its hottest tenth {:.2f}"
-        words += ", without a random tenth of the garment {:.2f} ± {:.2f}"
-        return f"{self.role()} ({self.verdict()}):\n{words.format(*self.probabilities)}"
+        whole, hottest, random, deviation = self.probabilities
+        words = f"{whole:.2f}; without its hottest tenth {hottest:.2f}"
+        words += f", without a random tenth of the garment {random:.2f} ± {deviation:.2f}"
+        return f"{self.role()} ({self.verdict()}):\n{words}"
 
 
 @dataclass
 class Explanation:
-    """An image, the model's answer, and the evidence for it."""
+    """An image, and how the model sees it."""
 
     image: np.ndarray  # uint8 (28, 28)
     label: int  # the true class; -1 where it is not known
@@ -112,7 +112,8 @@ class Explanation:
 
     def file_name(self) -> str:
         """The name of its picture: "01917_Coat_as_Coat_not_Shirt.png"."""
-        asked, names = self.evidence[0], [*map(in_file_name, self.class_names)]
+        asked = self.evidence[0]
+        names = [in_file_name(name) for name in self.class_names]
         name = f"{self.file_stem}_as_{names[self.predicted]}"
         if asked.label != self.predicted:
             name += f"_for_{names[asked.label]}"
@@ -122,7 +123,7 @@ class Explanation:
 
 
 @torch.no_grad()
-def classify(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
+def classify(model: HybridClassifier, images: Tensor) -> Tensor:
     """Class probabilities, float32 (N, 10), of uint8 images (N, 1, 28, 28)."""
     logits = [model(dataset.normalize(chunk, model.data)) for chunk in images.split(500)]
     return torch.cat(logits).softmax(dim=1)
@@ -153,9 +154,9 @@ def mask_evidence(model: HybridClassifier, explanations: list[Explanation]) -> N
 
 def explain(
     cam: GradCAM,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    targets: torch.Tensor | int | None = None,
+    images: Tensor,
+    labels: Tensor,
+    targets: Tensor | int | None = None,
     versus: int | Literal["next"] | None = None,
 ) -> list[Explanation]:
     """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, else for the predicted ones.
@@ -167,18 +168,17 @@ def explain(
     probabilities = classify(cam.model, images)
     targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets)
     targets = targets.expand(len(images))
-    data = cam.model.data
-    x = dataset.normalize(images, data)
-    if versus is None:
-        others = torch.full_like(targets, -1)
-        maps = cam(x, targets, normalize=False).numpy()
-    else:
+    others = None
+    if versus is not None:
         others = probabilities.scatter(1, targets[:, None], -1.0).argmax(dim=1)
         if versus != "next":
             others = torch.where(targets == versus, others, versus)
-        maps = cam(x, targets, others, normalize=False).numpy()
+    data = cam.model.data
+    x = dataset.normalize(images, data)
+    maps = cam(x, targets, others, normalize=False).numpy()
     explanations = []
-    for i, (target, other) in enumerate(zip(targets.tolist(), others.tolist(), strict=True)):
+    for i, target in enumerate(targets.tolist()):
+        other = -1 if others is None else int(others[i])
         evidence = [Evidence(target, other, maps[i], class_names=data.class_names)]
         e = Explanation(images[i, 0].numpy(), int(labels[i]), probabilities[i].numpy(), evidence)
         e.class_names = data.class_names

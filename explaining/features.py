@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from sklearn.neighbors import KNeighborsClassifier
+from torch import Tensor
 from tqdm import tqdm
 
 import dataset
@@ -21,35 +22,31 @@ from model import HybridClassifier, check_classes
 
 
 @torch.no_grad()
-def embed(model: HybridClassifier, images: torch.Tensor) -> torch.Tensor:
+def embed(model: HybridClassifier, images: Tensor) -> Tensor:
     """The pooled tokens, float32 (N, C), of uint8 images (N, 1, 28, 28)."""
     chunks = images.split(100)
     return torch.cat([model.embed(dataset.normalize(chunk, model.data)) for chunk in chunks])
 
 
 def training_split(
-    path: Path, train_config: dict[str, Any], labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    path: Path, train_config: dict[str, Any], labels: Tensor
+) -> tuple[Tensor, Tensor]:
     """The indices, int64, of the images that a checkpoint was trained on, and that it held out."""
-    names = ("val_size", "train_size", "seed")
-    val_size, train_size, seed = (train_config.get(name, 0) for name in names)
+    sizes = [train_config.get(name, 0) for name in ("val_size", "seed", "train_size")]
     try:
-        trained, held_out = dataset.split_indices(labels, val_size, seed)
-        if train_size:
-            trained = trained[dataset.split_indices(labels[trained], train_size, seed)[1]]
+        return dataset.split_indices(labels, *sizes)
     except ValueError as error:
         raise UserError(f"{path} was trained on other images: give their --data-dir") from error
-    return trained, held_out
 
 
 class TrainingImages(NamedTuple):
     """The training images, and what a model makes of those that it was trained on."""
 
-    images: torch.Tensor  # uint8 (N, 1, 28, 28)
-    labels: torch.Tensor  # int64 (N,)
-    trained: torch.Tensor  # the indices of those, int64 (M,)
-    held_out: torch.Tensor  # and of others, for validation
-    tokens: torch.Tensor  # pooled, float16 (M, C)
+    images: Tensor  # uint8 (N, 1, 28, 28)
+    labels: Tensor  # int64 (N,)
+    trained: Tensor  # the indices of those, int64 (M,)
+    held_out: Tensor  # and of others, for validation
+    tokens: Tensor  # pooled, float16 (M, C)
 
 
 def load_training_images(
@@ -60,18 +57,17 @@ def load_training_images(
     images, labels = dataset.load(data_dir, train=True, read_image=image_of)
     trained, held_out = training_split(path, train_config, labels)
     source = checksum(path) + hashlib.sha256(images.numpy()).hexdigest()
-    tokens = None
+    place = path.with_suffix(".similar.pt")
+    kept = dict(source=None)
     with suppress(Exception):  # a missing or damaged file raises one of a dozen types
-        kept = torch.load(path.with_suffix(".similar.pt"), weights_only=True)
-        if kept["source"] == source:
-            tokens = kept["tokens"]
-    if tokens is None:
+        kept = torch.load(place, weights_only=True)
+    if kept["source"] != source:
         chunks = tqdm(images[trained].split(500), "once: training images", leave=False)
         tokens = torch.cat([embed(model, chunk).half() for chunk in chunks])
-        # the folder may be read-only
-        with suppress(RuntimeError), whole_file(path.with_suffix(".similar.pt")) as file:
-            torch.save(dict(source=source, tokens=tokens), file)
-    return TrainingImages(images, labels, trained, held_out, tokens)
+        kept = dict(source=source, tokens=tokens)
+        with suppress(RuntimeError), whole_file(place) as file:  # the folder may be read-only
+            torch.save(kept, file)
+    return TrainingImages(images, labels, trained, held_out, kept["tokens"])
 
 
 def similar_images(
@@ -81,22 +77,25 @@ def similar_images(
 
     By Euclidean distance of pooled tokens. A class nearer than the predicted one is red.
     """
-    token, labels = embed(model, torch.from_numpy(e.image)[None, None]), training.labels
-    cells, limit = [], 0.0
+    token = embed(model, torch.from_numpy(e.image)[None, None])
+    labels = training.labels[training.trained]
+    cells = []
+    nearest = 0.0  # the distance of the class before
     for k in e.probabilities.argsort()[::-1][:2]:
-        members = labels[training.trained] == int(k)
+        members = labels == int(k)
         distances = torch.cdist(token, training.tokens[members].float())[0]
-        distances, places = distances.sort()
-        images = training.images[training.trained[members][places[:count]], 0].numpy()
+        distances, order = distances.sort()
+        index = training.trained[members][order[:count]]
+        panels = [[image] for image in training.images[index, 0].numpy()]
         words = [f"{distance:.2f}" for distance in distances[:count]]
-        color = "crimson" if distances[0] < limit else "black"
+        color = "crimson" if distances[0] < nearest else "black"
         caption = f"nearest training images\nlabelled {e.class_names[k]}"
-        cells.append(Cell([[image] for image in images], caption, words, color))
-        limit = distances[0]
+        cells.append(Cell(panels, caption, words, color))
+        nearest = distances[0]
     return cells
 
 
-def labels_of_nearest(tokens: torch.Tensor, training: TrainingImages) -> torch.Tensor:
+def labels_of_nearest(tokens: Tensor, training: TrainingImages) -> Tensor:
     """What most of the three nearest images are labelled, int64 (N,), of pooled tokens (N, C)."""
     vote = KNeighborsClassifier(3, algorithm="brute")
     vote.fit(training.tokens.float(), training.labels[training.trained])

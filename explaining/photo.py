@@ -77,8 +77,11 @@ def edges(mask: Mask) -> np.ndarray:
 
 def is_stripe(found: Mask, opaque: Mask) -> bool:
     """Whether most rows, or columns, of what was found cross all that is opaque."""
-    crossed = [found.sum(axis) > 0.95 * opaque.sum(axis) for axis in (0, 1)]
-    return max(crossed[axis][found.any(axis)].mean() for axis in (0, 1)) > 0.5
+    for axis in (0, 1):
+        crossed = found.sum(axis) > 0.95 * opaque.sum(axis)
+        if crossed[found.any(axis)].mean() > 0.5:
+            return True
+    return False
 
 
 def fill_transparent(colors: Picture, opacity: Gray) -> Picture:
@@ -167,6 +170,28 @@ def find_garment(colors: Picture) -> tuple[Mask, Gray]:
     return garment, background
 
 
+def find_in_shape(picture: Picture, opacity: Gray) -> tuple[Picture, Mask, Gray] | None:
+    """The garment in a photograph that was cut to a disc or so: colours, garment, background.
+
+    None where the garment itself was cut out.
+    """
+    opaque = opacity > 0.5
+    box = bounding_box(opaque)
+    shape = opaque[box]
+    asymmetry = max((shape != shape[::-1]).mean(), (shape != shape[:, ::-1]).mean())
+    if edges(opaque).mean() <= 0.5 and asymmetry >= 0.02:
+        return None
+    opacity = shrink(opacity[box])
+    colors = fill_transparent(shrink(picture[box]), opacity)
+    garment, background = find_garment(colors)
+    reaches_edges = edges(garment).mean() > 0.25
+    garment &= opacity > 0.5
+    extent = max(garment.any(axis=0).mean(), garment.any(axis=1).mean())
+    if extent <= 0.5 or reaches_edges or is_stripe(garment, opacity > 0.5):
+        return None
+    return colors, garment, background
+
+
 def to_data_set(gray: Gray, opacity: Gray, background: Gray | float) -> np.ndarray:
     """A garment's image, uint8 (28, 28), from its grey, its opacity and the grey behind it."""
     is_lighter = ((gray - background) * opacity).sum() > 0
@@ -193,9 +218,6 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     opaque = opacity > 0.5
     if not opaque.any():
         raise UserError("is transparent all over: use another picture")
-    box = bounding_box(opaque)
-    part = opaque[box]
-    asymmetry = max((part != part[::-1]).mean(), (part != part[:, ::-1]).mean())
     picture = 1 - (1 - colors) * opacity[..., None]
     background = None
     if opaque.all():
@@ -203,15 +225,8 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
         opacity, background = find_garment(colors)
         if not opacity.any():
             raise UserError("is of one even colour or pattern: use another picture")
-    elif edges(opaque).mean() > 0.5 or asymmetry < 0.02:  # as a photograph, cut to a disc or so
-        shape = shrink(opacity[box])
-        part = fill_transparent(shrink(picture[box]), shape)
-        garment, surface = find_garment(part)
-        reaches_edges = edges(garment).mean() > 0.25
-        garment &= shape > 0.5
-        extent = max(garment.any(axis=0).mean(), garment.any(axis=1).mean())
-        if extent > 0.5 and not reaches_edges and not is_stripe(garment, shape > 0.5):
-            colors, opacity, background = part, garment, surface
+    elif found := find_in_shape(picture, opacity):
+        colors, opacity, background = found
     gray = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_RGB2GRAY)
     if background is None:  # white, as the data set's garments had, unless it would vanish there
         background = float((gray * opacity).sum() <= 0.8 * opacity.sum())

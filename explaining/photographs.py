@@ -30,7 +30,7 @@ SEEN = Path(__file__).with_suffix(".csv")
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """The rows of a table with a header."""
+    """The rows of a CSV file with a header."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
@@ -55,17 +55,18 @@ def read_photographs(clone: Path) -> dict[str, np.ndarray]:
     seen = {row["image"]: row["class"] for row in read_table(SEEN)}
     rows = [row for row in rows if class_of(row, seen)]
     paths = [clone / "images" / f"{row['image']}.jpg" for row in rows]
+    images, labels, held_out = [], [], []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        images = list(tqdm(pool.map(image_of, paths), "reading", len(paths)))
-    found = [i for i, image in enumerate(images) if image is not None]
-    if not found:
+        read = tqdm(pool.map(image_of, paths), "reading", len(paths))
+        for row, image in zip(rows, read, strict=True):
+            if image is None:
+                continue
+            images.append(image)
+            labels.append(CLASS_NAMES.index(class_of(row, seen)))
+            held_out.append(int(row["sender_id"]) % 6 == HELD_OUT)
+    if not images:
         raise UserError(f"{clone} has none of its pictures: clone it anew")
-    rows = [rows[i] for i in found]
-    return dict(
-        images=np.stack([images[i] for i in found]),
-        labels=np.uint8([CLASS_NAMES.index(class_of(row, seen)) for row in rows]),
-        held_out=np.array([int(row["sender_id"]) % 6 == HELD_OUT for row in rows]),
-    )
+    return dict(images=np.stack(images), labels=np.uint8(labels), held_out=np.array(held_out))
 
 
 def main() -> None:

@@ -72,9 +72,11 @@ def paint(image: np.ndarray, heatmap: np.ndarray, scale: Scale) -> list[Panel]:
     The largest amount in the heatmap is at most 1. The hotter a place, the more opaque it is.
     """
     colors = scale.color_map((heatmap - scale.lowest) / (1 - scale.lowest), bytes=True)
-    veil, opacity = colors.copy(), np.sqrt(np.abs(heatmap))
+    veil = colors.copy()
+    opacity = np.sqrt(np.abs(heatmap))
     if scale.lowest < 0:  # only the ends' colours: white would hide a dark garment
-        veil, opacity = scale.color_map((np.sign(heatmap) + 1) / 2, bytes=True), np.abs(heatmap)
+        veil = scale.color_map((np.sign(heatmap) + 1) / 2, bytes=True)
+        opacity = np.abs(heatmap)
     veil[..., 3] = np.rint(255 * OPACITY * opacity)
     return [[image], [colors[..., :3]], [image, veil]]
 
@@ -87,10 +89,9 @@ def paint_all(e: Explanation) -> list[list[Panel]]:
 
 def make_cell(e: Explanation) -> Cell:
     """An image on a sheet: input, heatmap, overlay; or input and the overlays of two classes."""
-    painted = paint_all(e)
-    panels = painted[0]
-    if len(painted) == 2:
-        panels = [panels[0], panels[2], painted[1][2]]
+    panels, *others = paint_all(e)
+    if others:
+        panels = [panels[0], panels[2], others[0][2]]
     labels = ["", *(evidence.role() for evidence in e.evidence)]
     caption = f"{e.index}: {e.answer()}".replace(", ", ",\n")
     return Cell(panels, caption, labels, "black" if e.label == e.predicted else "crimson")
@@ -134,7 +135,8 @@ def draw_cell(axes: Axes, cell: Cell) -> None:
 @style.context(["default", FONTS])  # whatever the person's matplotlibrc says
 def save_sheet(folder: Path, sheet: Sheet, scale: Scale, source: str) -> None:
     """Write a sheet as a PNG file; below it stands the source of the heatmaps."""
-    first, columns = sheet.cells[0], min(sheet.columns, len(sheet.cells))
+    first = sheet.cells[0]
+    columns = min(sheet.columns, len(sheet.cells))
     rows = math.ceil(len(sheet.cells) / columns)
     width = 4.3 if sheet.columns > 1 else 3.3 * len(first.panels)  # of a cell, in inches
     lines = 1 + first.caption.count("\n") + bool(first.labels)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            parameters, updates = defaultdict(list), defaultdict(list)
             momentum = group["momentum"]
+            same_size = defaultdict(list)
             for p in group["params"]:
                 if p.grad is None:
                     continue
@@ -45,18 +46,16 @@ class Muon(torch.optim.Optimizer):
                     state["mean"] = torch.zeros_like(p)  # of the gradients
                 state["mean"].lerp_(p.grad, 1 - momentum)
                 update = p.grad.lerp(state["mean"], momentum).flatten(1).float()
-                size = min(update.shape)
-                parameters[size].append(p)
-                updates[size].append(update)
-            for size in updates:
-                orthogonal = orthogonalize(updates[size])
-                for p, update in zip(parameters[size], orthogonal, strict=True):
+                same_size[min(update.shape)].append((p, update))
+            for pairs in same_size.values():
+                parameters, updates = zip(*pairs, strict=True)
+                for p, update in zip(parameters, orthogonalize(updates), strict=True):
                     scale = 0.2 * max(update.shape) ** 0.5
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.sub_(update.view_as(p) * (group["lr"] * scale))
 
 
-def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
+def orthogonalize(matrices: Sequence[Tensor]) -> list[Tensor]:
     """Bring singular values close to 1, by three steps of Newton-Schulz (Jordan et al. 2024).
 
     Those above 0.02 of the matrix's norm end between 0.88 and 1.15, others lower. A step multiplies
@@ -108,7 +107,6 @@ def make_optimizers(
         dict(params=list(matrices.values()), weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
-    # An optimiser of your own: return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]
     optimizers = []
     if kind == "muon":
         outer = [name for name in matrices if name.startswith(FIRST_AND_LAST)]

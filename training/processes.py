@@ -1,11 +1,13 @@
 """CPU threads, the device and its precision, several processes."""
 
+import copy
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -34,12 +36,10 @@ def set_threads(threads: int = 0) -> int:
     These are faster where other programs keep cores busy (`benchmarks/speed.py busy`).
     """
     is_mac = sys.platform == "darwin"  # its matrix products have their own
-    if not threads and ("OMP_NUM_THREADS" in os.environ or is_mac):
-        threads = ALL_THREADS
-    elif not threads:
+    if not threads and not is_mac and "OMP_NUM_THREADS" not in os.environ:
         threads = choose_threads(ALL_THREADS)
-    torch.set_num_threads(threads)
-    return threads
+    torch.set_num_threads(threads or ALL_THREADS)
+    return torch.get_num_threads()
 
 
 def choose_threads(most: int) -> int:
@@ -95,11 +95,25 @@ def bfloat16_speed_up() -> float:
     return rate(partial(train, True)) / rate(partial(train, False))
 
 
-def environment(device: str, precision: str, threads: int) -> str:
+def settle(config: SimpleNamespace) -> tuple[SimpleNamespace, torch.device]:
+    """What "auto" comes to: a copy of the settings, and the device. Meets other processes."""
+    config = copy.copy(config)
+    device = choose_device(config.device)
+    config.device = device.type
+    join(device)
+    threads = set_threads(config.threads)
+    precision = choose_precision(config.precision, device)
+    # All processes, and a resumed run, have to compute alike.
+    config.threads, config.precision = of_the_first((threads, precision))
+    torch.set_num_threads(config.threads)
+    return config, device
+
+
+def environment(config: SimpleNamespace) -> str:
     """What a run computes on, in words."""
-    name = torch.cuda.get_device_name() if device == "cuda" else device
-    words = f"torch {torch.__version__}, {platform.machine()}, {name}, {precision}"
-    return f"{words}, {threads} CPU threads, {count()} processes"
+    name = torch.cuda.get_device_name() if config.device == "cuda" else config.device
+    words = f"torch {torch.__version__}, {platform.machine()}, {name}, {config.precision}"
+    return f"{words}, {config.threads} CPU threads, {count()} processes"
 
 
 def rank() -> int:

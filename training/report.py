@@ -16,7 +16,6 @@ from torch import Tensor
 from common.files import printable, whole_file
 
 Row = dict[str, float]  # the numbers of an epoch
-# Training accuracy looks low, since its images are augmented.
 SPLITS = dict(
     train="train split, as augmented",
     val="val split",
@@ -105,12 +104,10 @@ def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
     }
     for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name in names:
-            rows = [row for row in history if name in row]
-            if rows:
-                epochs = [row["epoch"] for row in rows]
-                values = [row[name] for row in rows]
+            points = [(row["epoch"], row[name]) for row in history if name in row]
+            if points:
                 label = SPLITS.get(name.split("_")[0], name)
-                axes.plot(epochs, values, "o-", markersize=4, label=label)
+                axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
         if title == "accuracy":
             label = f"{SPLITS['test']}: {test_accuracy:.4f}"
             axes.axhline(test_accuracy, color="black", linestyle="--", linewidth=1, label=label)

@@ -41,9 +41,6 @@ class Run:
     labels: Tensor  # int64 (60000,)
     train_index: Tensor  # those to train on, int64 (N,)
     held_out: dict[str, tuple[Tensor, Tensor]]  # images and labels of "val", if any
-    steps: list[int]  # of each epoch
-    pruned: int  # images that each later epoch leaves out
-    warmup_steps: int
     model: HybridClassifier
     optimizers: list[torch.optim.Optimizer]
     teachers: list[nn.Module]
@@ -51,6 +48,9 @@ class Run:
     step: Callable | None = None  # `train.training_step`, or its recording
 
     def __post_init__(self) -> None:
+        self.steps, self.pruned = steps_of_epochs(self.config, len(self.train_index))
+        warmup_steps = self.config.warmup_epochs * self.steps[0]
+        self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
         self.originals = self.images.clone()  # `alternate_flip` changes the others
         self.compiled = self.model  # or what torch.compile makes of it
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # averaged weights
@@ -66,6 +66,21 @@ class Run:
     @property
     def folder(self) -> Path:
         return user_path(self.config.output_dir)
+
+
+def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
+    """The steps of each epoch, and how many of `size` images later epochs prune."""
+    pruned = 0
+    if config.epochs > 1:
+        pruned = round(config.skip_easy * dataset.EASY_SHARE * size)
+    later = (size - pruned) // config.batch_size
+    steps = [size // config.batch_size] + [later] * (config.epochs - 1)
+    if not steps[-1] or config.batch_size % processes.count():
+        advice = f"give at most {size - pruned:,}"
+        if processes.count() > 1:
+            advice += f", divisible by the {processes.count()} processes"
+        raise UserError(f"--batch-size {config.batch_size}: {advice}")
+    return steps, pruned
 
 
 # ---- The folder ----
@@ -134,9 +149,8 @@ def best_epoch(run: Run) -> int:
 
 def contents_of(run: Run) -> dict[str, Any]:
     """What a checkpoint holds besides the weights."""
-    config = run.config
-    environment = processes.environment(config.device, config.precision, config.threads)
-    return dict(train_config=vars(config), history=run.history, environment=environment)
+    environment = processes.environment(run.config)
+    return dict(train_config=vars(run.config), history=run.history, environment=environment)
 
 
 def save_best(run: Run) -> None:
