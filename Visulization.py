@@ -355,12 +355,7 @@ def parse_arguments() -> Namespace:
 
 def choose_paths(args: Namespace) -> None:
     """Settle the checkpoint, and the folder of the pictures."""
-    default = SHIPPED_CHECKPOINT
-    if args.image and PHOTOGRAPHS_CHECKPOINT.exists():
-        default = PHOTOGRAPHS_CHECKPOINT
-    elif args.image and not args.checkpoint:
-        advice = "the record answers, which was trained on no photographs"
-        print(f"note: {PHOTOGRAPHS_CHECKPOINT} is missing: {advice}")
+    default = PHOTOGRAPHS_CHECKPOINT if args.image else SHIPPED_CHECKPOINT
     # no shell expands --checkpoint=~/best.pt
     args.checkpoint = path = user_path(args.checkpoint or default).resolve()
     folder = "" if path == default else f"{path.parent.name}_{path.stem}"
