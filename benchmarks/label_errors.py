@@ -16,6 +16,7 @@ from sklearn.model_selection import StratifiedKFold
 
 import train
 from explaining.features import TrainingImages, embed, labels_of_nearest
+from training.runs import steps_of_epochs
 
 # Images of the paper's authors (Mueller & Markert 2019, arXiv 1912.05283) in
 # https://github.com/zalandoresearch/fashion-mnist/issues/166 and their repository; the paper names
@@ -36,7 +37,7 @@ def fold(data_dir: str, number: int, folds: list) -> dict[str, torch.Tensor]:
     config = results.settings("fast", seed=number, data_dir=data_dir)
     run = train.start_run(config)
     run.train_index, held_out = map(torch.from_numpy, folds[number])
-    run.steps, run.pruned = train.steps_of_epochs(run.config, len(run.train_index))
+    run.steps, run.pruned = steps_of_epochs(run.config, len(run.train_index))
     for epoch in range(config.epochs):
         train.train_epoch(run, epoch)
     model, images, labels = run.ema.eval(), run.originals, run.labels
