@@ -3,15 +3,17 @@
 import signal
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import dataset
 import train
 from common.files import checksum
-from model import HybridClassifier, ModelConfig, load_checkpoint
+from model import SHIPPED_CHECKPOINT, HybridClassifier, ModelConfig, load_checkpoint
 from training.settings import choose_settings, flag
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +86,11 @@ def small_model():
     return HybridClassifier(SMALL_MODEL).eval()
 
 
+@pytest.fixture(scope="session")
+def shipped():
+    return load_checkpoint(SHIPPED_CHECKPOINT)[0]
+
+
 @pytest.fixture
 def run_config(small_data, tmp_path):
     """Makes the configuration of a run that saves in the folder "run"."""
@@ -93,6 +100,21 @@ def run_config(small_data, tmp_path):
         return choose_settings(train.SETTINGS, train.RECIPES, given | changes)
 
     return make
+
+
+@pytest.fixture
+def teacher(run_config, tmp_path):
+    """The checkpoint of a run of one epoch."""
+    return train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """Four photographs, grey values 1 to 4, of the classes 5 to 8; the third is held out."""
+    images = np.zeros((4, 28, 28), np.uint8) + np.arange(1, 5, dtype=np.uint8)[:, None, None]
+    held_out = np.array([False, False, True, False])
+    np.savez(tmp_path / "a.npz", images=images, labels=np.uint8([5, 6, 7, 8]), held_out=held_out)
+    return str(tmp_path / "a.npz")
 
 
 def flags_of(settings):
@@ -112,20 +134,26 @@ def flags(small_data):
 
 
 @pytest.fixture
-def main(monkeypatch, tmp_path):
-    """Runs train.py in this process, in an empty folder; returns its exit status or error."""
-    before = signal.getsignal(signal.SIGTERM)
+def script(monkeypatch, tmp_path):
+    """Runs a script in this process, in an empty folder; returns its exit status or error."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
 
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags)])
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         try:
-            train.main()
+            module.main()
         except SystemExit as end:
             return end.code
         return 0
 
-    yield run
+    return run
+
+
+@pytest.fixture
+def main(script):
+    before = signal.getsignal(signal.SIGTERM)
+    yield partial(script, train)
     signal.signal(signal.SIGTERM, before)
 
 

@@ -39,7 +39,7 @@ def packed(folder, target):
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def assert_is_tiny(folder):
@@ -51,12 +51,14 @@ def assert_is_tiny(folder):
 
 def test_the_splits_are_the_published_ones(data_dir, test_split):
     images, labels = dataset.load(data_dir, train=True)
-    assert images.shape == (60_000, 1, 28, 28) and labels.bincount().tolist() == [6000] * 10
-    assert len(test_split[0]) == 10_000 and test_split[1].bincount().tolist() == [1000] * 10
+    assert images.shape == (60_000, 1, 28, 28) and len(test_split[0]) == 10_000
     assert list(dataset.CLASS_NAMES) == FashionMNIST.classes
     pixels = images.double() / 255
     assert pixels.mean().item() == pytest.approx(dataset.MEAN, abs=5e-5)
     assert pixels.std().item() == pytest.approx(dataset.STD, abs=5e-5)
+    # Otherwise those that learn from the shipped model would be trained on its validation images.
+    val = dataset.split_indices(labels, 5000, seed=0)[1]
+    assert (val[:5].tolist(), val.sum().item()) == ([1, 14, 16, 25, 30], 147_303_911)
 
 
 @pytest.mark.parametrize("place", ["", "FashionMNIST/raw"])
@@ -65,8 +67,8 @@ def test_files_are_read_where_they_lie_and_nothing_is_written(tiny, tmp_path, mo
     assert_is_tiny(tmp_path / "packed")
     (folder / f"{NAMES[0]}.gz").unlink()
     (folder / NAMES[0]).write_bytes((tiny / NAMES[0]).read_bytes())  # not compressed
-    (folder / f"{NAMES[1]}.gz").write_bytes((tiny / NAMES[1]).read_bytes())  # nor this one
-    (folder / f"{NAMES[3]}.gz").rename(folder / NAMES[3])  # but this one
+    (folder / NAMES[1]).mkdir()  # what was unpacked into a folder of its own
+    (folder / f"{NAMES[3]}.gz").rename(folder / NAMES[3])  # compressed
     before = contents(folder)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_is_tiny("~/packed")
@@ -75,23 +77,16 @@ def test_files_are_read_where_they_lie_and_nothing_is_written(tiny, tmp_path, mo
     assert contents(folder) == before and not (tmp_path / "empty").exists()
 
 
-DAMAGE = {
-    "a web page": lambda good: b"<html>please log in</html>",
-    "a truncated archive": lambda good: gzip.compress(good)[:-20],
-    "a damaged archive": lambda good: gzip.compress(good)[:10] + b"\xff" * 9,
-    "another data set's": lambda good: gzip.compress(good[::-1]),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_another_file_stops_and_is_left_as_it_is(tiny, tmp_path, monkeypatch, damage):
+def test_another_file_stops_and_is_left_as_it_is(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "DEBIAN_FOLDER", tiny)  # nor is an installed package taken
-    path = tmp_path / f"{NAMES[1]}.gz"
-    wrong = DAMAGE[damage]((tiny / NAMES[1]).read_bytes())
-    path.write_bytes(wrong)
-    with pytest.raises(UserError, match=f"{path} is damaged, or not of Fashion-MNIST: "):
-        dataset.load(tmp_path, train=True)
-    assert path.read_bytes() == wrong
+    path, good = tmp_path / f"{NAMES[1]}.gz", (tiny / NAMES[1]).read_bytes()
+    packed = gzip.compress(good)
+    damaged = packed[:-20], packed[:10] + b"\xff" * 9
+    for wrong in (b"<html>please log in</html>", gzip.compress(good[::-1]), *damaged):
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match=f"{path} is damaged, or not of Fashion-MNIST: "):
+            dataset.load(tmp_path, train=True)
+        assert path.read_bytes() == wrong
 
 
 @pytest.fixture
@@ -157,7 +152,6 @@ def test_the_validation_split_is_stratified_and_disjoint():
     train, val = dataset.split_indices(labels, 55, seed=0)
     assert labels[val].bincount().tolist() == list(range(1, 11))  # a tenth of each
     assert torch.equal(torch.cat([train, val]).sort().values, torch.arange(550))
-    assert torch.equal(train, train.sort().values)
     assert not torch.equal(val, dataset.split_indices(labels, 55, seed=1)[1])
     everything, nothing = dataset.split_indices(labels, 0, seed=0)
     assert torch.equal(everything, torch.arange(550)) and nothing.tolist() == []
@@ -243,7 +237,7 @@ def test_erase_fills_rectangles_of_the_given_areas_with_noise():
     assert shares.mean().item() == pytest.approx(0.175, abs=0.005)  # uniform
     aspects = (height / width)[(shares > 0.18) & (shares < 0.29)].log() / math.log(3.3)
     assert aspects.abs().max().item() == pytest.approx(1, abs=0.12)
-    assert (aspects.mean(), aspects.abs().mean()) == pytest.approx((0, 0.5), abs=0.08)
+    assert aspects.mean().abs() < 0.08  # tall and wide are as likely
     for lines, size in ((rows, height), (columns, width)):  # from edge to edge
         free = (lines.int().argmax(dim=1) / (28 - size))[size < 12]
         assert (free.min(), free.max()) == (0, 1) and (free.mean() - 0.5).abs() < 0.03
@@ -312,20 +306,10 @@ def test_a_stretched_garment_fills_the_frame(monkeypatch, draw, size, new_size):
     assert sides == pytest.approx(new_size, abs=0.6)
 
 
-def test_the_split_of_the_shipped_checkpoint_stays_what_it_was(data_dir):
-    # Otherwise those that learn from it would be trained on its validation images.
-    val = dataset.split_indices(dataset.load(data_dir, train=True)[1], 5000, seed=0)[1]
-    assert (val[:5].tolist(), val.sum().item()) == ([1, 14, 16, 25, 30], 147_303_911)
-
-
-def test_what_cannot_be_read_is_refused(tmp_path, monkeypatch):
+def test_a_file_that_may_not_be_read_is_refused(tiny, monkeypatch):
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
-    (tmp_path / "train-labels-idx1-ubyte").mkdir()  # an archive unpacked into a folder
-    assert dataset._read(tmp_path / "train-labels-idx1-ubyte") == b""
-    path = tmp_path / "file"
-    path.touch()
-    monkeypatch.setattr(type(path), "read_bytes", refuse)
+    monkeypatch.setattr(type(tiny), "read_bytes", refuse)
     with pytest.raises(UserError, match="Permission denied; make it readable"):
-        dataset._read(path)
+        dataset.load(tiny, train=True)

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from captum.attr import LayerGradCam, LayerGradientXActivation
+from captum.attr import LayerGradientXActivation
+from conftest import assert_identical
 from torchvision import models
 
 import dataset
 from gradcam import GradCAM, shares_of_evidence, tokens_to_grid
-from model import SHIPPED_CHECKPOINT, load_checkpoint
 
 
 @pytest.fixture
@@ -40,6 +40,19 @@ class OnPaper(nn.Module):
             terms = [(output * gradient).sum(dim=(1, 2, 3)) for gradient in gradients]
             logits = logits + torch.stack(terms, dim=1)
         return logits
+
+
+class Made(nn.Module):
+    """A small convolutional network whose forward pass is given."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.same, self.head = nn.Identity(), nn.Linear(4, 2)
+        self.run = forward
+
+    def forward(self, x):
+        return self.run(self, x)
 
 
 # One image, two channels, 2 x 2 places. Mean gradients 1 and -0.5.
@@ -136,7 +149,6 @@ def test_the_grid_has_the_shape_of_the_image(shape, image_size, expected):
 @pytest.mark.parametrize(
     "shape, image_size, ways",
     [
-        ((2, 17, 5), (32, 32), 0),  # a class token
         ((2, 20, 5), (28, 28), 0),  # 16 patches and 4 registers, but also 4x5
         ((2, 1, 5), (28, 28), 0),
         ((2, 10), (28, 28), 0),
@@ -164,9 +176,8 @@ class Encoder(nn.Module):
         return self.layer(tokens).std(dim=1 - self.batch)
 
 
-@pytest.mark.parametrize("n", [4, 16])  # 16 images of 16 tokens
-def test_the_batch_has_to_come_first(n):
-    first, second, x = Encoder(0), Encoder(1), torch.rand(n, 1, 28, 28)
+def test_the_batch_has_to_come_first():
+    first, second, x = Encoder(0), Encoder(1), torch.rand(16, 1, 28, 28)  # of 16 tokens
     second.load_state_dict(first.state_dict())
     with pytest.raises(ValueError, match="give `reshape`"):
         GradCAM(second, "layer")(x)
@@ -174,43 +185,17 @@ def test_the_batch_has_to_come_first(n):
     torch.testing.assert_close(cam(x), GradCAM(first, "layer", "layercam")(x))
 
 
-@pytest.mark.parametrize("reshape", [lambda t: t, lambda t: t[1:].mT.unflatten(2, (7, 7))])
-def test_a_reshape_that_returns_no_grids_is_refused(small_model, x, reshape):
-    with pytest.raises(ValueError, match=r"no grid .* of 6 images"):
-        GradCAM(small_model, "blocks.0", reshape=reshape)(x)
+def test_a_reshape_that_returns_no_grids_is_refused(small_model, x):
+    for reshape in (lambda t: t, lambda t: t[1:].mT.unflatten(2, (7, 7))):
+        with pytest.raises(ValueError, match=r"no grid .* of 6 images"):
+            GradCAM(small_model, "blocks.0", reshape=reshape)(x)
 
 
-# ---- Against another implementation ----
-
-
-@pytest.mark.parametrize("layer", ["stem.first", "stem.down2.0.0"])
-def test_maps_agree_with_captum(small_model, x, layer):
-    target = torch.tensor([0, 9, 3, 3, 6, 1])
-    versus = torch.tensor([1, 0, 6, 4, 2, 8])
-    cam = GradCAM(small_model, layer)
-    maps, contrasts = cam(x, target, normalize=False), cam(x, target, versus, normalize=False)
-    module = small_model.get_submodule(layer)
-
-    def difference(images):
-        logits, rows = small_model(images), torch.arange(6)
-        return logits[rows, target] - logits[rows, versus]
-
-    positive = LayerGradCam(small_model, module).attribute(x, target, relu_attributions=True)
-    signed = LayerGradCam(difference, module).attribute(x)
-    assert maps.any() and contrasts.min() < 0 < contrasts.max()
-    for found, expected in ((maps, positive), (contrasts, signed)):
-        expected = F.interpolate(expected, (28, 28), mode="bilinear")[:, 0].detach()
-        torch.testing.assert_close(found, shares(expected), rtol=1e-4, atol=1e-7)
-
-
-def test_hirescam_in_front_of_a_layer_norm_has_no_evidence_and_no_other_map_is_lost(test_split):
-    model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
-    x = dataset.normalize(test_split[0][:50])
-    predicted = model(x).argmax(dim=1)
-    cam = GradCAM(model, "blocks.0", "hirescam")
-    assert not cam(x).any() and not cam(x, predicted, versus=(predicted + 1) % 10).any()
-    for method, layers in (("layercam", model.stage_ends()[:2]), ("gradcam", "blocks.0")):
-        assert GradCAM(model, layers, method)(x).amax(dim=(1, 2)).tolist() == [1] * 50
+def test_hirescam_in_front_of_a_layer_norm_has_no_evidence_and_no_other_map_is_lost(shipped, x):
+    cam = GradCAM(shipped, "blocks.0", "hirescam")
+    assert not cam(x).any() and not cam(x, 1, versus=2).any()
+    for method, layers in (("layercam", shipped.stage_ends()[:2]), ("gradcam", "blocks.0")):
+        assert GradCAM(shipped, layers, method)(x).amax(dim=(1, 2)).tolist() == [1] * 6
 
 
 # ---- Calls and hooks ----
@@ -258,29 +243,18 @@ def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
         cam(x)
         cam(torch.zeros(2, 3, 28, 28))
     assert settings(small_model) == before
-    for name, buffer in small_model.named_buffers():
-        assert torch.equal(buffer, statistics[name])
+    assert_identical(dict(small_model.named_buffers()), statistics)
 
 
-class Gate(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3, padding=1)
-
-    def forward(self, x):
-        return (self.conv(x) * x).mean(dim=(2, 3))
-
-
-@pytest.mark.parametrize("model, layer", [(None, "blocks.0"), (Gate(), "conv")])
-def test_it_works_where_gradients_are_switched_off(small_model, x, model, layer):
-    model = model or small_model
-    cam = GradCAM(model, layer, "hirescam")
-    predicted = model(x).argmax(dim=1)
-    maps = cam(x)
+def test_it_works_where_gradients_are_switched_off(x):
+    model = Made(lambda model, x: (model.conv(x) * x).mean(dim=(2, 3)))  # autograd saves x
+    cam = GradCAM(model, "conv", "hirescam")
+    maps = cam(x, 1)
+    assert maps.any()
     with torch.no_grad():
-        assert torch.equal(maps, cam(x))
+        assert torch.equal(maps, cam(x, 1))
     with torch.inference_mode():
-        assert torch.equal(maps, cam(x * 1, predicted * 1))
+        assert torch.equal(maps, cam(x * 1, torch.ones(6)))
 
 
 def test_of_a_layer_that_runs_twice_either_run_is_explained_and_either_name_finds_it():
@@ -297,17 +271,12 @@ def test_of_a_layer_that_runs_twice_either_run_is_explained_and_either_name_find
             GradCAM(model, "layers.0", run=run)(IMAGE)
 
 
-@pytest.mark.parametrize("target", [10, -1, [1, 2], [0.5] * 6, [0, 0, 0, 0, 0, 10]])
+@pytest.mark.parametrize("target", [10, -1, [1, 2], [0.5] * 6])
 def test_impossible_classes_are_refused(small_model, x, target):
     with pytest.raises(ValueError, match="target_class: give"):
         GradCAM(small_model, "blocks.0")(x, target)
     with pytest.raises(ValueError, match="versus: give"):
         GradCAM(small_model, "blocks.0")(x, 0, versus=target)
-
-
-def test_an_empty_batch_has_no_maps(small_model, x):
-    with GradCAM(small_model, ["stem.first", "blocks.0"]) as cam:
-        assert cam(x[:0]).shape == cam(x[:0], torch.arange(0), versus=3).shape == (0, 28, 28)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +286,6 @@ def test_an_empty_batch_has_no_maps(small_model, x):
         (nn.Identity(), "gradcam", r"no layer Identity\(\)"),
         ("head", "gradcam", "fits the 28x28 image in 0 ways"),
         ("blocks", "gradcam", "returns 0 tensors"),
-        ([], "gradcam", "no gradient"),
         ("blocks.0", "scam", "'scam' is none of the methods gradcam, .*layercam"),
     ],
 )
@@ -331,32 +299,23 @@ def test_layers_without_places_and_unknown_names_are_refused(small_model, x, lay
 
 def test_a_layer_that_an_in_place_operation_follows():
     torch.manual_seed(0)
-    model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5).eval()
-    layers, x = ["bn1", "layer1.0.bn1", "layer2.0.bn1"], torch.rand(2, 3, 64, 64)
-    contrasts = GradCAM(model, layers)(x, 1, versus=0)
-    for module in model.modules():
-        if isinstance(module, nn.ReLU):
-            module.inplace = False
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(inplace=True), nn.Flatten())
+    model.append(nn.Linear(6 * 6 * 6, 2))  # six channels of 6x6: those of a convolution are first
+    cam, x = GradCAM(model, "0"), torch.rand(2, 1, 8, 8)
+    contrasts = cam(x, 1, versus=0)
+    model[1].inplace = False
     assert contrasts.min() < 0
-    torch.testing.assert_close(contrasts, GradCAM(model, layers)(x, 1, versus=0))
-
-
-class Passing(nn.Module):
-    """An identity in a branch, beside which its input goes on."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.branch, self.head = nn.Conv2d(1, 3, 1), nn.Identity(), nn.Linear(3, 2)
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.head((5 * x + self.branch(x) ** 2).mean(dim=(2, 3)))
+    torch.testing.assert_close(contrasts, cam(x, 1, versus=0))
 
 
 def test_a_layer_that_hands_on_its_input_has_its_own_gradient():
+    def beside_its_input(model, x):
+        x = model.conv(x)
+        return model.head((5 * x + model.same(x) ** 2).mean(dim=(2, 3)))
+
     torch.manual_seed(0)
-    model, x, maps = Passing(), torch.rand(2, 1, 4, 4), []
-    for layers in ("first", "branch", ["first", "branch"]):
+    model, x, maps = Made(beside_its_input), torch.rand(2, 1, 8, 8), []
+    for layers in ("conv", "same", ["conv", "same"]):
         maps.append(GradCAM(model, layers, "hirescam")(x, 0, versus=1, normalize=False))
     torch.testing.assert_close(maps[2], (maps[0] + maps[1]) / 2)
 
@@ -375,38 +334,26 @@ def test_patches_behind_a_class_token():
     torch.testing.assert_close(maps, shares(expected), rtol=1e-3, atol=1e-5)
 
 
-class Ending(nn.Module):
-    """A small convolutional network with another end."""
-
-    def __init__(self, end):
-        super().__init__()
-        self.conv, self.head, self.end = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4, 3), end
-
-    def forward(self, x):
-        return self.end(self, self.conv(x))
-
-    def logits(self, x):
-        return self.head(x.mean(dim=(2, 3)))
+def logits(model, x):
+    return model.head(model.conv(x).mean(dim=(2, 3)))
 
 
 @pytest.mark.parametrize(
-    "end, words",
+    "forward, words",
     [
-        (lambda model, x: (model.logits(x), x), "returns logits"),
-        (lambda model, x: model.logits(x)[:, 0], "returns logits"),
-        (torch.no_grad()(lambda model, x: model.logits(x)), "no gradient"),
-        (lambda model, x: model.logits(torch.ones_like(x)), "no gradient"),
+        (lambda model, x: (logits(model, x), x), "returns logits"),
+        (lambda model, x: logits(model, x)[:, 0], "returns logits"),
+        (torch.no_grad()(logits), "no gradient"),
+        (lambda model, x: logits(model, x).detach(), "no gradient"),
     ],
 )
-def test_models_that_cannot_be_explained_are_refused(end, words):
+def test_models_and_images_that_cannot_be_explained_are_refused(forward, words):
+    cam = GradCAM(Made(forward), "conv")
     with pytest.raises(ValueError, match=words):
-        GradCAM(Ending(end), "conv")(torch.rand(2, 1, 8, 8))
-
-
-def test_images_that_are_not_one_batch_are_refused(small_model):
+        cam(torch.rand(2, 1, 8, 8))
     for images in (IMAGE, IMAGE), IMAGE[0]:
         with pytest.raises(ValueError, match=r"one tensor \(N, channels, H, W\)"):
-            GradCAM(small_model, "blocks.0")(images)
+            cam(images)
 
 
 def test_a_compiled_model_has_the_maps_of_the_original(small_model, x):

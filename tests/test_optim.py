@@ -14,15 +14,7 @@ import dataset
 from common.files import UserError
 from model import HybridClassifier
 from training import optim
-from training.optim import (
-    Muon,
-    check_optimizers,
-    learning_rate,
-    make_optimizers,
-    take_step,
-    update_ema,
-    whiten_first_layer,
-)
+from training.optim import Muon, check_optimizers, make_optimizers, whiten_first_layer
 
 
 @pytest.mark.parametrize(
@@ -30,9 +22,9 @@ from training.optim import (
 )
 def test_the_learning_rate_warms_up_and_falls(schedule, middle):
     for step, value in {0: 0.05, 4: 0.25, 9: 0.5, 10: 0.5, 35: middle, 60: 0.25, 110: 0.0}.items():
-        rate = learning_rate(step, total_steps=110, warmup_steps=10, peak=0.5, schedule=schedule)
+        rate = optim.learning_rate(step, 110, warmup_steps=10, peak=0.5, schedule=schedule)
         assert rate == pytest.approx(value, abs=1e-9)
-    assert learning_rate(0, total_steps=10, warmup_steps=0, peak=0.5, schedule=schedule) == 0.5
+    assert optim.learning_rate(0, 10, warmup_steps=0, peak=0.5, schedule=schedule) == 0.5
 
 
 # ---- The first layer ----
@@ -68,7 +60,7 @@ def test_the_average_copies_what_small_steps_would_not_change(decay, average):
         module.bias.data = module.bias.data.bfloat16()
         for tensor in module.state_dict().values():
             tensor.fill_(value)
-    update_ema(ema, model, decay)
+    optim.update_ema(ema, model, decay)
     found = {name: tensor.item() for name, tensor in ema.state_dict().items()}
     averaged = dict.fromkeys(("weight", "running_mean", "running_var"), pytest.approx(average))
     assert found == averaged | dict(bias=8, num_batches_tracked=8)
@@ -83,7 +75,7 @@ def test_the_gradient_of_all_weights_together_is_clipped(limit, clipped):
     for p, gradient in zip(model, (3.0, 4.0), strict=True):  # of the norm 5
         p.grad = torch.tensor([gradient])
     ema, optimizers = copy.deepcopy(model), [torch.optim.SGD(model.parameters(), lr=7.0)]
-    take_step(model, ema, optimizers, 0.1, 0.1, limit)
+    optim.take_step(model, ema, optimizers, 0.1, 0.1, limit)
     expected = [1 - 0.3 * clipped, 1 - 0.4 * clipped]
     assert [p.item() for p in model] == pytest.approx(expected, rel=1e-5)
     assert all(p.grad is None for p in model)  # used up

