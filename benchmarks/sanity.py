@@ -13,7 +13,8 @@ from collections.abc import Iterator
 
 import results
 import torch
-from faithfulness import candidate_maps, candidate_name, rank_correlation
+from faithfulness import Candidate, candidate_maps, candidate_name, rank_correlation
+from torch import Tensor
 
 import dataset
 from explaining.explanation import classify
@@ -44,25 +45,33 @@ def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, Hybr
         yield name, changed
 
 
+def correlations(
+    model: HybridClassifier, chosen: list[Candidate], images: Tensor
+) -> Iterator[tuple[str, results.Row]]:
+    """What the candidates' maps are compared with, and the correlation of each."""
+    ranking = classify(model, images).argsort(dim=1, descending=True)
+    maps = candidate_maps(model, chosen, images, ranking[:, 0])
+    others = {}
+    for what, place in (("second likeliest", 1), ("least likely", -1)):
+        found = candidate_maps(model, chosen, images, ranking[:, place])
+        others[f"the map of the {what} class"] = found
+    for part, changed in randomized_from_the_top(model):
+        if part in PARTS:
+            found = candidate_maps(changed, chosen, images, ranking[:, 0])
+            others[f"random from the top to {part}"] = found
+    for what, other in others.items():
+        row = {}
+        for name in maps:
+            row[name] = rank_correlation(maps[name], other[name], images).mean().item()
+        yield what, row
+
+
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     """A row for each of the other maps."""
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
     images = dataset.load(args.data_dir, train=False)[0][:200]
-    ranking = classify(model, images).argsort(dim=1, descending=True)
-    maps = candidate_maps(model, CANDIDATES, images, ranking[:, 0])
-    others = {}
-    for what, place in (("second likeliest", 1), ("least likely", -1)):
-        found = candidate_maps(model, CANDIDATES, images, ranking[:, place])
-        others[f"the map of the {what} class"] = found
-    for part, changed in randomized_from_the_top(model):
-        if part in PARTS:
-            found = candidate_maps(changed, CANDIDATES, images, ranking[:, 0])
-            others[f"random from the top to {part}"] = found
-    for what, other in others.items():
-        row = dict(compared_with=what)
-        for name in maps:
-            row[name] = rank_correlation(maps[name], other[name], images).mean().item()
-        yield row
+    for what, found in correlations(model, CANDIDATES, images):
+        yield dict(compared_with=what) | found
 
 
 def main() -> None:

@@ -25,10 +25,20 @@ except ImportError as error:  # most servers have no libGL.so.1
 
 # Without PostScript: it is a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
+WHITES = 1, 255, 1023, 4095, 16383, 65535  # of fractions, and of 8, 10, 12, 14 and 16 bits
 
 Picture = np.ndarray  # RGB, float32 (H, W, 3), 0 to 1
 Gray = np.ndarray  # also opacity: float32 (H, W), 0 to 1
 Mask = np.ndarray  # bool (H, W)
+
+
+def scale_to_white(values: np.ndarray) -> np.ndarray:
+    """Values as fractions of the lowest usual white that holds them: few files name theirs."""
+    values = np.nan_to_num(values, posinf=0, neginf=0)
+    highest = values.max()
+    # sharpening exceeds white a little
+    white = next((white for white in WHITES if 1.1 * white >= highest), highest)
+    return np.clip(values / white, 0, 1)
 
 
 def decode(path: str | Path) -> tuple[Picture, Gray]:
@@ -41,14 +51,16 @@ def decode(path: str | Path) -> tuple[Picture, Gray]:
             picture.load()
             with suppress(Exception):  # damaged orientation data is no reason to give up
                 picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith(("I", "F")):  # Pillow would cut its values off
-                raise ValueError("it has more than 8 bits")
-            picture = picture.convert("RGBA")
+            is_deep = picture.mode.startswith(("I", "F"))  # grey, of more than 8 bits
+            picture = picture.convert("F" if is_deep else "RGBA")
             picture.thumbnail((512, 512), Image.BOX)
             pixels = np.asarray(picture, np.float32)
     except Exception as error:  # Pillow raises many types
         reason = str(error) or type(error).__name__
         raise UserError(f"cannot be read ({reason}): export it as PNG or JPEG") from error
+    if is_deep:
+        gray = scale_to_white(pixels)
+        return np.dstack([gray] * 3), np.ones_like(gray)
     return pixels[..., :3] / 255, pixels[..., 3] / 255
 
 

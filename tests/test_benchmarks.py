@@ -73,10 +73,10 @@ def test_the_best_heatmap_won_on_training_images_and_beats_the_baselines_on_test
     faithfulness,
 ):
     table = results.read(FOLDER / "faithfulness.csv")
-    best = faithfulness.winner([row for row in table if row["split"] == "training"])
     layers = faithfulness.default_layers(load_checkpoint(SHIPPED_CHECKPOINT)[0])
-    default = faithfulness.METHOD, faithfulness.LOG_ODDS, layers
-    assert best == faithfulness.candidate_name(*default)
+    best = faithfulness.candidate_name(faithfulness.METHOD, faithfulness.LOG_ODDS, layers, False)
+    for split in ("training", "second look"):
+        assert faithfulness.winner([row for row in table if row["split"] == split]) == best
     test = {row["map"]: row for row in table if row["split"] == "test"}
     shares = {name: float(row["beats_chance"]) for name, row in test.items()}
     assert max(shares, key=shares.get) == best
@@ -160,6 +160,14 @@ def test_the_sensitivity_of_a_map_is_its_largest_change():
     x, labels = torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.long)
     assert truth.max_sensitivity(moved, x, labels) == pytest.approx(2**0.5)
     assert truth.max_sensitivity(lambda x, y: torch.ones(len(x), 28, 28), x, labels) == 0
+
+
+def test_known_wrong_labels_are_looked_for_among_the_most_confident_errors():
+    import label_errors
+
+    index = torch.tensor([7, label_errors.KNOWN[0], 9, label_errors.KNOWN[1]])
+    row = label_errors.ranking("the model", index, torch.tensor([0.9, 0.5, 0.4, 0.8]))
+    assert (row["images"], row["known"], row["ranks"]) == (4, 2, "2 3")
 
 
 def test_the_nearest_image_gives_alarms_and_lowest_confidence_as_many():

@@ -476,9 +476,7 @@ def test_an_unsure_answer_says_what_else_it_may_be(
     assert np.array_equal(cell.panels[1][0], image)
 
 
-def test_pictures_have_a_model_of_their_own(
-    run, drawn, capsys, tmp_path, small_model, of_photographs
-):
+def test_pictures_have_a_model_of_their_own(run, drawn, tmp_path, small_model, of_photographs):
     def source(*flags):
         drawn.clear()
         assert run(*flags) == 0
@@ -493,11 +491,6 @@ def test_pictures_have_a_model_of_their_own(
     assert source("--image", "x.png", *record) == ("shipped_model", "record")
     save_checkpoint(tmp_path / "mine" / "best.pt", small_model)
     assert source("--index", 0, "--checkpoint=~/mine/best.pt") == ("mine_best", "mine/best.pt")
-    of_photographs.unlink()
-    capsys.readouterr()
-    assert source("--image", "x.png") == ("pictures", "record")
-    (note, *_) = capsys.readouterr().out.splitlines()
-    assert note.startswith(f"note: {of_photographs} is missing: the record answers, ")
 
 
 # ---- What is refused ----
