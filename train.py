@@ -59,6 +59,7 @@ SETTINGS: Table = dict(
     val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
     train_size=(0, (0, INF), "train on only this many of the others; 0: on all"),
     skip_easy=(0.95, (0.0, 1.0), "pruned share of the easiest 60 % of images after epoch 1"),
+    mean_losses=(False, None, "prune by the mean of an image's last losses"),
     photographs=("", None, "archive of explaining/photographs.py, to train on as well"),
     repeat=(1, (1, INF), "how often an epoch shows each photograph"),
     # augmentation
@@ -70,6 +71,7 @@ SETTINGS: Table = dict(
     cutmix=(0.2, (0.0, 1.0), "probability that a rectangle is another image's, with its label"),
     rotate=(0.0, (0.0, 180.0), "rotate an eighth of the images by up to this many degrees"),
     noise=(0.0, (0.0, 1.0), "add noise to an eighth, of up to this standard deviation"),
+    jitter=(0.0, (0.0, 1.0), "change brightness and contrast by up to this much"),
     stretch=(1.0, (1.0, 10.0), "make garments up to this many times wider or narrower"),
     # model
     start=("", None, "checkpoint whose weights training starts from"),
@@ -92,6 +94,7 @@ SETTINGS: Table = dict(
     schedule=("cosine", ("cosine", "linear"), "how the learning rate falls to 0"),
     warmup_epochs=(1.0, (0.0, INF), "linear warm-up, at most a quarter of the run"),
     weight_decay=(0.15, (0.0, INF), "decoupled decay of matrices and filters"),
+    freeze_after=(0, (0, INF), "freeze the stem up to 14x14 after this many epochs; 0: never"),
     label_smoothing=(0.0, (0.0, 0.99), "share of the target spread over all classes"),
     ema_decay=(0.999, (0.0, 0.999999), "decay of the averaged weights; 0: no average"),
     grad_clip=(1.0, (0.0, INF), "maximum gradient norm; 0 disables clipping"),
@@ -262,7 +265,11 @@ def augmented_batch(
     if config.cutmix:
         targets = F.one_hot(labels, len(data.class_names)).float()
         images, labels = dataset.cutmix(images, targets, generator, config.cutmix)
-    return dataset.normalize(images, data), labels
+    x = dataset.normalize(images, data)
+    if config.jitter:
+        brightness, contrast = 2 * torch.rand(2, len(x), 1, 1, 1, generator=generator) - 1
+        x = x * (1 + config.jitter * contrast) + config.jitter * brightness
+    return x, labels
 
 
 # ---- The loss ----
@@ -354,6 +361,10 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     bar = tqdm(batches, f"epoch {epoch + 1}", leave=False, disable=is_silent)
     outputs = []
     run.model.train()
+    if config.freeze_after and epoch >= config.freeze_after:
+        for name, p in run.model.named_parameters():
+            if name.startswith(("stem.stage0", "stem.down1", "stem.stage1")):
+                p.requires_grad = False
     for step, index in enumerate(bar, start=sum(run.steps[:epoch])):
         lr = learning_rate(step, sum(run.steps), run.warmup_steps, config.lr, config.schedule)
         # The first averages are short, to forget the initial weights soon.
@@ -364,7 +375,10 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
             bar.set_postfix(loss=f"{loss.item():.4f}")
 
     logits = processes.gather(torch.cat(outputs))
-    run.losses[seen] = F.cross_entropy(logits, run.labels[seen], reduction="none")
+    losses = F.cross_entropy(logits, run.labels[seen], reduction="none")
+    if config.mean_losses and epoch:
+        losses = (losses + run.losses[seen]) / 2
+    run.losses[seen] = losses
     if not all(tensor.isfinite().all() for tensor in run.ema.state_dict().values()):
         what = f"epoch {epoch + 1} has infinite or NaN weights"
         raise UserError(f"{what}: lower --lr, or give --precision float32")
