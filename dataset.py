@@ -242,8 +242,8 @@ def split_indices(
 ) -> tuple[Tensor, Tensor]:
     """Hold `val_size` of N images out for validation, every class in proportion.
 
-    Returns the indices, int64, ascending, of the others, or only `train_size` of these, and of
-    those held out.
+    Returns two tensors of indices, int64, ascending: of the others, or of `train_size` of them, and
+    of those held out.
     """
     if train_size:
         others, val = split_indices(labels, val_size, seed)

@@ -107,7 +107,7 @@ SETTINGS: Table = dict(
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
     quiet=(False, None, "one line an epoch, and the result"),
 )
-# What the record and its teacher share, which has another shape.
+# What the record and its teacher share, but for its shape.
 BIG = dict(
     val_size=0,
     skip_easy=0.0,
@@ -205,8 +205,9 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
         if size and not classes <= size <= left - classes:
             raise UserError(f"{flag(name)} {size}: give 0, or {classes} to {left - classes:,}")
         left -= size
-    sizes = config.val_size, config.seed, config.train_size
-    train_index, val_index = dataset.split_indices(labels, *sizes)
+    train_index, val_index = dataset.split_indices(
+        labels, config.val_size, config.seed, config.train_size
+    )
     held_out = {}
     if config.val_size:
         held_out["val"] = images[val_index], labels[val_index]

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 
 import results
+import torch
 
 import train
 from common.files import UserError, errors_in_one_line
@@ -43,10 +44,11 @@ def experiment(args: argparse.Namespace) -> Iterator[results.Row]:
         group=args.group,
         what=args.what,
         command=" ".join(["python train.py", *args.flags]),
+        seeds=config.seed,
         val_accuracy=row["val_accuracy"],
         val_loss=row["val_loss"],
         minutes=round(row["seconds"] / 60, 1),
-        machine=checkpoint["environment"],
+        machine=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
         commit=commit,
     )
 

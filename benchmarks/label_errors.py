@@ -2,9 +2,9 @@
 
     python benchmarks/label_errors.py    trains five models of the fast recipe: 10 minutes
 
-Each is asked about a fifth of the training images, which it has not seen. Those whose label it and
-most of the three nearest images contradict are ranked by its confidence. The control asks the model
-alone.
+Each is asked about a fifth of the training images, whose labels it has not seen. Those whose label
+it and most of the three nearest images contradict are ranked by its confidence. The control asks
+the models alone.
 """
 
 import argparse
@@ -14,13 +14,12 @@ import results
 import torch
 from sklearn.model_selection import StratifiedKFold
 
+import dataset
 import train
 from explaining.features import TrainingImages, embed, labels_of_nearest
-from training.runs import steps_of_epochs
 
 # Images of the paper's authors (Mueller & Markert 2019, arXiv 1912.05283) in
-# https://github.com/zalandoresearch/fashion-mnist/issues/166 and their repository; the paper names
-# 64.
+# https://github.com/zalandoresearch/fashion-mnist/issues/166 and their repository; they found 64.
 KNOWN = (16691, 22264, 28264, 33982, 40513, 42018, 45592)
 FIRST = 300
 COLUMNS = dict(
@@ -37,7 +36,7 @@ def fold(data_dir: str, number: int, folds: list) -> dict[str, torch.Tensor]:
     config = results.settings("fast", seed=number, data_dir=data_dir)
     run = train.start_run(config)
     run.train_index, held_out = map(torch.from_numpy, folds[number])
-    run.steps, run.pruned = steps_of_epochs(run.config, len(run.train_index))
+    run.plan_steps()
     for epoch in range(config.epochs):
         train.train_epoch(run, epoch)
     model, images, labels = run.ema.eval(), run.originals, run.labels
@@ -61,7 +60,7 @@ def ranking(name: str, index: torch.Tensor, confidence: torch.Tensor) -> results
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     """A row with the nearest images' labels, and one without."""
-    labels = train.dataset.load(args.data_dir, train=True)[1]
+    labels = dataset.load(args.data_dir, train=True)[1]
     cut = StratifiedKFold(5, shuffle=True, random_state=0)
     folds = list(cut.split(labels, labels))
     parts = [fold(args.data_dir, number, folds) for number in range(5)]

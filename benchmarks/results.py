@@ -75,7 +75,7 @@ def read(path: Path) -> Rows:
 
 
 def add(path: Path, row: Row, *key: str) -> None:
-    """Add a row, with commit and machine, in the place of one that is alike in columns `key`."""
+    """Add a row, with commit and machine, in the place of one alike in columns `key`, if any."""
     row = dict(commit=commit(), machine=machine()) | row
     row = {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
     rows = read(path)

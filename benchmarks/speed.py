@@ -91,6 +91,7 @@ def busy(args: argparse.Namespace) -> Iterator[results.Row]:
         finally:
             for loop in loops:
                 loop.kill()
+                loop.wait()
         speeds[f"{name}, beside {others} busy processes"].append(row["images_per_second"])
     alone = statistics.median(speeds["PyTorch's threads, beside 0 busy processes"])
     for setting, values in speeds.items():

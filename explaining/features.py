@@ -32,9 +32,9 @@ def training_split(
     path: Path, train_config: dict[str, Any], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The indices, int64, of the images that a checkpoint was trained on, and that it held out."""
-    sizes = [train_config.get(name, 0) for name in ("val_size", "seed", "train_size")]
+    options = {name: train_config.get(name, 0) for name in ("val_size", "seed", "train_size")}
     try:
-        return dataset.split_indices(labels, *sizes)
+        return dataset.split_indices(labels, **options)
     except ValueError as error:
         raise UserError(f"{path} was trained on other images: give their --data-dir") from error
 
@@ -58,16 +58,17 @@ def load_training_images(
     trained, held_out = training_split(path, train_config, labels)
     source = checksum(path) + hashlib.sha256(images.numpy()).hexdigest()
     place = path.with_suffix(".similar.pt")
-    kept = dict(source=None)
-    with suppress(Exception):  # a missing or damaged file raises one of a dozen types
+    tokens = None
+    with suppress(Exception):  # a missing, damaged or foreign file raises one of a dozen types
         kept = torch.load(place, weights_only=True)
-    if kept["source"] != source:
+        if kept["source"] == source:
+            tokens = kept["tokens"]
+    if tokens is None:
         chunks = tqdm(images[trained].split(500), "once: training images", leave=False)
         tokens = torch.cat([embed(model, chunk).half() for chunk in chunks])
-        kept = dict(source=source, tokens=tokens)
         with suppress(RuntimeError), whole_file(place) as file:  # the folder may be read-only
-            torch.save(kept, file)
-    return TrainingImages(images, labels, trained, held_out, kept["tokens"])
+            torch.save(dict(source=source, tokens=tokens), file)
+    return TrainingImages(images, labels, trained, held_out, tokens)
 
 
 def similar_images(

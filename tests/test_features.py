@@ -103,6 +103,9 @@ def test_tokens_are_kept_for_this_checkpoint_and_these_images(
     for damaged in (before[:-100], b""):
         kept.write_bytes(damaged)
         assert not tokens().any()
+    for foreign in (dict(a=1), [1]):
+        torch.save(foreign, kept)
+        assert not tokens().any()
     kept.write_bytes(before)
     save_checkpoint(path, small_model, history=[])
     assert not tokens().any()  # of another checkpoint

@@ -154,6 +154,8 @@ def test_images_are_filtered_and_sorted(browser, page, explanations):
     assert shown(browser) == []
     for name in ("result", "true", "predicted"):
         choose(browser, name, "all")
+    options = [option.text for option in Select(browser.find_element(By.NAME, "true")).options]
+    assert options[0] == "all" and "" not in options  # one image has no true class
     choose(browser, "order", "by confidence")
     percents = [line[-3:] for line in shown(browser)]
     assert percents == sorted(percents, reverse=True) and len(set(percents)) > 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from captum.attr import LayerGradientXActivation
+from captum.attr import LayerGradCam, LayerGradientXActivation
 from conftest import assert_identical
 from torchvision import models
 
@@ -191,6 +191,26 @@ def test_a_reshape_that_returns_no_grids_is_refused(small_model, x):
             GradCAM(small_model, "blocks.0", reshape=reshape)(x)
 
 
+@pytest.mark.parametrize("layer", ["stem.first", "stem.down2.0.0"])
+def test_maps_agree_with_captum(small_model, x, layer):
+    target = torch.tensor([0, 9, 3, 3, 6, 1])
+    versus = torch.tensor([1, 0, 6, 4, 2, 8])
+    cam = GradCAM(small_model, layer)
+    maps, contrasts = cam(x, target, normalize=False), cam(x, target, versus, normalize=False)
+    module = small_model.get_submodule(layer)
+
+    def difference(images):
+        logits, rows = small_model(images), torch.arange(6)
+        return logits[rows, target] - logits[rows, versus]
+
+    positive = LayerGradCam(small_model, module).attribute(x, target, relu_attributions=True)
+    signed = LayerGradCam(difference, module).attribute(x)
+    assert maps.any() and contrasts.min() < 0 < contrasts.max()
+    for found, expected in ((maps, positive), (contrasts, signed)):
+        expected = F.interpolate(expected, (28, 28), mode="bilinear")[:, 0].detach()
+        torch.testing.assert_close(found, shares(expected), rtol=1e-4, atol=1e-7)
+
+
 def test_hirescam_in_front_of_a_layer_norm_has_no_evidence_and_no_other_map_is_lost(shipped, x):
     cam = GradCAM(shipped, "blocks.0", "hirescam")
     assert not cam(x).any() and not cam(x, 1, versus=2).any()
@@ -269,6 +289,11 @@ def test_of_a_layer_that_runs_twice_either_run_is_explained_and_either_name_find
     for run in (None, 2, -1):
         with pytest.raises(ValueError, match=r"returns 2 tensors .*`run` from 0"):
             GradCAM(model, "layers.0", run=run)(IMAGE)
+
+
+def test_an_empty_batch_has_no_maps(small_model, x):
+    with GradCAM(small_model, ["stem.first", "blocks.0"]) as cam:
+        assert cam(x[:0]).shape == cam(x[:0], torch.arange(0), versus=3).shape == (0, 28, 28)
 
 
 @pytest.mark.parametrize("target", [10, -1, [1, 2], [0.5] * 6])

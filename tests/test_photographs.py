@@ -72,6 +72,14 @@ def test_a_picture_that_is_missing_is_left_out_and_named(clone, capsys, tmp_path
         photographs.read_photographs(clone)
 
 
+def test_what_was_sorted_by_eye_names_each_photograph_once():
+    rows = photographs.read_table(photographs.SEEN)
+    codes = [row["image"] for row in rows]
+    assert len(codes) == len(set(codes)) > 100
+    assert all(len(code) == 6 and int(code, 16) >= 0 for code in codes)
+    assert {row["class"] for row in rows} == {"", "Sneaker", "Sandal", "Ankle boot"}
+
+
 # ---- Training ----
 
 

@@ -118,7 +118,7 @@ def together(small_data, tmp_path):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
         command = map(str, [sys.executable, *launcher, script.name, *flags])
         environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
-        options = dict(env=environment, cwd=tmp_path, capture_output=True, text=True)
+        options = dict(env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=900)
         return subprocess.run([*command], **options)
 
     return run

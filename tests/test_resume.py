@@ -254,8 +254,9 @@ def test_a_finished_run_is_only_tested_again(main, flags, monkeypatch, capsys, t
     assert out.endswith(f" {heatmaps}\n")
     assert "going on after epoch 1 of 1" in out
     assert contents(folder)["last.pt"] == before["last.pt"]
-    for change in (["--lr", 0.5], ["--stem-dims", 4, 16], ["--threads", 2]):
-        assert f"the run to resume has {change[0]} " in main("--resume", *change)
+    for change in (["--lr", 0.5], ["--stem-dims", 4, 16], ["--no-flip"], ["--threads", 2]):
+        name = change[0].replace("--no-", "--")
+        assert f"the run to resume has {name} " in main("--resume", *change)
     shutil.copy(folder / "best.pt", folder / "last.pt")
     assert "last.pt holds only weights: start without --resume" in main("--resume")
 

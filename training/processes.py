@@ -96,7 +96,7 @@ def bfloat16_speed_up() -> float:
 
 
 def settle(config: SimpleNamespace) -> tuple[SimpleNamespace, torch.device]:
-    """What "auto" comes to: a copy of the settings, and the device. Meets other processes."""
+    """Meet other processes; return a copy of the settings without "auto", and the device."""
     config = copy.copy(config)
     device = choose_device(config.device)
     config.device = device.type

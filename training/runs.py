@@ -48,9 +48,7 @@ class Run:
     step: Callable | None = None  # `train.training_step`, or its recording
 
     def __post_init__(self) -> None:
-        self.steps, self.pruned = steps_of_epochs(self.config, len(self.train_index))
-        warmup_steps = self.config.warmup_epochs * self.steps[0]
-        self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
+        self.plan_steps()
         self.originals = self.images.clone()  # `alternate_flip` changes the others
         self.compiled = self.model  # or what torch.compile makes of it
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # averaged weights
@@ -62,6 +60,12 @@ class Run:
         if self.config.photographs:
             paths.append(user_path(self.config.photographs))
         self.checksums = [checksum(path) for path in paths]
+
+    def plan_steps(self) -> None:
+        """Count the steps of each epoch, for the images of `train_index`."""
+        self.steps, self.pruned = steps_of_epochs(self.config, len(self.train_index))
+        warmup_steps = self.config.warmup_epochs * self.steps[0]
+        self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
 
     @property
     def folder(self) -> Path:
