@@ -182,9 +182,10 @@ def row_of(name: str, run: Run, args: argparse.Namespace) -> results.Row:
     images, labels = (tensor.cpu() for tensor in run.held_out["val"])
     right = train.predict(model, images).argmax(dim=1) == labels
     seconds = statistics.median(row["seconds"] / row["images"] for row in run.history)
+    flags = f"--val-size {args.val_size} --seed {args.seed}"
     return dict(
         name=name,
-        command=f"{command_of(name, args)} --seed {args.seed}",
+        command=f"{command_of(name, args)} {flags}",
         parameters=sum(p.numel() for p in model.parameters()),
         million_multiply_adds=round(multiply_adds(model) / 1e6, 1),
         seconds_for_60000_images=round(60_000 * seconds, 1),
