@@ -158,8 +158,10 @@ class GradCAM:
     def __enter__(self) -> "GradCAM":
         self._training = [module for module in self.model.modules() if module.training]
         self._trainable = [weight for weight in self.model.parameters() if weight.requires_grad]
-        self.model.eval()
-        self.model.requires_grad_(False)
+        if self._training:
+            self.model.eval()
+        for weight in self._trainable:
+            weight.requires_grad = False
         layers = set(self.target_layers)
         self._hooks = [layer.register_forward_hook(self._keep_activation) for layer in layers]
         return self
