@@ -405,6 +405,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
             raise UserError("--photographs have Fashion-MNIST's classes: give its --data-dir")
         parts = add_photographs(config, images, labels, train_index, held_out)
         images, labels, train_index, held_out = parts
+    runs.steps_of_epochs(config, len(train_index))  # complains of --batch-size before the work
     seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
