@@ -66,9 +66,13 @@ NAMES = dict(zip(METHODS, ("Grad-CAM", "Grad-CAM++", "HiResCAM", "LayerCAM"), st
 
 
 def default_layers(model: HybridClassifier) -> list[str]:
-    """The most faithful (benchmarks/faithfulness.py): the first at 28x28 and at 14x14."""
-    first = "stem.stage0_0" if model.config.stem_blocks[0] else "stem.first"
-    return [first, "stem.down1"]
+    """The most faithful (benchmarks/faithfulness.py): the first at 28x28 and at 14x14.
+
+    Without blocks at 28x28, as in `fast`, one at 7x7 is better.
+    """
+    if model.config.stem_blocks[0]:
+        return ["stem.stage0_0", "stem.down1"]
+    return ["stem.down2"]
 
 
 def all_layers(model: HybridClassifier) -> list[str]:
@@ -321,7 +325,7 @@ def parse_arguments() -> Namespace:
     choose("--num-images", **number, default="3", help="first images of each class (default: 3)")
     add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
     add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
-    add("--target-layer", **several, metavar="NAME", help="default: one at 28x28, one at 14x14")
+    add("--target-layer", **several, metavar="NAME", help="default: the most faithful")
     add("--target-class", **one_class, help="class to explain (default: predicted)")
     add("--versus", **one_class, help='the class to compare with, or "next"')
     similar = dict(type=int, choices=range(1, 11), metavar="N")

@@ -1,6 +1,7 @@
 """Do the heatmaps show what the model's decision rests on? Layers and methods against baselines.
 
-    python benchmarks/faithfulness.py    half an hour on two cores
+    python benchmarks/faithfulness.py                              half an hour on two cores
+    python benchmarks/faithfulness.py --own checkpoints/best.pt  whether your own map beats chance
 
 A reader looks at a map's hottest places: these have to matter, and for this class. So the default
 of Visulization.py is chosen by this rule of 2026-11-30, written before the measurement:
@@ -253,8 +254,26 @@ def save(path: Path, split: str, figures: dict[str, Figures]) -> list[dict[str, 
     return [row for row in results.read(path) if row["split"] == split]
 
 
+def measure_own(path: Path, images: Tensor) -> tuple[str, dict[str, Figures]]:
+    """A checkpoint's recipe, and whether its default map and a random one beat chance."""
+    model, checkpoint = load_checkpoint(path)
+    model.requires_grad_(False)
+    classes = classify(model, images).argmax(dim=1)
+    default = METHOD, LOG_ODDS, tuple(default_layers(model)), False
+    maps = candidate_maps(model, [default], images, classes)
+    maps["a random map"] = baseline_maps(model, images, classes)["a random map"]
+    return checkpoint["train_config"]["recipe"], masking(model, images, classes, maps)
+
+
 def main() -> None:
-    args = results.make_parser(__file__, __doc__).parse_args()
+    parser = results.make_parser(__file__, __doc__)
+    parser.add_argument("--own", type=Path, metavar="CHECKPOINT", help="only measure this one")
+    args = parser.parse_args()
+    if args.own:
+        images = dataset.load(args.data_dir, train=False)[0][:1000]
+        recipe, figures = measure_own(args.own, images)
+        rows = save(args.output, f"test, {recipe}", figures)
+        return results.print_table(rows, COLUMNS)
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
     model.requires_grad_(False)
     default = METHOD, LOG_ODDS, tuple(default_layers(model)), False
