@@ -24,119 +24,95 @@ of Visulization.py is chosen by this rule of 2026-11-30, written before the meas
 
 Each map is for the predicted class, whose probability is followed:
 
-- beats chance, and says something: as Visulization.py prints it (explaining/explanation.py)
-- deletion: the hottest pixels turn black first; the mean probability on the way (RISE, Petsiuk et
+- beats chance, says something ↑: as Visulization.py prints it (explaining/explanation.py)
+- deletion ↓: the hottest pixels turn black first; the mean probability on the way (RISE, Petsiuk et
   al. 2018, arXiv 1806.07421)
-- insertion: the hottest pixels return first, on a blurred image
-- other class: the correlation of the first step
+- insertion ↑: the hottest pixels return first, on a blurred image
+- other class ↓: the correlation of the first step
 """
 
+import argparse
 import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import results
 import torch
-from captum.attr import Saliency
 from scipy.stats import spearmanr
 from torch import Tensor
 from torchvision.transforms import GaussianBlur
 
 import dataset
 from explaining.explanation import Evidence, Explanation, classify, mask_evidence
-from gradcam import METHODS, GradCAM, shares_of_evidence
+from gradcam import METHODS, GradCAM
 from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
-from training.processes import set_threads
 from Visulization import LOG_ODDS, METHOD, all_layers, default_layers
 
 FINALISTS = 6
 MOST_ALIKE = 0.6
 STEPS = 10  # of deletion and insertion
 BATCH_SIZE = 50  # what fits into a CPU's caches
-COLUMNS = dict(
-    map=("heatmap", ""),
-    beats_chance=("beats chance ↑", ".1%"),
-    beats_chance_error=("± standard error", ".1%"),
-    says_something=("says something ↑", ".1%"),
-    deletion=("deletion ↓", ".3f"),
-    insertion=("insertion ↑", ".3f"),
-    merit=("insertion minus deletion ↑", ".3f"),
-    merit_error=("± standard error", ".3f"),
-    other_class=("other class ↓", ".2f"),
-)
 
 
 # ---- The maps ----
 
-# Method, log-odds or not, layers, averaged with the mirror image or not.
-Candidate = tuple[str, bool, tuple[str, ...], bool]
-Maps = dict[str, Tensor]  # by name: float32 (N, 28, 28), never negative
+# Of normalised images (N, 1, 28, 28) and classes (N,): maps, float32 (N, 28, 28), never negative.
+Explainer = Callable[[Tensor, Tensor], Tensor]
 Figures = dict[str, Tensor]  # by column: one for each image, (N,)
 
 
-def candidate_name(
-    method: str, log_odds: bool, layers: tuple[str, ...], mirror: bool = False
-) -> str:
-    """Its name in the tables."""
-    score = " of log-odds" if log_odds else ""
-    end = ", and mirrored" if mirror else ""
-    return f"{method}{score} {' + '.join(layers)}{end}"
+class Candidate(NamedTuple):
+    """A kind of map that gradcam.py makes."""
+
+    method: str
+    log_odds: bool
+    layers: tuple[str, ...]
+    mirror: bool = False  # averaged with the mirror image's
+
+    def __str__(self) -> str:
+        score = " of log-odds" if self.log_odds else ""
+        end = ", and mirrored" if self.mirror else ""
+        return f"{self.method}{score} {' + '.join(self.layers)}{end}"
 
 
-def layer_maps(
-    model: HybridClassifier, log_odds: bool, images: Tensor, classes: Tensor
-) -> dict[Candidate, Tensor]:
-    """Maps of uint8 images (N, 1, 28, 28) for classes (N,): of all layers, by all methods."""
-    layers = all_layers(model)
-    chunks = []
-    for some, target in zip(images.split(BATCH_SIZE), classes.split(BATCH_SIZE), strict=True):
-        cam, seen = GradCAM(model, layers, log_odds=log_odds), []
-        cam.method = lambda *outputs, seen=seen: seen.append(outputs) or outputs[1]
-        cam(dataset.normalize(some), target)
-        maps = {}
-        for layer, (activation, gradient) in zip(layers, seen, strict=True):
-            for name, method in METHODS.items():
-                products = method(activation, gradient) * activation
-                key = name, log_odds, (layer,), False
-                maps[key] = shares_of_evidence(products, (28, 28), False)
-        chunks.append(maps)
-    return {key: torch.cat([maps[key] for maps in chunks]) for key in chunks[0]}
+def default_of(model: HybridClassifier) -> Candidate:
+    """What Visulization.py draws."""
+    return Candidate(METHOD, LOG_ODDS, tuple(default_layers(model)))
 
 
-def candidate_maps(
-    model: HybridClassifier, chosen: list[Candidate], images: Tensor, classes: Tensor
-) -> Maps:
-    """The maps of some candidates; if none is chosen, of all at single layers."""
-    single = layer_maps(model, False, images, classes) | layer_maps(model, True, images, classes)
-    mirrored = {}
-    if any(mirror for *_, mirror in chosen):
-        mirrored = layer_maps(model, True, images.flip(3), classes)
-    maps = {}
-    for candidate in chosen or single:
-        method, log_odds, layers, mirror = candidate
-        keys = [(method, log_odds, (layer,), False) for layer in layers]
-        parts = [single[key] for key in keys]
-        if mirror:
-            parts += [mirrored[key].flip(2) for key in keys]
-        maps[candidate_name(*candidate)] = sum(parts)  # its order of the pixels is the mean's
+def cam_of(model: HybridClassifier, candidate: Candidate) -> GradCAM:
+    method, log_odds, layers, _ = candidate
+    return GradCAM(model, layers, method, log_odds=log_odds)
+
+
+def in_parts(explain: Explainer, x: Tensor, classes: Tensor) -> Tensor:
+    """The maps, made for a few images at a time."""
+    parts = zip(x.split(BATCH_SIZE), classes.split(BATCH_SIZE), strict=True)
+    return torch.cat([explain(*part) for part in parts])
+
+
+def maps_of(
+    model: HybridClassifier, candidate: Candidate, images: Tensor, classes: Tensor
+) -> Tensor:
+    """A candidate's maps (N, 28, 28) of uint8 images (N, 1, 28, 28) for classes (N,)."""
+    explain = partial(cam_of(model, candidate), normalize=False)
+    maps = in_parts(explain, dataset.normalize(images, model.data), classes)
+    if candidate.mirror:
+        x = dataset.normalize(images.flip(3), model.data)
+        maps += in_parts(explain, x, classes).flip(2)
     return maps
 
 
-def baseline_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> Maps:
+def baseline_maps(model: HybridClassifier, images: Tensor, classes: Tensor) -> dict[str, Tensor]:
     """Maps that a good explanation must beat."""
-    noise = torch.rand(len(images), 28, 28, generator=torch.Generator().manual_seed(0))
-    distance = torch.arange(28) - 13.5
-    centre = 1000 - (distance[:, None] ** 2 + distance**2)
-    x = dataset.normalize(images).requires_grad_()
     torch.manual_seed(0)
-    blank = HybridClassifier(model.config)
-    untrained = GradCAM(blank, default_layers(model), METHOD, log_odds=LOG_ODDS)
+    untrained = HybridClassifier(model.config, model.data)
     return {
-        "a random map": noise,
-        "a centred Gaussian": centre.expand(len(images), -1, -1),
+        "a random map": torch.rand(len(images), 28, 28, generator=torch.Generator().manual_seed(0)),
         "the image's brightness": images[:, 0].float(),
-        "input gradients": Saliency(model).attribute(x, target=classes)[:, 0].detach(),
-        "the default, untrained model": untrained(dataset.normalize(images), classes),
+        "the default, untrained model": maps_of(untrained, default_of(model), images, classes),
     }
 
 
@@ -148,19 +124,16 @@ def rank_correlation(maps: Tensor, others: Tensor, images: Tensor) -> Tensor:
 
     Where one of two maps is the same everywhere, they have nothing in common: 0.
     """
-    found = torch.zeros(len(maps))
-    garments = images[:, 0] > 0
-    for i, (a, b, garment) in enumerate(zip(maps, others, garments, strict=True)):
-        a, b = a[garment].numpy(), b[garment].numpy()
-        if np.ptp(a) and np.ptp(b):
-            found[i] = spearmanr(a, b).statistic
-    return found
+    found = []
+    for a, b, garment in zip(maps, others, images[:, 0] > 0, strict=True):
+        found.append(spearmanr(a[garment], b[garment]).statistic)
+    return torch.tensor(found).nan_to_num()
 
 
 def masking(
-    model: HybridClassifier, images: Tensor, classes: Tensor, maps: Maps
+    model: HybridClassifier, images: Tensor, classes: Tensor, maps: dict[str, Tensor]
 ) -> dict[str, Figures]:
-    """Whether each map beats chance, and whether it says something."""
+    """Whether maps beat chance and say something."""
     explanations = []
     for i, found in enumerate(classify(model, images)):
         evidence = [Evidence(int(classes[i]), -1, some[i].numpy()) for some in maps.values()]
@@ -189,41 +162,59 @@ def curve(
 
 
 def measure(
-    model: HybridClassifier, images: Tensor, chosen: list[Candidate], with_baselines: bool = False
-) -> dict[str, Figures]:
-    """Figures of some candidates, or of all at single layers: without curves, which take long."""
+    split: str,
+    model: HybridClassifier,
+    images: Tensor,
+    chosen: list[Candidate],
+    baselines: bool = False,
+    curves: bool = True,
+) -> Iterator[results.Row]:
+    """A row for each map: means and standard errors. Curves take long."""
     ranking = classify(model, images).argsort(dim=1, descending=True)
-    classes = ranking[:, 0]
-    others = candidate_maps(model, chosen, images, ranking[:, -1])
-    maps = candidate_maps(model, chosen, images, classes)
-    if with_baselines:
+    classes, least_likely = ranking[:, 0], ranking[:, -1]
+    maps = {str(each): maps_of(model, each, images, classes) for each in chosen}
+    others = {str(each): maps_of(model, each, images, least_likely) for each in chosen}
+    if baselines:
         maps |= baseline_maps(model, images, classes)
-    figures = masking(model, images, classes, maps)
+    black = torch.zeros_like(images)
     blurred = GaussianBlur(11, sigma=5.0)(images)
-    for name, some in figures.items():
+    for name, figures in masking(model, images, classes, maps).items():
         if name in others:
-            some["other_class"] = rank_correlation(maps[name], others[name], images)
-        if chosen:
-            some["deletion"] = curve(model, images, torch.zeros_like(images), classes, maps[name])
-            some["insertion"] = curve(model, blurred, images, classes, maps[name])
-            some["merit"] = some["insertion"] - some["deletion"]
-    return figures
+            figures["other_class"] = rank_correlation(maps[name], others[name], images)
+        if curves:
+            figures["deletion"] = curve(model, images, black, classes, maps[name])
+            figures["insertion"] = curve(model, blurred, images, classes, maps[name])
+            figures["merit"] = figures["insertion"] - figures["deletion"]
+        row = dict(split=split, images=len(images), map=name)
+        for column, values in figures.items():
+            row[column] = values.double().mean()
+            row[f"{column}_error"] = values.double().std() / len(values) ** 0.5
+        yield row
 
 
 # ---- The choice ----
 
 
-def finalists(model: HybridClassifier, rows: list[dict[str, str]]) -> list[Candidate]:
-    """The candidates that the second step chooses, of the screened ones' rows."""
-    rows = [row for row in rows if float(row["other_class"]) <= MOST_ALIKE]
+def single_layers(model: HybridClassifier) -> list[Candidate]:
+    """The candidates of the first step."""
+    every = itertools.product((False, True), all_layers(model), METHODS)
+    return [Candidate(method, log_odds, (layer,)) for log_odds, layer, method in every]
+
+
+def changing_with_class(rows: results.Rows) -> results.Rows:
+    """Those that depend on the class; baselines were not asked."""
+    return [row for row in rows if float(row["other_class"] or 1) <= MOST_ALIKE]
+
+
+def finalists(screened: list[Candidate], rows: results.Rows) -> list[Candidate]:
+    """The candidates that the second step chooses, of the screened ones and their rows."""
+    rows = changing_with_class(rows)
     rows.sort(key=lambda row: -float(row["beats_chance"]))
     best = {row["map"] for row in rows[:FINALISTS]}
-    layers = [(layer,) for layer in all_layers(model)]
-    every = itertools.product(METHODS, (False, True), layers, [False])
-    chosen = [candidate for candidate in every if candidate_name(*candidate) in best]
+    chosen = [each for each in screened if str(each) in best]
     for one, other in itertools.combinations(chosen, 2):
         if one[:2] == other[:2]:
-            chosen.append((*one[:2], one[2] + other[2], False))
+            chosen.append(one._replace(layers=one.layers + other.layers))
     return chosen
 
 
@@ -231,70 +222,60 @@ def second_look(model: HybridClassifier) -> list[Candidate]:
     """The candidates of the fifth step."""
     blocks = [f"stem.stage0_{i}" for i in range(model.config.stem_blocks[0])]
     pairs = [(block, "stem.down1") for block in blocks]
-    return list(itertools.product(("hirescam", "layercam"), [True], pairs, (False, True)))
+    every = itertools.product(("hirescam", "layercam"), [True], pairs, (False, True))
+    return list(itertools.starmap(Candidate, every))
 
 
-def winner(rows: list[dict[str, str]]) -> str:
-    """The map that the rule chooses, of the rows of the 500 training images."""
-    rows = [row for row in rows if row["other_class"] and float(row["other_class"]) <= MOST_ALIKE]
+def winner(rows: results.Rows) -> str:
+    """The map that the third step chooses, of the rows of 500 training images."""
+    rows = changing_with_class(rows)
     first = max(rows, key=lambda row: float(row["beats_chance"]))
     least = float(first["beats_chance"]) - float(first["beats_chance_error"])
     near = [row for row in rows if float(row["beats_chance"]) >= least]
     return max(near, key=lambda row: float(row["merit"]))["map"]
 
 
-def save(path: Path, split: str, figures: dict[str, Figures]) -> list[dict[str, str]]:
-    """Save means and standard errors, and return all rows of the split."""
-    for name, some in figures.items():
-        row = dict(split=split, images=len(some["beats_chance"]), map=name)
-        for column, values in some.items():
-            row[column] = values.double().mean().item()
-            row[f"{column}_error"] = (values.double().std() / len(values) ** 0.5).item()
-        results.add(path, row, "split", "map")
-    return [row for row in results.read(path) if row["split"] == split]
+def measure_own(checkpoint: Path, data_dir: str) -> Iterator[results.Row]:
+    """Rows of a checkpoint's default map and the baselines."""
+    model, contents = load_checkpoint(checkpoint)
+    images = dataset.load(data_dir, train=False)[0][:1000]
+    split = f"test, {contents['train_config']['recipe']}"
+    return measure(split, model, images, [default_of(model)], baselines=True, curves=False)
 
 
-def measure_own(path: Path, images: Tensor) -> tuple[str, dict[str, Figures]]:
-    """A checkpoint's recipe, and whether its default map and a random one beat chance."""
-    model, checkpoint = load_checkpoint(path)
+def follow_the_rule(path: Path, data_dir: str) -> Iterator[results.Row]:
+    """The rows that its steps ask for; `path` is where they are saved."""
+
+    def saved(split: str) -> results.Rows:
+        return [row for row in results.read(path) if row["split"] == split]
+
+    model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
     model.requires_grad_(False)
-    classes = classify(model, images).argmax(dim=1)
-    default = METHOD, LOG_ODDS, tuple(default_layers(model)), False
-    maps = candidate_maps(model, [default], images, classes)
-    maps["a random map"] = baseline_maps(model, images, classes)["a random map"]
-    return checkpoint["train_config"]["recipe"], masking(model, images, classes, maps)
+    earlier = Candidate("layercam", False, ("stem.stage0_2", "stem.down1"))
+    classic = Candidate("gradcam", False, ("stem.stage2_0",))
+    images, _ = dataset.load(data_dir, train=True)
+    screened = single_layers(model)
+    yield from measure("screening", model, images[500:650], screened, curves=False)
+    chosen = [*finalists(screened, saved("screening")), earlier, classic]
+    yield from measure("training", model, images[:500], chosen)
+    chosen = second_look(model)
+    yield from measure("second look", model, images[1000:1500], chosen)
+    best = {winner(saved("second look")), str(default_of(model))}
+    chosen = [each for each in chosen if str(each) in best]
+    images = dataset.load(data_dir, train=False)[0][:1000]
+    yield from measure("test", model, images, [*chosen, earlier, classic], baselines=True)
+
+
+def measure_all(args: argparse.Namespace) -> Iterator[results.Row]:
+    if args.own:
+        return measure_own(args.own, args.data_dir)
+    return follow_the_rule(args.output, args.data_dir)
 
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("--own", type=Path, metavar="CHECKPOINT", help="only measure this one")
-    args = parser.parse_args()
-    if args.own:
-        images = dataset.load(args.data_dir, train=False)[0][:1000]
-        recipe, figures = measure_own(args.own, images)
-        rows = save(args.output, f"test, {recipe}", figures)
-        return results.print_table(rows, COLUMNS)
-    model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
-    model.requires_grad_(False)
-    default = METHOD, LOG_ODDS, tuple(default_layers(model)), False
-    earlier = "layercam", False, ("stem.stage0_2", "stem.down1"), False
-    classic = "gradcam", False, tuple(model.stage_ends()[-1:]), False
-    if not args.table:
-        set_threads()
-        images = dataset.load(args.data_dir, train=True)[0]
-        rows = save(args.output, "screening", measure(model, images[500:650], []))
-        chosen = finalists(model, rows)
-        save(args.output, "training", measure(model, images[:500], [*chosen, earlier, classic]))
-        chosen = second_look(model)
-        rows = save(args.output, "second look", measure(model, images[1000:1500], chosen))
-        best = winner(rows)
-        chosen = [c for c in chosen if candidate_name(*c) == best or c == default]
-        images = dataset.load(args.data_dir, train=False)[0][:1000]
-        save(args.output, "test", measure(model, images, [*chosen, earlier, classic], True))
-    for split in ("screening", "training", "second look", "test"):
-        rows = [row for row in results.read(args.output) if row["split"] == split]
-        print(f"\n{split} images\n")
-        results.print_table(rows, COLUMNS, bold=("map", candidate_name(*default)))
+    results.run(parser, measure_all, ("split", "map"))
 
 
 if __name__ == "__main__":

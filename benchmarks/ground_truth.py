@@ -5,31 +5,30 @@
 On every image, three marks are planted at random places. Two have three kinds each, and
 their pair is the class. The third, of ten kinds, decides nothing. Of a map for the right class:
 
-- mass accuracy: the share of its evidence on the two marks that decide (Arras et al. 2022, arXiv
-  2003.07258); rank accuracy: the share of as many hottest pixels; pointing game: of the hottest one
-- weaker mark: the share of evidence on the one of the two that has less
-- third mark: the share of evidence on the mark that decides nothing
-- taken away: the share at the first mark's place, for the same class, once the mark is not there
-- max-sensitivity: the largest relative change under small noise, as in Quantus (Yeh et al. 2019,
+- mass accuracy ↑: the share of its evidence on the two marks that decide (Arras et al. 2022, arXiv
+  2003.07258); rank accuracy ↑: the share of as many hottest pixels; pointing game ↑: of the hottest
+- weaker mark ↑: the share of evidence on the one of the two that has less
+- third mark ↓: the share of evidence on the mark that decides nothing
+- taken away ↓: the share at the first mark's place, for the same class, once the mark is not there
+- max-sensitivity ↓: the largest relative change under small noise, as in Quantus (Yeh et al. 2019,
   arXiv 1901.09392)
-- versus: the share, with the right sign, on the second mark, against the class that differs in it
+- versus ↑: the share, with the right sign, on the second mark, against the class that differs in it
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import results
 import torch
 from captum.attr import IntegratedGradients, Occlusion, Saliency
-from faithfulness import candidate_name
-from torch import Tensor, nn
+from faithfulness import Candidate, Explainer, cam_of, default_of, in_parts
+from torch import Tensor
 
 import dataset
 import train
 from gradcam import GradCAM
 from model import HybridClassifier
-from Visulization import LOG_ODDS, METHOD, default_layers
 
 SIDE = 4  # pixels of a mark, both ways
 CELL = 7  # an image has 4x4 cells; marks lie in different ones
@@ -40,34 +39,21 @@ NUM_IMAGES = 100  # that a model is right on, of 2,000 test images
 KINDS = (3, 3, 10)  # of the first, the second and the third mark
 NOISE = 0.2  # of images with a deviation of 1, each way
 DRAWS = 3
-COLUMNS = dict(
-    seed=("seed", ""),
-    heatmap=("heatmap", ""),
-    mass_accuracy=("mass accuracy ↑", ".1%"),
-    rank_accuracy=("rank accuracy ↑", ".1%"),
-    pointing_game=("pointing game ↑", ".1%"),
-    weaker_mark=("weaker mark ↑", ".1%"),
-    third_mark=("third mark ↓", ".1%"),
-    first_mark=("first mark ↑", ".1%"),
-    taken_away=("taken away ↓", ".1%"),
-    max_sensitivity=("max-sensitivity ↓", ".2f"),
-    versus=("versus ↑", ".1%"),
-)
-Explainer = Callable[[Tensor, Tensor], Tensor]  # of images and classes; maps (N, 28, 28)
 
 
 # ---- The images ----
 
 
-def make_patterns(generator: torch.Generator) -> Tensor:
+def make_patterns() -> Tensor:
     """All marks, uint8 (16, 4, 4), half white and half black: equally bright."""
-    noise = torch.rand(sum(KINDS), SIDE**2, generator=generator)
+    noise = torch.rand(sum(KINDS), SIDE**2, generator=torch.Generator().manual_seed(0))
     white = noise.argsort(dim=1) < SIDE**2 // 2
     return (255 * white).byte().view(-1, SIDE, SIDE)
 
 
-def draw(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw(n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Labels (N,), the patterns (N, 3) of their marks, and the places (N, 3, 2), top and left."""
+    generator = torch.Generator().manual_seed(seed)
     first, second, third = (torch.randint(kinds, (n,), generator=generator) for kinds in KINDS)
     patterns = torch.stack([first, KINDS[0] + second, sum(KINDS[:2]) + third], dim=1)
     cells = torch.rand(n, 16, generator=generator).argsort(dim=1)[:, :3]
@@ -95,38 +81,30 @@ def plant(images: Tensor, marks: Tensor, places: Tensor) -> tuple[Tensor, Tensor
 # ---- The maps ----
 
 
-def explainers(model: HybridClassifier) -> tuple[dict[str, Explainer], dict[str, GradCAM]]:
-    """What makes the maps, by name, and those that can contrast two classes."""
-    pair = model.stage_ends()[0], "stem.down1"
-    chosen = [("layercam", True, pair), ("layercam", False, pair)]
-    chosen += [(METHOD, LOG_ODDS, tuple(default_layers(model)))]
-    chosen += [("gradcam", False, tuple(model.stage_ends()[-1:]))]
-    cams = {}
-    for method, log_odds, layers in chosen:
-        cam = GradCAM(model, layers, method, log_odds=log_odds)
-        cams[candidate_name(method, log_odds, layers)] = cam
-    first = next(iter(cams.values()))
+def explainers(model: HybridClassifier) -> dict[str, Explainer]:
+    """What makes the maps, by name."""
+    pair = "stem.stage0_0", "stem.down1"
+    chosen = [Candidate("layercam", True, pair), default_of(model)]
+    chosen += [Candidate("gradcam", False, ("stem.stage2_1",))]
+    cams = {str(each): cam_of(model, each) for each in chosen}
+    first = cams[str(chosen[0])]
     black = -dataset.MEAN / dataset.STD
     occlusion = partial(Occlusion(model).attribute, baselines=black, strides=(1, 3, 3))
     integrated = partial(IntegratedGradients(model).attribute, baselines=black, n_steps=20)
+    gradients = Saliency(model).attribute
     window = (1, SIDE, SIDE)
-    others = {
+    return cams | {
         "the first, and the mirror image's": lambda x, y: first(x, y) + first(x.flip(3), y).flip(2),
         "occlusion": lambda x, y: occlusion(x, window, target=y)[:, 0].relu(),
         "integrated gradients": lambda x, y: integrated(x, target=y)[:, 0].relu(),
-        "input gradients": lambda x, y: Saliency(model).attribute(x.clone().requires_grad_(), y)[
-            :, 0
-        ],
-        "the image's brightness": lambda x, y: x[:, 0] - black,
+        "input gradients": lambda x, y: gradients(x.requires_grad_(), target=y)[:, 0],
         "a random map": lambda x, y: torch.rand_like(x[:, 0]),
     }
-    return cams | others, cams
 
 
 def shares(explain: Explainer, x: Tensor, labels: Tensor) -> Tensor:
     """Maps (N, 28, 28) that add up to 1, but empty ones."""
-    chunks = zip(x.split(50), labels.split(50), strict=True)
-    maps = torch.cat([explain(*chunk).detach() for chunk in chunks])
+    maps = in_parts(explain, x, labels).detach()
     return maps / maps.sum(dim=(1, 2), keepdim=True).clamp_min(1e-30)
 
 
@@ -138,13 +116,13 @@ def share_on(maps: Tensor, mask: Tensor) -> Tensor:
     return (maps * mask).sum(dim=(1, 2))
 
 
-def share_of_hottest(maps: Tensor, mask: Tensor, count: int) -> float:
-    """How many of the hottest pixels are on a mask."""
+def share_of_hottest(maps: Tensor, mask: Tensor, count: int) -> Tensor:
+    """The share of the hottest pixels that are on a mask."""
     places = maps.flatten(1).topk(count).indices
-    return mask.flatten(1).gather(1, places).double().mean().item()
+    return mask.flatten(1).gather(1, places).double().mean()
 
 
-def max_sensitivity(explain: Explainer, x: Tensor, labels: Tensor) -> float:
+def max_sensitivity(explain: Explainer, x: Tensor, labels: Tensor) -> Tensor:
     """The largest change of a map, as a part of it, under some draws of noise; the mean of maps."""
     maps = shares(explain, x, labels)
     changes = []
@@ -152,19 +130,18 @@ def max_sensitivity(explain: Explainer, x: Tensor, labels: Tensor) -> float:
         noise = NOISE * (2 * torch.rand_like(x) - 1)
         change = shares(explain, x + noise, labels) - maps
         changes.append(change.norm(dim=(1, 2)) / maps.norm(dim=(1, 2)).clamp_min(1e-30))
-    return torch.stack(changes).amax(dim=0).mean().item()
+    return torch.stack(changes).amax(dim=0).mean()
 
 
-def train_model(data_dir: str, seed: int, marks: Tensor) -> nn.Module:
+def train_model(data_dir: str, seed: int) -> HybridClassifier:
     """The default recipe's model, trained on images with marks."""
     changes = dict(shift=0, erase=0.0, cutmix=0.0)  # nothing that hides marks
     changes |= dict(alternate_flip=False, whiten=False)  # both see the images without marks
     changes |= dict(skip_easy=0.0, label_smoothing=0.1)
     changes |= dict(epochs=EPOCHS, val_size=0, train_size=TRAIN_SIZE, seed=seed)
     run = train.start_run(results.settings(**changes, data_dir=data_dir, device="cpu"))
-    labels, patterns, places = draw(len(run.images), torch.Generator().manual_seed(seed))
-    run.images, _ = plant(run.images, marks[patterns], places)
-    run.labels = labels
+    run.labels, patterns, places = draw(len(run.images), seed)
+    run.images, _ = plant(run.images, make_patterns()[patterns], places)
     for epoch in range(EPOCHS):
         train.train_epoch(run, epoch)
     return run.ema
@@ -172,42 +149,44 @@ def train_model(data_dir: str, seed: int, marks: Tensor) -> nn.Module:
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     """Of each seed, rows of the test images that its model is right on."""
-    marks = make_patterns(torch.Generator().manual_seed(0))
     images = dataset.load(args.data_dir, train=False)[0][:2000]
-    labels, patterns, places = draw(len(images), torch.Generator().manual_seed(0))
-    planted, masks = plant(images, marks[patterns], places)
-    without, _ = plant(images, marks[patterns][:, 1:], places[:, 1:])
+    labels, patterns, places = draw(len(images), seed=0)
+    marks = make_patterns()[patterns]
+    planted, masks = plant(images, marks, places)
+    without, _ = plant(images, marks[:, 1:], places[:, 1:])
     for seed in range(SEEDS):
-        model = train_model(args.data_dir, seed, marks)
+        model = train_model(args.data_dir, seed)
         right = train.predict(model, planted).argmax(dim=1) == labels
         i = right.nonzero().flatten()[:NUM_IMAGES]
         x, taken, y = dataset.normalize(planted[i]), dataset.normalize(without[i]), labels[i]
-        first, second, third = masks[:, i]
-        both = first | second
+        first, second, _ = masks[:, i]
         other = y - y % KINDS[1] + (y + 1) % KINDS[1]  # another kind of the second mark
-        every, cams = explainers(model)
-        for name, explain in every.items():
+        for name, explain in explainers(model).items():
             torch.manual_seed(0)
             maps = shares(explain, x, y)
-            on_first, on_second = share_on(maps, first), share_on(maps, second)
-            row = dict(seed=seed, accuracy=right.double().mean().item(), heatmap=name)
-            row["mass_accuracy"] = (on_first + on_second).mean().item()
-            row["rank_accuracy"] = share_of_hottest(maps, both, 2 * SIDE**2)
-            row["pointing_game"] = share_of_hottest(maps, both, 1)
-            row["weaker_mark"] = torch.minimum(on_first, on_second).mean().item()
-            row["third_mark"] = share_on(maps, third).mean().item()
-            row["first_mark"] = on_first.mean().item()
-            row["taken_away"] = share_on(shares(explain, taken, y), first).mean().item()
-            row["max_sensitivity"] = max_sensitivity(explain, x[:20], y[:20])
-            if name in cams:
-                contrast = cams[name](x, y, versus=other, normalize=False)
-                row["versus"] = share_on(contrast.relu(), second).mean().item()
+            on_first, on_second, on_third = (share_on(maps, mask) for mask in masks[:, i])
+            row = dict(
+                seed=seed,
+                accuracy=right.double().mean(),
+                heatmap=name,
+                mass_accuracy=(on_first + on_second).mean(),
+                rank_accuracy=share_of_hottest(maps, first | second, 2 * SIDE**2),
+                pointing_game=share_of_hottest(maps, first | second, 1),
+                weaker_mark=torch.minimum(on_first, on_second).mean(),
+                third_mark=on_third.mean(),
+                first_mark=on_first.mean(),
+                taken_away=share_on(shares(explain, taken, y), first).mean(),
+                max_sensitivity=max_sensitivity(explain, x[:20], y[:20]),
+            )
+            if isinstance(explain, GradCAM):
+                contrast = explain(x, y, versus=other, normalize=False)
+                row["versus"] = share_on(contrast.relu(), second).mean()
             yield row
 
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
-    results.run(parser, measure, ("seed", "heatmap"), COLUMNS)
+    results.run(parser, measure, ("seed", "heatmap"))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,8 @@ import argparse
 import csv
 import platform
 import re
-import statistics
 import subprocess
 import sys
-import timeit
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,8 +16,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from common.files import errors_in_one_line
 from training.processes import set_threads
 from training.settings import choose_settings
+from training.settings import make_parser as make_train_parser
 
 ROOT = Path(train.__file__).parent
 Row = dict[str, object]
@@ -41,6 +40,12 @@ def settings(recipe: str = "default", **changes: object) -> SimpleNamespace:
     """The settings of a recipe, some of them changed."""
     given = dict(recipe=recipe, quiet=True, threads=torch.get_num_threads())
     return choose_settings(train.SETTINGS, train.RECIPES, given | changes)
+
+
+def settings_of(flags: list[str], **others: object) -> SimpleNamespace:
+    """The settings that flags of train.py give; `others` are for what they leave out."""
+    given = vars(make_train_parser(train.SETTINGS, "").parse_args(flags))
+    return settings(**others | given)
 
 
 # ---- Files of figures ----
@@ -75,16 +80,16 @@ def read(path: Path) -> Rows:
 
 
 def add(path: Path, row: Row, *key: str) -> None:
-    """Add a row, with commit and machine, in the place of one alike in columns `key`, if any."""
+    """Add a row, with commit and machine, for those that are alike in columns `key`, if any."""
     row = dict(commit=commit(), machine=machine()) | row
-    row = {name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()}
-    rows = read(path)
-    for i, other in enumerate(rows):
-        if key and all(other[name] == str(row[name]) for name in key):
-            rows[i] = row
-            break
-    else:
-        rows.append(row)
+    for name, value in row.items():
+        value = value.item() if isinstance(value, torch.Tensor) else value
+        row[name] = round(value, 4) if isinstance(value, float) else value
+
+    def is_alike(other: dict[str, str]) -> bool:
+        return bool(key) and all(other[name] == str(row[name]) for name in key)
+
+    rows = [other for other in read(path) if not is_alike(other)] + [row]
     columns = dict.fromkeys(name for row in rows for name in row)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
@@ -95,53 +100,38 @@ def add(path: Path, row: Row, *key: str) -> None:
 # ---- Tables ----
 
 
-def cell(value: str, form: str) -> str:
-    """A figure in a table; `form` is a format such as ".1%", or "code", or "" for text."""
-    if not form or not value:
-        return value
-    return f"`{value}`" if form == "code" else format(float(value), form)
-
-
 def run(
-    parser: argparse.ArgumentParser, measure: Callable, key: tuple[str, ...], columns: Columns
+    parser: argparse.ArgumentParser,
+    measure: Callable,
+    key: tuple[str, ...],
+    columns: Columns | None = None,
 ) -> Rows:
     """Measure, save each row as it comes, print and return the table."""
     args = parser.parse_args()
     if not args.table:
         set_threads()
-        for row in measure(args):
-            add(args.output, row, *key)
+        before = dict(commit=commit())  # scripts may change meanwhile
+        with errors_in_one_line(parser.prog):
+            for row in measure(args):
+                add(args.output, before | row, *key)
     rows = read(args.output)
     print_table(rows, columns)
     return rows
 
 
-def grouped(rows: Rows, name_of: Callable) -> dict[str, Rows]:
-    """The rows under the names that they are given."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[name_of(row)].append(row)
-    return groups
-
-
-def print_table(rows: Rows, columns: Columns, bold: tuple[str, str] = ()) -> None:
-    """Print rows in Markdown; in bold those with a value in a column, `bold`."""
+def print_table(rows: Rows, columns: Columns | None = None) -> None:
+    """Print rows in Markdown: some columns, or all but commit and machine as they are."""
+    if columns is None:
+        names = [name for name in rows[0] if name not in ("commit", "machine")]
+        columns = {name: (name.replace("_", " "), "") for name in names}
     headings = [heading for heading, _ in columns.values()]
     print(f"| {' | '.join(headings)} |")
     print(f"|---|{'---:|' * (len(headings) - 1)}")
     for row in rows:
         cells = [cell(row.get(name) or "", form) for name, (_, form) in columns.items()]
-        if bold and row[bold[0]] == bold[1]:
-            cells = [f"**{text}**" for text in cells]
         print(f"| {' | '.join(cells)} |")
 
 
-def median_seconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each call; they take turns, as the machine's speed drifts."""
-    seconds = defaultdict(list)
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            took = timeit.timeit(call, number=1)
-            if number:  # the first round warms up
-                seconds[name].append(took)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def cell(value: str, form: str) -> str:
+    """A figure in a table; `form` is a format such as ".1%", or "" for text."""
+    return format(float(value), form) if form and value else value

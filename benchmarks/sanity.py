@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import results
 import torch
-from faithfulness import Candidate, candidate_maps, candidate_name, rank_correlation
+from faithfulness import Candidate, maps_of, rank_correlation
 from torch import Tensor
 
 import dataset
@@ -23,13 +23,11 @@ from Visulization import all_layers
 
 PARTS = ("head", "stem.down1", "stem.first")  # the cascade is compared after these
 CANDIDATES = [  # the default, the earlier default, and two classics
-    ("hirescam", True, ("stem.stage0_0", "stem.down1"), False),
-    ("layercam", False, ("stem.stage0_2", "stem.down1"), False),
-    ("gradcam", False, ("stem.stage2_0",), False),
-    ("gradcam++", False, ("stem.down1",), False),
+    Candidate("hirescam", True, ("stem.stage0_0", "stem.down1")),
+    Candidate("layercam", False, ("stem.stage0_2", "stem.down1")),
+    Candidate("gradcam", False, ("stem.stage2_0",)),
+    Candidate("gradcam++", False, ("stem.down1",)),
 ]
-COLUMNS = dict(compared_with=("correlation of the map with", ""))
-COLUMNS |= {candidate_name(*each): (candidate_name(*each), ".2f") for each in CANDIDATES}
 
 
 def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, HybridClassifier]]:
@@ -46,37 +44,35 @@ def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, Hybr
 
 
 def correlations(
-    model: HybridClassifier, chosen: list[Candidate], images: Tensor
-) -> Iterator[tuple[str, results.Row]]:
-    """What the candidates' maps are compared with, and the correlation of each."""
+    model: HybridClassifier, images: Tensor, chosen: list[Candidate] = CANDIDATES
+) -> Iterator[results.Row]:
+    """A row for each of the other maps: the correlation of each candidate's with it."""
     ranking = classify(model, images).argsort(dim=1, descending=True)
-    maps = candidate_maps(model, chosen, images, ranking[:, 0])
-    others = {}
-    for what, place in (("second likeliest", 1), ("least likely", -1)):
-        found = candidate_maps(model, chosen, images, ranking[:, place])
-        others[f"the map of the {what} class"] = found
+    classes = ranking[:, 0]
+    maps = {each: maps_of(model, each, images, classes) for each in chosen}
+
+    def row_of(what: str, other_model: HybridClassifier, other_classes: Tensor) -> results.Row:
+        row = dict(compared_with=what)
+        for each in chosen:
+            others = maps_of(other_model, each, images, other_classes)
+            row[str(each)] = rank_correlation(maps[each], others, images).mean()
+        return row
+
+    yield row_of("the map of the second likeliest class", model, ranking[:, 1])
+    yield row_of("the map of the least likely class", model, ranking[:, -1])
     for part, changed in randomized_from_the_top(model):
         if part in PARTS:
-            found = candidate_maps(changed, chosen, images, ranking[:, 0])
-            others[f"random from the top to {part}"] = found
-    for what, other in others.items():
-        row = {}
-        for name in maps:
-            row[name] = rank_correlation(maps[name], other[name], images).mean().item()
-        yield what, row
+            yield row_of(f"random from the top to {part}", changed, classes)
 
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
-    """A row for each of the other maps."""
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
-    images = dataset.load(args.data_dir, train=False)[0][:200]
-    for what, found in correlations(model, CANDIDATES, images):
-        yield dict(compared_with=what) | found
+    return correlations(model, dataset.load(args.data_dir, train=False)[0][:200])
 
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
-    results.run(parser, measure, ("compared_with",), COLUMNS)
+    results.run(parser, measure, ("compared_with",))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ def test_the_cascade_leaves_no_weight_and_begins_at_the_end(shipped):
 
 def test_maps_change_with_the_class_and_with_the_weights(shipped, test_split):
     layers = ("stem.stage0_0", "stem.down1")
-    candidates = [(method, True, layers, False) for method in METHODS]
-    rows = [row for _, row in sanity.correlations(shipped, candidates, test_split[0][:20])]
+    candidates = [sanity.Candidate(method, True, layers) for method in METHODS]
+    rows = list(sanity.correlations(shipped, test_split[0][:20], candidates))
     assert len(rows) == 5
     for method, candidate in zip(METHODS, candidates, strict=True):
-        highest = max(row[sanity.candidate_name(*candidate)] for row in rows)
+        highest = max(row[str(candidate)] for row in rows)
         # With another head, those of Grad-CAM++ stay (0.66).
         assert (highest < 0.25) == (method != "gradcam++")
