@@ -10,32 +10,19 @@ import tempfile
 from collections.abc import Iterator
 
 import results
-import torch
 
 import train
-from common.files import UserError, errors_in_one_line
+from common.files import UserError
 from model import load_checkpoint
-from training.settings import make_parser
-
-COLUMNS = dict(
-    group=("group", ""),
-    what=("what", ""),
-    command=("command", "code"),
-    val_accuracy=("val accuracy", ".2%"),
-    val_loss=("val loss", ""),
-    minutes=("minutes", ""),
-)
 
 
 def experiment(args: argparse.Namespace) -> Iterator[results.Row]:
     """The row of a run with these flags; the test split is not looked at."""
     if not (args.group and args.what):
         raise UserError("an experiment needs --group, --what and, after --, its flags")
-    given = vars(make_parser(train.SETTINGS, "").parse_args(args.flags))
-    commit = results.commit()
     with tempfile.TemporaryDirectory() as folder:
         places = dict(output_dir=folder, data_dir=args.data_dir)
-        config = results.settings(**places | dict(threads=0) | given)
+        config = results.settings_of(args.flags, **places, threads=0)
         if not config.val_size:
             raise UserError("experiments are compared on validation images: give --val-size")
         checkpoint = load_checkpoint(train.train(config))[1]
@@ -48,8 +35,7 @@ def experiment(args: argparse.Namespace) -> Iterator[results.Row]:
         val_accuracy=row["val_accuracy"],
         val_loss=row["val_loss"],
         minutes=round(row["seconds"] / 60, 1),
-        machine=f"{checkpoint['environment']}, {torch.backends.cpu.get_cpu_capability()}",
-        commit=commit,
+        machine=checkpoint["environment"],
     )
 
 
@@ -58,8 +44,7 @@ def main() -> None:
     parser.add_argument("--group", help="the rows that this one is to be compared with")
     parser.add_argument("--what", help="what the experiment changes")
     parser.add_argument("flags", nargs="*", help="flags of train.py, after --")
-    with errors_in_one_line("ablations.py"):
-        results.run(parser, experiment, (), COLUMNS)
+    results.run(parser, experiment, ())
 
 
 if __name__ == "__main__":

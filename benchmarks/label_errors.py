@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import results
 import torch
 from sklearn.model_selection import StratifiedKFold
+from torch import Tensor
 
 import dataset
 import train
@@ -22,20 +23,18 @@ from explaining.features import TrainingImages, embed, labels_of_nearest
 # https://github.com/zalandoresearch/fashion-mnist/issues/166 and their repository; they found 64.
 KNOWN = (16691, 22264, 28264, 33982, 40513, 42018, 45592)
 FIRST = 300
-COLUMNS = dict(
-    ranked_by=("contradicted by", ""),
-    images=("images", ",.0f"),
-    known=("known errors among them", ""),
-    known_among_first=(f"among the first {FIRST}", ""),
-    ranks=("their ranks", ""),
-)
 
 
-def fold(data_dir: str, number: int, folds: list) -> dict[str, torch.Tensor]:
-    """Train without a fold; return its wrong answers, and whether similar images agree."""
-    config = results.settings("fast", seed=number, data_dir=data_dir)
+def contradicted(
+    data_dir: str, seed: int, trained: Tensor, held_out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The indices (N,) of held-out images whose label a model contradicts that did not see them.
+
+    Also returns its confidence, and whether most similar images agree with it.
+    """
+    config = results.settings("fast", seed=seed, data_dir=data_dir)
     run = train.start_run(config)
-    run.train_index, held_out = map(torch.from_numpy, folds[number])
+    run.train_index = trained
     run.plan_steps()
     for epoch in range(config.epochs):
         train.train_epoch(run, epoch)
@@ -43,34 +42,38 @@ def fold(data_dir: str, number: int, folds: list) -> dict[str, torch.Tensor]:
     tokens = embed(model, images[held_out])
     confidence, answers = model.head(tokens).detach().softmax(dim=1).max(dim=1)
     wrong = answers != labels[held_out]
-    known = embed(model, images[run.train_index])
-    training = TrainingImages(images, labels, run.train_index, held_out, known)
+    known = embed(model, images[trained])
+    training = TrainingImages(images, labels, trained, held_out, known)
     agrees = labels_of_nearest(tokens[wrong], training) == answers[wrong]
-    return dict(index=held_out[wrong], confidence=confidence[wrong], agrees=agrees)
+    return held_out[wrong], confidence[wrong], agrees
 
 
-def ranking(name: str, index: torch.Tensor, confidence: torch.Tensor) -> results.Row:
+def ranking(name: str, index: Tensor, confidence: Tensor) -> results.Row:
     """Where the known errors are among images (N,), the most confident first."""
     order = index[confidence.argsort(descending=True, stable=True)].tolist()
     ranks = sorted(order.index(image) + 1 for image in KNOWN if image in order)
-    among_first = sum(rank <= FIRST for rank in ranks)
-    found = dict(known=len(ranks), known_among_first=among_first, ranks=" ".join(map(str, ranks)))
-    return dict(ranked_by=name, images=len(order)) | found
+    return dict(
+        ranked_by=name,
+        images=len(order),
+        known=len(ranks),
+        known_among_first=sum(rank <= FIRST for rank in ranks),
+        ranks=" ".join(map(str, ranks)),
+    )
 
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
-    """A row with the nearest images' labels, and one without."""
     labels = dataset.load(args.data_dir, train=True)[1]
-    cut = StratifiedKFold(5, shuffle=True, random_state=0)
-    folds = list(cut.split(labels, labels))
-    parts = [fold(args.data_dir, number, folds) for number in range(5)]
-    index, confidence, agrees = (torch.cat([p[name] for p in parts]) for name in parts[0])
+    folds = StratifiedKFold(5, shuffle=True, random_state=0).split(labels, labels)
+    parts = []
+    for seed, fold in enumerate(folds):
+        parts.append(contradicted(args.data_dir, seed, *map(torch.from_numpy, fold)))
+    index, confidence, agrees = map(torch.cat, zip(*parts, strict=True))
     yield ranking("the model and similar images", index[agrees], confidence[agrees])
     yield ranking("the model", index, confidence)
 
 
 def main() -> None:
-    results.run(results.make_parser(__file__, __doc__), measure, ("ranked_by",), COLUMNS)
+    results.run(results.make_parser(__file__, __doc__), measure, ("ranked_by",))
 
 
 if __name__ == "__main__":

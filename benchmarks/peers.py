@@ -4,17 +4,15 @@
     python benchmarks/peers.py --train "ResNet-18" --epochs 33  only one, as long as the default
 
 They take turns by the epoch, so that their seconds can be compared. The recipe is the default; only
-this model has a first layer that whitens. The last weights are tested.
-
-"ResNet-20, cutout" has a recipe of its own, that of
-https://github.com/hysts/pytorch_image_classification, in bfloat16 where the CPU has it. With
-`--val-size 0` a model sees all images, and its row goes to seeds.csv.
+this model has a first layer that whitens. "ResNet-20, cutout" has a recipe of its own, that of
+https://github.com/hysts/pytorch_image_classification. The last weights are tested.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import results
 import robustness
@@ -24,25 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 
 import dataset
 import train
-from training import processes
 from training.runs import Run
 
 CUTOUT = "ResNet-20, cutout"
-# Where it differs from the default.
+# Where its recipe differs from the default.
 CUTOUT_RECIPE = dict(batch_size=128, lr=0.2, warmup_epochs=0.0, shift=4, erase=0.0, cutmix=0.0)
 CUTOUT_RECIPE |= dict(ema_decay=0.0, grad_clip=0.0, skip_easy=0.0, alternate_flip=False)
-COLUMNS = dict(
-    name=("", ""),
-    command=("command", "code"),
-    parameters=("parameters", ",.0f"),
-    million_multiply_adds=("million multiply-adds", ".1f"),
-    seconds_for_60000_images=("seconds for 60,000 images", ".1f"),
-    val_accuracy=("val accuracy", ".2%"),
-    test_accuracy=("test accuracy", ".2%"),
-)
 
 
 # ---- The models ----
@@ -61,13 +50,12 @@ def classifier(layers: list[nn.Module], channels: int) -> nn.Module:
 
 def resnet() -> nn.Module:
     """A ResNet-18 (He et al. 2015) for small images, with as many channels as 600k allow."""
-    layers = [nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
     width = 16
+    layers = [Conv2dNormActivation(1, width)]
     for channels, stride in ((16, 1), (32, 2), (64, 2), (112, 2)):
         shortcut = None
         if stride > 1:
-            shortcut = nn.Conv2d(width, channels, 1, stride, bias=False)
-            shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+            shortcut = Conv2dNormActivation(width, channels, 1, stride, activation_layer=None)
         layers.append(BasicBlock(width, channels, stride, shortcut))
         layers.append(BasicBlock(channels, channels))
         width = channels
@@ -91,25 +79,23 @@ def compact_transformer() -> nn.Module:
     return model
 
 
-class PreactBlock(nn.Module):
+class PreactBlock(BasicBlock):
     """A pre-activation residual unit (He et al. 2016, arXiv 1603.05027).
 
     `is_first` activates the shortcut, too.
     """
 
     def __init__(self, width: int, channels: int, stride: int, is_first: bool) -> None:
-        super().__init__()
-        self.is_first = is_first
-        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(width, channels, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.shortcut = nn.Identity()
+        shortcut = nn.Identity()
         if width != channels:
-            self.shortcut = nn.Conv2d(width, channels, 1, stride, bias=False)
+            shortcut = nn.Conv2d(width, channels, 1, stride, bias=False)
+        super().__init__(width, channels, stride, shortcut)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.is_first = is_first
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(x))
-        shortcut = self.shortcut(y if self.is_first else x)
+        shortcut = self.downsample(y if self.is_first else x)
         return shortcut + self.conv2(F.relu(self.bn2(self.conv1(y))))
 
 
@@ -120,18 +106,6 @@ def preact_resnet() -> nn.Module:
         layers.append(PreactBlock(width, channels, stride, is_first=True))
         layers += [PreactBlock(channels, channels, 1, is_first=False) for _ in range(2)]
     return classifier([*layers, nn.BatchNorm2d(64), nn.ReLU()], 64)
-
-
-def cutout(x: Tensor, generator: torch.Generator, side: int = 16) -> Tensor:
-    """Set a square around a random place of each normalised image (N, 1, 28, 28) to 0, mean grey.
-
-    DeVries & Taylor 2017, arXiv 1708.04552; a part of the square may lie outside the image.
-    """
-    size = x.shape[-1]
-    center = torch.randint(0, size + 1, (2, len(x), 1), generator=generator, device=x.device)
-    place = torch.arange(size, device=x.device)
-    rows, columns = (place - center + side // 2) // side == 0  # (N, 28) each
-    return x.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 
 
 PEERS: dict[str, Callable[[], nn.Module]] = {
@@ -153,16 +127,18 @@ def multiply_adds(model: nn.Module) -> float:
 
 
 def start(name: str, **changes: object) -> Run:
-    """A run of one of `PEERS`, with some settings of its recipe changed."""
+    """A run of one of `PEERS`, with some settings of the default changed."""
     recipe = dict(whiten=name == "this model")
     if name == CUTOUT:
         recipe |= CUTOUT_RECIPE
-    config = results.settings(**recipe | changes)
+    config = results.settings(**changes | recipe)
     torch.manual_seed(config.seed)
     run = train.start_run(config, model=PEERS[name]())
     if name == CUTOUT:
         options = dict(momentum=0.9, nesterov=True, weight_decay=1e-4)
         run.optimizers = [torch.optim.SGD(run.model.parameters(), lr=0.0, **options)]
+        # Cutout (DeVries & Taylor 2017, arXiv 1708.04552) with 0, mean grey.
+        cutout = partial(robustness.fill_square, side=16, outside=8)
         run.compiled = lambda x: run.model(cutout(x, run.generator))
     return run
 
@@ -176,56 +152,38 @@ def fit(runs: dict[str, Run], epochs: int) -> None:
             run.history.append(dict(images=row["images"], seconds=time.perf_counter() - started))
 
 
-def row_of(name: str, run: Run, args: argparse.Namespace) -> results.Row:
-    """The row of a trained model in peers.csv."""
+def figures_of(run: Run, data_dir: str) -> results.Row:
+    """The figures of a trained model."""
     model = run.ema.cpu()
-    images, labels = (tensor.cpu() for tensor in run.held_out["val"])
-    right = train.predict(model, images).argmax(dim=1) == labels
+    figures = seeds.figures_of(model, *dataset.load(data_dir, train=False))
+    for images, labels in run.held_out.values():
+        right = train.predict(model, images.cpu()).argmax(dim=1) == labels.cpu()
+        figures["val_accuracy"] = right.double().mean()
     seconds = statistics.median(row["seconds"] / row["images"] for row in run.history)
-    flags = f"--val-size {args.val_size} --seed {args.seed}"
-    return dict(
-        name=name,
-        command=f"{command_of(name, args)} {flags}",
-        parameters=sum(p.numel() for p in model.parameters()),
-        million_multiply_adds=round(multiply_adds(model) / 1e6, 1),
-        seconds_for_60000_images=round(60_000 * seconds, 1),
-        val_accuracy=right.double().mean().item(),
-        **robustness.measure(model, *dataset.load(args.data_dir, train=False)),
-    )
+    figures["seconds_for_60000_images"] = round(60_000 * seconds, 1)
+    figures["million_multiply_adds"] = round(multiply_adds(model) / 1e6, 1)
+    return figures
 
 
-def row_for_seeds(name: str, run: Run, args: argparse.Namespace) -> results.Row:
-    """The row in seeds.csv of a model that was trained on all images."""
-    minutes = sum(row["seconds"] for row in run.history) / 60
-    figures = seeds.figures_of(run.ema.cpu(), *dataset.load(args.data_dir, train=False))
-    command = f"{command_of(name, args)} --val-size 0"
-    return dict(command=command, seed=args.seed, minutes=round(minutes, 1)) | figures
-
-
-def command_of(name: str, args: argparse.Namespace) -> str:
-    return f'python benchmarks/peers.py --train "{name}" --epochs {args.epochs}'
+def measure(args: argparse.Namespace) -> Iterator[results.Row]:
+    names = ("epochs", "val_size", "seed", "data_dir")
+    changes = {name: getattr(args, name) for name in names}
+    runs = {name: start(name, **changes) for name in args.train}
+    fit(runs, args.epochs)
+    flags = f"--epochs {args.epochs} --val-size {args.val_size} --seed {args.seed}"
+    for name, run in runs.items():
+        command = f'python benchmarks/peers.py --train "{name}" {flags}'
+        yield dict(name=name, command=command) | figures_of(run, args.data_dir)
 
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
-    three = [name for name in PEERS if name != CUTOUT]
-    parser.add_argument("--train", nargs="+", choices=PEERS, default=three)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--val-size", type=int, default=5000)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if not args.table:
-        processes.set_threads()
-        names = ("epochs", "val_size", "seed", "data_dir")
-        changes = {name: getattr(args, name) for name in names}
-        runs = {name: start(name, **changes) for name in args.train}
-        fit(runs, args.epochs)
-        for name, run in runs.items():
-            if args.val_size:
-                results.add(args.output, row_of(name, run, args), "command")
-            else:
-                results.add(seeds.TABLE, row_for_seeds(name, run, args), "command", "seed")
-    results.print_table(results.read(args.output), COLUMNS)
+    add = parser.add_argument
+    add("--train", nargs="+", choices=PEERS, default=list(PEERS)[:3])
+    add("--epochs", type=int, default=6)
+    add("--val-size", type=int, default=5000)
+    add("--seed", type=int, default=0)
+    results.run(parser, measure, ("command",))
 
 
 if __name__ == "__main__":

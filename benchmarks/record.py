@@ -22,7 +22,6 @@ import dataset
 import train
 from common.files import errors_in_one_line, whole_file
 from training.report import write_history
-from training.settings import make_parser
 
 Steps = dict[str, str]  # flags of train.py, by the step's folder
 
@@ -48,8 +47,7 @@ PACE = 1.9e15  # the teacher's multiply-adds in a minute
 
 
 def config_of(flags: str, **changes: str) -> SimpleNamespace:
-    given = vars(make_parser(train.SETTINGS, "").parse_args(flags.split()))
-    return results.settings(**given | changes)
+    return results.settings_of(flags.split(), **changes)
 
 
 def history(name: str) -> list[dict]:
@@ -98,7 +96,7 @@ def print_plan(steps: Steps) -> None:
 
 
 def train_peer(config: SimpleNamespace) -> None:
-    run = peers.start(peers.CUTOUT, **vars(config) | peers.CUTOUT_RECIPE | dict(whiten=False))
+    run = peers.start(peers.CUTOUT, **vars(config))
     path = run.folder / "run.pt"
     if path.exists():
         model, optimizer, run.history = torch.load(path)

@@ -11,20 +11,11 @@ from torch import Tensor, nn
 
 import dataset
 import train
+from common.files import UserError
 from model import load_checkpoint
 from training.settings import flag
 
-TABLE = Path(__file__).with_suffix(".csv")
 NOT_IN_COMMAND = ("recipe", "seed", "device", "precision", "threads", *train.MAY_CHANGE_ON_RESUME)
-COLUMNS = dict(
-    command=("command", "code"),
-    seed=("seed", ""),
-    parameters=("parameters", ",.0f"),
-    val_accuracy=("val accuracy", ".2%"),
-    test_accuracy=("test accuracy", ".2%"),
-    flip_accuracy=("with flip test-time augmentation", ".2%"),
-    minutes=("minutes", ".1f"),
-)
 
 
 def command_of(config: dict) -> str:
@@ -51,8 +42,8 @@ def figures_of(model: nn.Module, images: Tensor, labels: Tensor) -> results.Row:
     both = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
     return dict(
         parameters=sum(p.numel() for p in model.parameters()),
-        test_accuracy=(logits.argmax(dim=1) == labels).double().mean().item(),
-        flip_accuracy=(both.argmax(dim=1) == labels).double().mean().item(),
+        test_accuracy=(logits.argmax(dim=1) == labels).double().mean(),
+        flip_accuracy=(both.argmax(dim=1) == labels).double().mean(),
     )
 
 
@@ -61,7 +52,7 @@ def row_of(path: Path, data_dir: str) -> results.Row:
     model, checkpoint = load_checkpoint(path)
     config, history = checkpoint["train_config"], checkpoint["history"]
     if len(history) != config["epochs"]:
-        raise SystemExit(f"error: {path} is from an unfinished run")
+        raise UserError(f"{path} is from an unfinished run: finish it with --resume")
     best = history[checkpoint["epoch"] - 1]
     return dict(
         command=command_of(config),
@@ -73,7 +64,7 @@ def row_of(path: Path, data_dir: str) -> results.Row:
     )
 
 
-def spread(rows: list[dict[str, str]], name: str) -> str:
+def spread(rows: results.Rows, name: str) -> str:
     """Mean and standard deviation of a column of fractions, in percent."""
     values = [100 * float(row[name]) for row in rows]
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -84,8 +75,9 @@ def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, default="checkpoints/best.pt")
     key = "command", "seed"
-    rows = results.run(parser, lambda a: [row_of(a.checkpoint, a.data_dir)], key, COLUMNS)
-    for command, seeds in results.grouped(rows, lambda row: row["command"]).items():
+    rows = results.run(parser, lambda a: [row_of(a.checkpoint, a.data_dir)], key)
+    for command in dict.fromkeys(row["command"] for row in rows):
+        seeds = [row for row in rows if row["command"] == command]
         accuracy = spread(seeds, "test_accuracy")
         flipped = spread(seeds, "flip_accuracy")
         print(f"\n- `{command}`, {len(seeds)} seeds: {accuracy}, with flips {flipped}")

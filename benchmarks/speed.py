@@ -14,8 +14,9 @@ import os
 import statistics
 import subprocess
 import sys
+import timeit
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import peers
@@ -29,14 +30,7 @@ import train
 from gradcam import GradCAM
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 
-COLUMNS = dict(
-    section=("", ""),
-    setting=("setting", ""),
-    per_second=("per second", ".0f"),
-    ratio=("ratio", ".2f"),
-    gflops=("GFLOP/s", ".0f"),
-    fraction_of_peak=("fraction of peak", ".0%"),
-)
+ROUNDS = 5
 BUSY = {  # flags of the command
     "as this project does it": "",
     "PyTorch's threads": f"--threads {os.cpu_count()}",
@@ -44,10 +38,21 @@ BUSY = {  # flags of the command
 }
 
 
+def median_seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The median seconds of each call; they take turns, as the machine's speed drifts."""
+    seconds = defaultdict(list)
+    for number in range(ROUNDS + 1):
+        for name, call in calls.items():
+            took = timeit.timeit(call, number=1)
+            if number:  # the first round warms up
+                seconds[name].append(took)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def matrix_rate(precision: str) -> float:
     """Of products of 2048x2048 matrices, in 1e9 operations a second; a multiply-add is two."""
     a = torch.randn(2048, 2048, dtype=getattr(torch, precision))
-    seconds = results.median_seconds({"": lambda: a @ a}, rounds=3)[""]
+    seconds = median_seconds({"": lambda: a @ a})[""]
     return 2 * 2048**3 / seconds / 1e9
 
 
@@ -64,8 +69,9 @@ def steps(args: argparse.Namespace) -> Iterator[results.Row]:
     for name, change in changes.items():
         config = results.settings("fast", data_dir=args.data_dir, device="cpu", **change)
         run = runs[name] = train.start_run(config)
-        calls[name] = partial(run.step, torch.arange(config.batch_size), 1e-3, 0.999)
-    for name, seconds in results.median_seconds(calls, args.rounds).items():
+        index = torch.arange(config.batch_size)
+        calls[name] = partial(train.training_step, run, index, lr=1e-3, decay=0.999)
+    for name, seconds in median_seconds(calls).items():
         run = runs[name]
         rates[name] = run.config.batch_size / seconds
         # A step counts as three forward passes.
@@ -83,7 +89,7 @@ def busy(args: argparse.Namespace) -> Iterator[results.Row]:
     """The fast recipe beside other processes; the ratio is to PyTorch's own threads alone."""
     short = "--recipe fast --epochs 1 --train-size 6400 --quiet"
     speeds = defaultdict(list)
-    for _, others, name in itertools.product(range(args.rounds), range(3), BUSY):
+    for _, others, name in itertools.product(range(ROUNDS), range(3), BUSY):
         loop = [sys.executable, "-c", "while True: pass"]
         loops = [subprocess.Popen(loop) for _ in range(others)]
         try:
@@ -106,16 +112,15 @@ def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
-    layer = model.get_submodule(model.stage_ends()[-1])
     images, labels = dataset.load(args.data_dir, train=False)
-    ours, captums = GradCAM(model, layer), LayerGradCam(model, layer)
+    ours, captums = GradCAM(model, "stem"), LayerGradCam(model, model.stem)
 
     def by_captum(x: Tensor, y: Tensor) -> Tensor:
         maps = captums.attribute(x, y, relu_attributions=True)
         return LayerAttribution.interpolate(maps, x.shape[-2:], "bilinear")
 
     def by_grad_cam(x: Tensor, y: Tensor) -> object:
-        with PackageGradCAM(model, [layer]) as cam:
+        with PackageGradCAM(model, [model.stem]) as cam:
             return cam(x, [ClassifierOutputTarget(label) for label in y.tolist()])
 
     makers = {
@@ -126,7 +131,7 @@ def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
     for size in (1, 64, 256):
         batch = dataset.normalize(images[:size]), labels[:size]
         calls = {name: partial(make, *batch) for name, make in makers.items()}
-        seconds = results.median_seconds(calls, args.rounds)
+        seconds = median_seconds(calls)
         for name, value in seconds.items():
             yield dict(
                 setting=f"{name}, batch size {size}",
@@ -147,8 +152,7 @@ def measure(args: argparse.Namespace) -> Iterator[results.Row]:
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("section", nargs="?", choices=SECTIONS, default="steps")
-    parser.add_argument("--rounds", type=int, default=5)
-    results.run(parser, measure, ("section", "setting"), COLUMNS)
+    results.run(parser, measure, ("section", "setting"))
 
 
 if __name__ == "__main__":
