@@ -370,7 +370,7 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     images, labels, train_index, val_index = load_data(config, device)
     data = dataset.describe(config.data_dir, images)
     teachers = runs.load_teachers(config, data, labels, device)
-    runs.steps_of_epochs(config, len(train_index))  # complains of --batch-size before the work
+    steps, pruned = runs.plan_steps(config, len(train_index))
     seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
@@ -390,6 +390,8 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         labels=labels,
         train_index=train_index,
         val_index=val_index,
+        steps=steps,
+        pruned=pruned,
         model=model,
         optimizers=optimizers,
         teachers=teachers,

@@ -41,13 +41,16 @@ class Run:
     labels: Tensor  # int64 (60000,)
     train_index: Tensor  # those to train on, int64 (N,)
     val_index: Tensor  # those to validate on, int64 (M,)
+    steps: list[int]  # of each epoch
+    pruned: int  # how many images later epochs leave out
     model: HybridClassifier
     optimizers: list[torch.optim.Optimizer]
     teachers: list[nn.Module]
     history: list[dict[str, float]] = field(default_factory=list)  # a row for each epoch
 
     def __post_init__(self) -> None:
-        self.plan_steps()
+        warmup_steps = self.config.warmup_epochs * self.steps[0]
+        self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
         self.originals = self.images.clone()  # `alternate_flip` changes the others
         self.compiled = self.model  # or what torch.compile makes of it
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # averaged weights
@@ -57,18 +60,12 @@ class Run:
         self.generator = torch.Generator(self.images.device)  # for order and augmentation
         self.checksums = [checksum(path) for path in paths_of_teachers(self.config)]
 
-    def plan_steps(self) -> None:
-        """Count the steps of each epoch, for the images of `train_index`."""
-        self.steps, self.pruned = steps_of_epochs(self.config, len(self.train_index))
-        warmup_steps = self.config.warmup_epochs * self.steps[0]
-        self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
-
     @property
     def folder(self) -> Path:
         return user_path(self.config.output_dir)
 
 
-def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
+def plan_steps(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
     """The steps of each epoch, and how many of `size` images later epochs prune."""
     pruned = 0
     if config.epochs > 1:
