@@ -62,6 +62,7 @@ def test_the_command_makes_a_data_folder(clone, small_data, tmp_path, script, ca
     images, labels = dataset.load(folder, train=True)
     assert labels[20:].tolist() == [1, 1, 1, 1, 7, 7, 7, 7]
     assert (images[20:24] == trousers).all() and (images[24:] == sneaker).all()
+    assert dataset.describe(folder, images) == dataset.FASHION_MNIST
     known, known_labels = dataset.load(small_data, train=True)
     places = [(known == image).all(dim=(1, 2, 3)).nonzero()[0].item() for image in images[:20]]
     assert len(set(places)) == 20 and torch.equal(known_labels[places], labels[:20])
@@ -105,9 +106,11 @@ def test_training_starts_from_the_weights_of_a_checkpoint(run_config, small_mode
         runs.load_start(train.make_model(run_config(embed_dim=8)), path)
 
 
-def test_the_recipe_fits_the_shipped_model():
+def test_the_recipe_fits_the_shipped_model_and_wants_its_folder(run_config, tmp_path):
     config = train.choose_settings(train.SETTINGS, train.RECIPES, dict(recipe="photographs"))
     runs.load_start(train.make_model(config), train.user_path(config.start))
+    with pytest.raises(UserError, match=r"no folder .*nowhere: make it by python -m explaining"):
+        train.start_run(run_config(recipe="photographs", data_dir=str(tmp_path / "nowhere")))
 
 
 # ---- The benchmark ----
