@@ -123,14 +123,15 @@ def share_of_hottest(maps: Tensor, mask: Tensor, count: int) -> Tensor:
 
 
 def max_sensitivity(explain: Explainer, x: Tensor, labels: Tensor) -> Tensor:
-    """The largest change of a map, as a part of it, under some draws of noise; the mean of maps."""
+    """The mean of the maps' largest relative changes under some draws of noise."""
     maps = shares(explain, x, labels)
     changes = []
     for _ in range(DRAWS):
         noise = NOISE * (2 * torch.rand_like(x) - 1)
         change = shares(explain, x + noise, labels) - maps
-        changes.append(change.norm(dim=(1, 2)) / maps.norm(dim=(1, 2)).clamp_min(1e-30))
-    return torch.stack(changes).amax(dim=0).mean()
+        changes.append(change.norm(dim=(1, 2)))
+    largest = torch.stack(changes).amax(dim=0)
+    return (largest / maps.norm(dim=(1, 2)).clamp_min(1e-30)).mean()
 
 
 def train_model(data_dir: str, seed: int) -> HybridClassifier:

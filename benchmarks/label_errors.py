@@ -9,6 +9,7 @@ the models alone.
 
 import argparse
 from collections.abc import Iterator
+from dataclasses import replace
 
 import results
 import torch
@@ -18,11 +19,11 @@ from torch import Tensor
 import dataset
 import train
 from explaining.features import TrainingImages, embed, labels_of_nearest
+from training.runs import plan_steps
 
 # Images of the paper's authors (Mueller & Markert 2019, arXiv 1912.05283) in
 # https://github.com/zalandoresearch/fashion-mnist/issues/166 and their repository; they found 64.
 KNOWN = (16691, 22264, 28264, 33982, 40513, 42018, 45592)
-FIRST = 300
 
 
 def contradicted(
@@ -33,9 +34,8 @@ def contradicted(
     Also returns its confidence, and whether most similar images agree with it.
     """
     config = results.settings("fast", seed=seed, data_dir=data_dir)
-    run = train.start_run(config)
-    run.train_index = trained
-    run.plan_steps()
+    steps, pruned = plan_steps(config, len(trained))
+    run = replace(train.start_run(config), train_index=trained, steps=steps, pruned=pruned)
     for epoch in range(config.epochs):
         train.train_epoch(run, epoch)
     model, images, labels = run.ema.eval(), run.originals, run.labels
@@ -56,7 +56,6 @@ def ranking(name: str, index: Tensor, confidence: Tensor) -> results.Row:
         ranked_by=name,
         images=len(order),
         known=len(ranks),
-        known_among_first=sum(rank <= FIRST for rank in ranks),
         ranks=" ".join(map(str, ranks)),
     )
 

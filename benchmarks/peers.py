@@ -11,7 +11,7 @@ https://github.com/hysts/pytorch_image_classification. The last weights are test
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import results
@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import Conv2dNormActivation
 
-import dataset
 import train
 from training.runs import Run
 
@@ -101,14 +100,14 @@ class PreactBlock(BasicBlock):
 
 def preact_resnet() -> nn.Module:
     """The ResNet-20 of pre-activation units, 0.27M parameters."""
-    layers: list[nn.Module] = [nn.Conv2d(1, 16, 3, padding=1, bias=False)]
+    layers = [nn.Conv2d(1, 16, 3, padding=1, bias=False)]
     for width, channels, stride in ((16, 16, 1), (16, 32, 2), (32, 64, 2)):
         layers.append(PreactBlock(width, channels, stride, is_first=True))
         layers += [PreactBlock(channels, channels, 1, is_first=False) for _ in range(2)]
     return classifier([*layers, nn.BatchNorm2d(64), nn.ReLU()], 64)
 
 
-PEERS: dict[str, Callable[[], nn.Module]] = {
+PEERS = {
     "this model": lambda: train.make_model(results.settings()),
     "ResNet-18": resnet,
     "CCT-4/3x2": compact_transformer,
@@ -155,8 +154,9 @@ def fit(runs: dict[str, Run], epochs: int) -> None:
 def figures_of(run: Run, data_dir: str) -> results.Row:
     """The figures of a trained model."""
     model = run.ema.cpu()
-    figures = seeds.figures_of(model, *dataset.load(data_dir, train=False))
-    for images, labels in run.held_out.values():
+    figures = seeds.figures_of(model, data_dir)
+    if run.config.val_size:
+        images, labels = run.originals[run.val_index], run.labels[run.val_index]
         right = train.predict(model, images.cpu()).argmax(dim=1) == labels.cpu()
         figures["val_accuracy"] = right.double().mean()
     seconds = statistics.median(row["seconds"] / row["images"] for row in run.history)

@@ -18,7 +18,6 @@ import results
 import seeds
 import torch
 
-import dataset
 import train
 from common.files import errors_in_one_line, whole_file
 from training.report import write_history
@@ -116,8 +115,7 @@ def test(data_dir: str) -> None:
     print(seeds.spread(rows, "test_accuracy"))
     peer = peers.preact_resnet()
     peer.load_state_dict(torch.load(f"{PEER}/run.pt", map_location="cpu")[0])
-    split = dataset.load(data_dir, train=False)
-    rows.append(dict(command=PEER, seed=0, **seeds.figures_of(peer, *split)))
+    rows.append(dict(command=PEER, seed=0, **seeds.figures_of(peer, data_dir)))
     for row in rows:
         results.add(Path("seeds.csv"), row, "command", "seed")
 

@@ -11,7 +11,7 @@ from functools import partial
 
 import results
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
@@ -59,33 +59,29 @@ CHANGES = dict(
 )
 
 
-def measure(model: nn.Module, images: Tensor, labels: Tensor) -> results.Row:
-    """The figures of a model: uint8 images (N, 1, 28, 28), labels int64 (N,)."""
-    probabilities = train.predict(model, images).softmax(dim=1)
-    confidence, answers = probabilities.max(dim=1)
-    figures = dict(
-        test_accuracy=(answers == labels).double().mean(),
-        confidence=confidence.mean(),
-        calibration_error=multiclass_calibration_error(probabilities, labels, num_classes=10),
-    )
-    for name, change in CHANGES.items():
-        changed = change(images, torch.Generator().manual_seed(0))
-        right = train.predict(model, changed).argmax(dim=1) == labels
-        figures[name] = right.double().mean()
-    return figures
-
-
-def measure_all(args: argparse.Namespace) -> Iterator[results.Row]:
+def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     images, labels = dataset.load(args.data_dir, train=False)
     for path in args.checkpoints:
         model, _ = load_checkpoint(path)
-        yield dict(checkpoint=path) | measure(model, images, labels)
+        probabilities = train.predict(model, images).softmax(dim=1)
+        confidence, answers = probabilities.max(dim=1)
+        row = dict(
+            checkpoint=path,
+            test_accuracy=(answers == labels).double().mean(),
+            confidence=confidence.mean(),
+            calibration_error=multiclass_calibration_error(probabilities, labels, num_classes=10),
+        )
+        for name, change in CHANGES.items():
+            changed = change(images, torch.Generator().manual_seed(0))
+            right = train.predict(model, changed).argmax(dim=1) == labels
+            row[name] = right.double().mean()
+        yield row
 
 
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("checkpoints", nargs="*", default=["checkpoints/shipped/model.pt"])
-    results.run(parser, measure_all, ("checkpoint",))
+    results.run(parser, measure, ("checkpoint",))
 
 
 if __name__ == "__main__":

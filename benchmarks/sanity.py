@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import results
 import torch
-from faithfulness import Candidate, maps_of, rank_correlation
+from faithfulness import CLASSIC, EARLIER, Candidate, default_of, maps_of, rank_correlation
 from torch import Tensor
 
 import dataset
@@ -22,12 +22,6 @@ from model import SHIPPED_CHECKPOINT, HybridClassifier, load_checkpoint
 from Visulization import all_layers
 
 PARTS = ("head", "stem.down1", "stem.first")  # the cascade is compared after these
-CANDIDATES = [  # the default, the earlier default, and two classics
-    Candidate("hirescam", True, ("stem.stage0_0", "stem.down1")),
-    Candidate("layercam", False, ("stem.stage0_2", "stem.down1")),
-    Candidate("gradcam", False, ("stem.stage2_0",)),
-    Candidate("gradcam++", False, ("stem.down1",)),
-]
 
 
 def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, HybridClassifier]]:
@@ -44,7 +38,7 @@ def randomized_from_the_top(model: HybridClassifier) -> Iterator[tuple[str, Hybr
 
 
 def correlations(
-    model: HybridClassifier, images: Tensor, chosen: list[Candidate] = CANDIDATES
+    model: HybridClassifier, images: Tensor, chosen: list[Candidate]
 ) -> Iterator[results.Row]:
     """A row for each of the other maps: the correlation of each candidate's with it."""
     ranking = classify(model, images).argsort(dim=1, descending=True)
@@ -67,7 +61,8 @@ def correlations(
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     model, _ = load_checkpoint(SHIPPED_CHECKPOINT)
-    return correlations(model, dataset.load(args.data_dir, train=False)[0][:200])
+    chosen = [default_of(model), EARLIER, CLASSIC, Candidate("gradcam++", False, ("stem.down1",))]
+    return correlations(model, dataset.load(args.data_dir, train=False)[0][:200], chosen)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import results
-from torch import Tensor, nn
+from torch import nn
 
 import dataset
 import train
@@ -36,8 +36,9 @@ def command_of(config: dict) -> str:
     return " ".join(words)
 
 
-def figures_of(model: nn.Module, images: Tensor, labels: Tensor) -> results.Row:
-    """A trained model's figures on uint8 images (N, 1, 28, 28) and labels, int64 (N,)."""
+def figures_of(model: nn.Module, data_dir: str) -> results.Row:
+    """A trained model's figures on the test split."""
+    images, labels = dataset.load(data_dir, train=False)
     logits = train.predict(model, images)
     both = logits.softmax(dim=1) + train.predict(model, images.flip(3)).softmax(dim=1)
     return dict(
@@ -60,7 +61,7 @@ def row_of(path: Path, data_dir: str) -> results.Row:
         val_accuracy=best.get("val_accuracy", ""),
         minutes=round(history[-1]["seconds"] / 60, 1),
         machine=checkpoint["environment"],
-        **figures_of(model, *dataset.load(data_dir, train=False)),
+        **figures_of(model, data_dir),
     )
 
 

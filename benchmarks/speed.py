@@ -38,15 +38,13 @@ BUSY = {  # flags of the command
 }
 
 
-def median_seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+def median_seconds(calls: dict[str, Callable]) -> dict[str, float]:
     """The median seconds of each call; they take turns, as the machine's speed drifts."""
-    seconds = defaultdict(list)
-    for number in range(ROUNDS + 1):
-        for name, call in calls.items():
-            took = timeit.timeit(call, number=1)
-            if number:  # the first round warms up
-                seconds[name].append(took)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    rounds = []
+    for _ in range(ROUNDS + 1):
+        rounds.append({name: timeit.timeit(call, number=1) for name, call in calls.items()})
+    del rounds[0]  # it warms up
+    return {name: statistics.median(each[name] for each in rounds) for name in calls}
 
 
 def matrix_rate(precision: str) -> float:
@@ -77,6 +75,7 @@ def steps(args: argparse.Namespace) -> Iterator[results.Row]:
         # A step counts as three forward passes.
         gflops = rates[name] * 6 * peers.multiply_adds(run.model) / 1e9
         yield dict(
+            section="steps",
             setting=name,
             per_second=round(rates[name]),
             ratio=rates[name] / rates["--recipe fast"],
@@ -102,7 +101,7 @@ def busy(args: argparse.Namespace) -> Iterator[results.Row]:
     alone = statistics.median(speeds["PyTorch's threads, beside 0 busy processes"])
     for setting, values in speeds.items():
         speed = statistics.median(values)
-        yield dict(setting=setting, per_second=speed, ratio=speed / alone)
+        yield dict(section="busy", setting=setting, per_second=speed, ratio=speed / alone)
 
 
 def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
@@ -134,6 +133,7 @@ def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
         seconds = median_seconds(calls)
         for name, value in seconds.items():
             yield dict(
+                section="heatmaps",
                 setting=f"{name}, batch size {size}",
                 per_second=round(size / value),
                 ratio=seconds["this project"] / value,
@@ -143,16 +143,10 @@ def heatmaps(args: argparse.Namespace) -> Iterator[results.Row]:
 SECTIONS = dict(steps=steps, busy=busy, heatmaps=heatmaps)
 
 
-def measure(args: argparse.Namespace) -> Iterator[results.Row]:
-    """The rows of a section."""
-    for row in SECTIONS[args.section](args):
-        yield dict(section=args.section) | row
-
-
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("section", nargs="?", choices=SECTIONS, default="steps")
-    results.run(parser, measure, ("section", "setting"))
+    results.run(parser, lambda args: SECTIONS[args.section](args), ("section", "setting"))
 
 
 if __name__ == "__main__":

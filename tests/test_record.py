@@ -66,14 +66,12 @@ def test_the_peer_goes_on_bit_for_bit(small_data, tmp_path, monkeypatch):
 
     # Else a busy machine may choose another precision in between.
     flags = "--val-size 0 --train-size 200 --epochs 2 --precision float32 --threads 1 --device cpu"
-    whole, parts = (
-        record.config_of(flags, data_dir=str(small_data), output_dir=str(tmp_path / name))
-        for name in ("whole", "parts")
-    )
-    record.train_peer(whole)
+    config = record.config_of(flags, data_dir=str(small_data), output_dir=str(tmp_path / "whole"))
+    record.train_peer(config)
+    config.output_dir = str(tmp_path / "parts")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(record, "write_history", stop)
-        record.train_peer(parts)
-    record.train_peer(parts)
+        record.train_peer(config)
+    record.train_peer(config)
     weights = [record.torch.load(tmp_path / name / "run.pt")[0] for name in ("whole", "parts")]
     assert_identical(*map(dict, weights))
