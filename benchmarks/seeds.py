@@ -75,8 +75,7 @@ def spread(rows: results.Rows, name: str) -> str:
 def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     parser.add_argument("checkpoint", nargs="?", type=Path, default="checkpoints/best.pt")
-    key = "command", "seed"
-    rows = results.run(parser, lambda a: [row_of(a.checkpoint, a.data_dir)], key)
+    rows = results.run(parser, lambda a: [row_of(a.checkpoint, a.data_dir)], ("command", "seed"))
     for command in dict.fromkeys(row["command"] for row in rows):
         seeds = [row for row in rows if row["command"] == command]
         accuracy = spread(seeds, "test_accuracy")

@@ -13,6 +13,7 @@ import train
 from model import SHIPPED_CHECKPOINT, load_checkpoint
 
 pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
+import ablations
 import faithfulness
 import ground_truth as truth
 import label_errors
@@ -49,6 +50,13 @@ def test_a_row_replaces_one_alike_and_comes_last(tmp_path, capsys):
     results.print_table(results.read(path))
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["| name | share |", "|---|---:|", "| b | 0.25 |", "| a | 0.125 |"]
+
+
+def test_an_experiment_without_flags_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ablations.py"])
+    monkeypatch.setattr(results, "set_threads", lambda: None)
+    with pytest.raises(SystemExit, match=r"^ablations\.py: error: an experiment needs --group"):
+        ablations.main()
 
 
 def test_the_readmes_give_the_figures_of_the_record(table_of):
