@@ -11,11 +11,10 @@ import argparse
 import csv
 import os
 import struct
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 import dataset
 from common.files import UserError, errors_in_one_line, user_path, whole_file
@@ -60,18 +59,13 @@ def read_photographs(clone: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     seen = {row["image"]: row["class"] for row in read_table(SEEN)}
     rows = [row for row in rows if class_of(row, seen)]
     paths = [clone / "images" / f"{row['image']}.jpg" for row in rows]
-    images, labels, held_out = [], [], []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        read = tqdm(pool.map(image_of, paths), "reading", len(paths))
-        for row, image in zip(rows, read, strict=True):
-            if image is None:
-                continue
-            images.append(image)
-            labels.append(CLASS_NAMES.index(class_of(row, seen)))
-            held_out.append(int(row["sender_id"]) % 6 == HELD_OUT)
-    if not images:
+    images = thread_map(image_of, paths, max_workers=os.cpu_count(), desc="reading")
+    found = [(image, row) for image, row in zip(images, rows, strict=True) if image is not None]
+    if not found:
         raise UserError(f"{clone} has none of its pictures: clone it anew")
-    return np.stack(images), np.uint8(labels), np.array(held_out)
+    labels = [CLASS_NAMES.index(class_of(row, seen)) for _, row in found]
+    held_out = [int(row["sender_id"]) % 6 == HELD_OUT for _, row in found]
+    return np.stack([image for image, _ in found]), np.uint8(labels), np.array(held_out)
 
 
 def write_split(folder: Path, split: str, images: np.ndarray, labels: np.ndarray) -> None:
