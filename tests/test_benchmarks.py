@@ -120,11 +120,13 @@ def test_the_area_under_a_curve_on_paper(monkeypatch):
 @pytest.mark.parametrize("side, outside", [(8, 0), (16, 8)])
 def test_a_square_of_each_image_is_black(side, outside):
     images, generator = torch.ones(500, 1, 28, 28), torch.Generator().manual_seed(0)
-    black = robustness.fill_square(images, generator, side, outside) == 0
-    height, width = (black.any(dim=dim).sum(dim=2) for dim in (3, 2))
-    assert torch.equal(black.sum(dim=(2, 3)), height * width)
-    for length in (height, width):
-        assert (length.min(), length.max()) == (side - outside, side)
+    black = robustness.fill_square(images, generator, side, outside)[:, 0] == 0
+    rows, columns = black.any(dim=2).int(), black.any(dim=1).int()
+    assert torch.equal(black.int(), rows[:, :, None] * columns[:, None])
+    for line in (rows, columns):
+        assert line.sum(dim=1).max() == side
+        for before in (line, line.flip(1)):
+            assert before.argmax(dim=1).max() == 28 - side + outside
 
 
 def test_the_peers_are_as_small_and_the_resnet_trains_by_its_own_recipe(small_data):
