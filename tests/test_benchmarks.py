@@ -179,7 +179,7 @@ def test_the_nearest_images_give_alarms_and_lowest_confidence_as_many():
     labels, answers = torch.tensor([1, 0, 2, 3, 4]), torch.tensor([1, 1, 2, 2, 4])
     others = torch.tensor([5, 0, 5, 3, 5])  # the second likeliest
     probabilities = torch.zeros(5, 10).scatter(1, others[:, None], 0.1)
-    probabilities[range(5), answers] = torch.tensor([0.4, 0.9, 0.8, 0.5, 0.7])
+    probabilities[range(5), answers] = torch.tensor([0.4, 0.7, 0.9, 0.5, 0.8])
     distances = torch.arange(10.0).expand(5, 10).clone()
     distances[4, 5] = 3.0  # alarms for the second and the last
     # The least confident: the first, which is right, and the fourth, which is wrong.
