@@ -202,7 +202,7 @@ def test_the_history_has_cross_entropy_and_accuracy_of_the_unmixed_labels(
     run_config, watch, teacher
 ):
     calls = watch(train, "training_loss")
-    options = dict(teacher=(str(teacher),), label_smoothing=0.3, epochs=1)
+    options = dict(teacher=(str(teacher),), label_smoothing=0.3, epochs=1, alternate_flip=True)
     train.train(run_config(**options))
     first_labels = torch.cat([arguments["targets"] for arguments, _ in calls])
     calls.clear()
