@@ -122,8 +122,7 @@ def run(
 def print_table(rows: Rows, columns: Columns | None = None) -> None:
     """Print rows in Markdown: some columns, or all but commit and machine as they are."""
     if columns is None:
-        names = [name for name in rows[0] if name not in ("commit", "machine")]
-        columns = {name: (name.replace("_", " "), "") for name in names}
+        columns = {name: (name, "") for name in rows[0] if name not in ("commit", "machine")}
     headings = [heading for heading, _ in columns.values()]
     print(f"| {' | '.join(headings)} |")
     print(f"|---|{'---:|' * (len(headings) - 1)}")
