@@ -113,7 +113,7 @@ def test_each_image_is_beside_its_own_words_on_a_page_that_stands_alone(page, ex
     columns = explanations, found.attributes, found.images, texts
     for e, data, images, text in zip(*columns, strict=True):
         assert f"{e.name}: {e.answer()}" in text
-        assert all(evidence.caption() in text for evidence in e.evidence)
+        assert all(caption in text for caption in map(e.caption, e.evidence))
         for image in images[::2]:
             assert image["alt"] == e.name and np.array_equal(decode(image), e.image)
         for image, evidence in zip(images[1::2], e.evidence, strict=True):

@@ -26,8 +26,8 @@ try:
     import Visulization
 except SystemExit as missing:  # OpenCV without libGL.so.1: the message says what to install
     pytest.skip(str(missing), allow_module_level=True)
-from explaining import explanation, sheets
-from explaining.explanation import UNSURE, Evidence, explain, mask_evidence
+from explaining import explanation, features, sheets
+from explaining.explanation import UNSURE, Evidence, Explanation, explain, mask_evidence
 from explaining.sheets import CONTRAST, SHARES, Cell, Sheet, paint, save_sheet
 
 LAYERS = ["stem.stage0_0", "stem.down1"]  # the default of the shipped model
@@ -129,12 +129,14 @@ def test_a_tenth_of_the_garment_is_black_the_hottest_or_a_random_one(
 
 def test_evidence_in_words():
     some, none = np.eye(28, dtype=np.float32), np.zeros((28, 28), np.float32)
+    e = Explanation(np.uint8(some), 9, np.eye(10)[9], [])
     words = "0.93; without its hottest tenth {}, without a random tenth of the garment 0.85 ± 0.02"
     for hottest, verdict in ((0.82, "something"), (0.84, "little")):
-        caption = Evidence(9, -1, some, (0.934, hottest, 0.851, 0.02)).caption()
+        caption = e.caption(Evidence(9, -1, some, (0.934, hottest, 0.851, 0.02)))
         assert caption == f"for Ankle boot (says {verdict}):\n{words.format(hottest)}"
-    e = Evidence(6, 4, none, (0.9, 0.2, 0.8, 0.1))
-    assert (e.caption(), e.verdict()) == ("no evidence\nfor Shirt, not Coat", "says little")
+    evidence = Evidence(6, 4, none, (0.9, 0.2, 0.8, 0.1))
+    assert e.caption(evidence) == "no evidence\nfor Shirt, not Coat"
+    assert evidence.verdict() == "says little"
 
 
 def test_the_layers_are_all_that_the_image_goes_through(shipped):
@@ -386,7 +388,7 @@ def test_wrong_labels_of_held_out_images_are_found(
     assert sheet.title.startswith("training images")
     assert [int(cell.caption.split(":")[0]) for cell in sheet.cells[::3]] == found
     # Where the similar images do not agree with the answer, the label is in no doubt.
-    monkeypatch.setattr(Visulization, "labels_of_nearest", lambda tokens, _: torch.tensor(10))
+    monkeypatch.setattr(features, "labels_of_nearest", lambda tokens, _: torch.tensor(10))
     assert "ask for others" in run("--label-errors", 200, *flags)
 
 
