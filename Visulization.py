@@ -129,15 +129,15 @@ def explain_images(
 def explain_pictures(args: Namespace, cam: GradCAM) -> list[Explanation]:
     """Explain one's own pictures; print the answers, or what is wrong."""
     explanations = []
-    for path in tqdm(args.image, "reading", leave=False, disable=None):
+    for path in args.image:
         try:
             image, photograph = read_image(path)
         except UserError as error:
-            tqdm.write(f"{printable(path)}: {printable(error)}", sys.stderr)
+            print(f"{printable(path)}: {printable(error)}", file=sys.stderr)
             continue
         image = torch.from_numpy(image)[None, None]
         (e,) = explain(cam, image, torch.tensor([-1]), args.target_class, args.versus)
-        tqdm.write(f"{printable(path)}: {e.answer()}")
+        print(f"{printable(path)}: {e.answer()}")
         photograph = ImageOps.pad(Image.fromarray(photograph), (400, 400), color="white")
         e.photograph = np.asarray(photograph)
         e.name, e.file_stem = printable(path.name), printable(path.stem)[:50]
