@@ -116,7 +116,7 @@ def explain_images(
         answers = model.head(tokens).argmax(dim=1)
         index = index[features.labels_of_nearest(tokens, training) == answers][: args.label_errors]
     explanations = []
-    for some in index.split(500):
+    for some in index.split(200):
         targets = labels[some] if args.average else args.target_class
         found = explain(cam, images[some], labels[some], targets, args.versus)
         for e, i in zip(found, some.tolist(), strict=True):

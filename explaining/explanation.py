@@ -165,10 +165,12 @@ def explain(
     if targets is None:
         targets = probabilities.argmax(dim=1)
     targets = torch.as_tensor(targets).expand(len(images))
-    rows, others = torch.arange(len(images)), None
+    rows = torch.arange(len(images))
+    others = None
     if versus is None:
         wrong = ((labels >= 0) & (labels != targets)).nonzero().flatten()
-        rows, targets = torch.cat([rows, wrong]), torch.cat([targets, labels[wrong]])
+        rows = torch.cat([rows, wrong])
+        targets = torch.cat([targets, labels[wrong]])
     else:
         others = probabilities.scatter(1, targets[:, None], -1.0).argmax(dim=1)
         if versus != "next":
@@ -176,10 +178,11 @@ def explain(
     x = dataset.normalize(images[rows], model.data)
     maps = cam(x, targets, others, normalize=False).numpy()
     explanations = []
-    known = images[:, 0].numpy(), labels.tolist(), probabilities.numpy()
-    for image, label, p in zip(*known, strict=True):
-        explanations.append(Explanation(image, label, p, [], class_names=model.data.class_names))
-    others = [-1] * len(rows) if others is None else others.tolist()
-    for row, *evidence in zip(rows.tolist(), targets.tolist(), others, maps, strict=True):
-        explanations[row].evidence.append(Evidence(*evidence))
+    for image, label, p in zip(images, labels, probabilities, strict=True):
+        e = Explanation(image[0].numpy(), int(label), p.numpy(), [])
+        e.class_names = model.data.class_names
+        explanations.append(e)
+    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        other = -1 if others is None else int(others[i])
+        explanations[row].evidence.append(Evidence(int(target), other, maps[i]))
     return explanations
