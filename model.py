@@ -8,7 +8,6 @@ import io
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,7 +190,7 @@ class HybridClassifier(nn.Module):
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # new if old files are unreadable
 
 
-def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
+def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: object) -> None:
     """Save the model's configuration and weights, and what else is given.
 
     The contents are numbers, strings, tensors, and lists and dictionaries of them.
@@ -212,7 +211,7 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
 
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[HybridClassifier, dict[str, Any]]:
+) -> tuple[HybridClassifier, dict]:
     """Read what `save_checkpoint` wrote; code in the file is never executed.
 
     Returns the model in evaluation mode, and the whole dictionary, on the CPU.

@@ -185,13 +185,12 @@ def test_a_reshape_that_returns_no_grids_is_refused(small_model, x):
             GradCAM(small_model, "blocks.0", reshape=reshape)(x)
 
 
-@pytest.mark.parametrize("layer", ["stem.first", "stem.down2.0.0"])
-def test_maps_agree_with_captum(small_model, x, layer):
+def test_maps_agree_with_captum(small_model, x):
     target = torch.tensor([0, 9, 3, 3, 6, 1])
     versus = torch.tensor([1, 0, 6, 4, 2, 8])
-    cam = GradCAM(small_model, layer)
+    module = small_model.stem.down2[0][0]
+    cam = GradCAM(small_model, module)
     maps, contrasts = cam(x, target, normalize=False), cam(x, target, versus, normalize=False)
-    module = small_model.get_submodule(layer)
 
     def difference(images):
         logits, rows = small_model(images), torch.arange(6)
@@ -203,13 +202,6 @@ def test_maps_agree_with_captum(small_model, x, layer):
     for found, expected in ((maps, positive), (contrasts, signed)):
         expected = F.interpolate(expected, (28, 28), mode="bilinear")[:, 0].detach()
         torch.testing.assert_close(found, shares(expected), rtol=1e-4, atol=1e-7)
-
-
-def test_hirescam_in_front_of_a_layer_norm_has_no_evidence_and_no_other_map_is_lost(shipped, x):
-    cam = GradCAM(shipped, "blocks.0", "hirescam")
-    assert not cam(x).any() and not cam(x, 1, versus=2).any()
-    for method, layer in (("layercam", "stem.stage0_2"), ("gradcam", "blocks.0")):
-        assert GradCAM(shipped, layer, method)(x).amax(dim=(1, 2)).tolist() == [1] * 6
 
 
 # ---- Calls and hooks ----

@@ -111,11 +111,6 @@ def test_stochastic_depth_drops_whole_branches_only_in_training():
     assert kept.flatten(1).unique(dim=0).tolist() == [[0.0] * 12, [2.0] * 12]
 
 
-def test_a_linear_layer_of_a_student_needs_no_bias(small_model):
-    small_model.head = nn.Linear(16, 10, bias=False)
-    small_model.reset_parameters()
-
-
 def test_initial_weights_have_the_sizes_that_the_papers_give():
     torch.manual_seed(0)
     model = HybridClassifier(replace(SMALL_MODEL, embed_dim=64))
@@ -136,6 +131,8 @@ class Extended(HybridClassifier):
         super().__init__(config, data)
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.gain = nn.Parameter(torch.tensor([1.5], dtype=torch.bfloat16))
+        self.head = nn.Linear(config.embed_dim, 3, bias=False)
+        self.reset_parameters()
 
 
 def test_a_checkpoint_comes_back_as_it_was(test_split, tmp_path, monkeypatch):
