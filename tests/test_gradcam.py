@@ -247,6 +247,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
         assert not any(map(any, settings(small_model)[1:]))
         cam(x)
         cam(torch.zeros(2, 3, 28, 28))
+    cam(x)  # also of the next call
     assert settings(small_model) == before
     assert_identical(dict(small_model.named_buffers()), statistics)
 
