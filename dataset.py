@@ -190,9 +190,12 @@ def class_names(data_dir: str | Path) -> tuple[str, ...]:
 
 
 def describe(data_dir: str | Path, images: Tensor) -> DataInfo:
-    """The classes, and the mean and deviation of all training images, uint8 (N, 1, 28, 28)."""
+    """The classes, and the mean and deviation of all training images, uint8 (N, 1, 28, 28).
+
+    Fashion-MNIST's classes come with its figures, so that its models can be trained further.
+    """
     names = class_names(data_dir)
-    if names is CLASS_NAMES:
+    if names == CLASS_NAMES:
         return FASHION_MNIST
     std, mean = torch.std_mean(images / 255)
     return DataInfo(names, round(mean.item(), 4), round(std.item(), 4))

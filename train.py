@@ -43,7 +43,6 @@ from training.optim import (
     take_step,
     whiten_first_layer,
 )
-from training.replay import ReplayedStep
 from training.runs import Run
 from training.settings import INF, Table, choose_settings, flag, make_parser, resumed_settings
 
@@ -57,8 +56,6 @@ SETTINGS: Table = dict(
     val_size=(5000, (0, INF), "images held out to choose the best epoch; 0: none"),
     train_size=(0, (0, INF), "train on only this many of the others; 0: on all"),
     skip_easy=(0.95, (0.0, 1.0), "pruned share of the easiest 60 % of images after epoch 1"),
-    photographs=("", None, "archive of explaining/photographs.py, to train on as well"),
-    repeat=(1, (1, INF), "how often an epoch shows each photograph"),
     # augmentation
     flip=(True, None, "mirror half of the images"),
     alternate_flip=(True, None, "mirror each image in every other epoch, not at random"),
@@ -103,7 +100,6 @@ SETTINGS: Table = dict(
     precision=("auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 where it is faster"),
     threads=(0, (0, 1024), "CPU threads; 0: one per idle core"),
     compile=(False, None, "use torch.compile, for long runs"),
-    cuda_graph=(False, None, "on one GPU, record a step and replay it"),
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
     quiet=(False, None, "one line an epoch, and the result"),
 )
@@ -125,7 +121,6 @@ BIG = dict(
     whiten=False,
     momentum=0.95,
     weight_decay=0.05,
-    cuda_graph=True,
 )
 RECIPES = dict(  # they replace defaults; flags override both
     default={},
@@ -159,9 +154,7 @@ RECIPES = dict(  # they replace defaults; flags override both
     # The record learns people's own pictures. First: python -m explaining.photographs CLONE
     photographs=BIG
     | dict(
-        photographs="data/photographs.npz",
-        repeat=4,
-        train_size=10000,
+        data_dir="data/photographs",
         stretch=1.4,
         start="checkpoints/shipped/model.pt",
         epochs=4,
@@ -191,11 +184,14 @@ def read_picture(path: Path) -> np.ndarray | None:
     return image_of(path)
 
 
-def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
+def load_data(config: SimpleNamespace, device: torch.device) -> tuple[Tensor, ...]:
     """Put the training images on the device, and hold some out for validation.
 
-    Returns images, labels, train_index and held_out, see `Run`.
+    Returns images, labels, train_index and val_index, see `Run`.
     """
+    if config.recipe == "photographs" and not user_path(config.data_dir).is_dir():
+        advice = "make it by python -m explaining.photographs CLONE"  # else it would be fetched
+        raise UserError(f"there is no folder {config.data_dir}: {advice}")
     read = partial(dataset.load, config.data_dir, read_image=read_picture)
     images, labels = (part.to(device) for part in read(train=True))
     read(train=False)  # if it is missing, that is said now
@@ -208,29 +204,7 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple:
     train_index, val_index = dataset.split_indices(
         labels, config.val_size, config.seed, config.train_size
     )
-    held_out = {}
-    if config.val_size:
-        held_out["val"] = images[val_index], labels[val_index]
-    return images, labels, train_index.to(device), held_out
-
-
-def add_photographs(
-    config: SimpleNamespace, images: Tensor, labels: Tensor, train_index: Tensor, held_out: dict
-) -> tuple:
-    """Add an archive to what `load_data` returns; some people's photographs are held out."""
-    path = user_path(config.photographs)
-    try:
-        archive = np.load(path)
-        parts = [torch.from_numpy(archive[name]) for name in ("images", "labels", "held_out")]
-    except Exception as error:  # of several types, if it is damaged
-        advice = "make it by python -m explaining.photographs CLONE"
-        raise UserError(f"cannot read {path} ({error}): {advice}") from error
-    new, new_labels, is_held_out = (part.to(images.device) for part in parts)
-    new, new_labels = new[:, None], new_labels.long()
-    held_out = held_out | dict(photographs=(new[is_held_out], new_labels[is_held_out]))
-    new_index = len(labels) + torch.nonzero(~is_held_out).flatten()
-    train_index = torch.cat([train_index, new_index.repeat(config.repeat)])
-    return torch.cat([images, new]), torch.cat([labels, new_labels]), train_index, held_out
+    return images, labels, train_index.to(device), val_index.to(device)
 
 
 def augmented_batch(run: Run, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,9 +284,10 @@ def train(config: SimpleNamespace, resume: bool = False) -> Path:
         row = train_epoch(run, epoch)
         if not processes.is_first():
             continue  # the first process reports and saves
-        for split, (images, labels) in run.held_out.items():
+        if config.val_size:
+            images, labels = run.originals[run.val_index], run.labels[run.val_index]
             logits = predict(run.ema, images, run.data)
-            row |= report.summary(split, logits, labels, run.data.class_names, config.quiet)
+            row |= report.summary("val", logits, labels, run.data.class_names, config.quiet)
         row["seconds"] = round(time.perf_counter() - started, 2)
         runs.save_run(run, row)
         print(report.epoch_line(run.history, run.steps), flush=True)
@@ -343,7 +318,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         lr = learning_rate(step, sum(run.steps), run.warmup_steps, config.lr, config.schedule)
         # The first averages are short, to forget the initial weights soon.
         decay = min(config.ema_decay, (1 + step) / (10 + step))
-        loss, logits = run.step(index, lr, decay)
+        loss, logits = training_step(run, index, lr, decay)
         outputs.append(logits)
         if step % 20 == 0:  # it waits for the GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -361,9 +336,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     return row
 
 
-def training_step(
-    run: Run, index: Tensor, lr: float | Tensor, decay: float | Tensor
-) -> tuple[Tensor, Tensor]:
+def training_step(run: Run, index: Tensor, lr: float, decay: float) -> tuple[Tensor, Tensor]:
     """One step on the images of these indices, int64 (N,); returns loss and logits, (N, 10)."""
     x, y = augmented_batch(run, index)
     x, y = processes.own_part(x), processes.own_part(y)
@@ -397,15 +370,10 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     Another model may be given.
     """
     config, device = processes.settle(config)
-    images, labels, train_index, held_out = load_data(config, device)
+    images, labels, train_index, val_index = load_data(config, device)
     data = dataset.describe(config.data_dir, images)
     teachers = runs.load_teachers(config, data, labels, device)
-    if config.photographs:
-        if data != FASHION_MNIST:
-            raise UserError("--photographs have Fashion-MNIST's classes: give its --data-dir")
-        parts = add_photographs(config, images, labels, train_index, held_out)
-        images, labels, train_index, held_out = parts
-    runs.steps_of_epochs(config, len(train_index))  # complains of --batch-size before the work
+    steps, pruned = runs.plan_steps(config, len(train_index))
     seed_everything(seed_for(config.seed, "weights"))
     # MPS gets the gradients of batch norm wrong (pytorch issue 175189).
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
@@ -424,7 +392,9 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
         images=images,
         labels=labels,
         train_index=train_index,
-        held_out=held_out,
+        val_index=val_index,
+        steps=steps,
+        pruned=pruned,
         model=model,
         optimizers=optimizers,
         teachers=teachers,
@@ -434,9 +404,6 @@ def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | 
     if config.compile:
         run.compiled = torch.compile(model, dynamic=False)
         run.teachers = [torch.compile(teacher, dynamic=False) for teacher in run.teachers]
-    run.step = partial(training_step, run)
-    if config.cuda_graph and device.type == "cuda" and processes.count() == 1:
-        run.step = ReplayedStep(run.step, run.generator)
     return run
 
 

@@ -1,11 +1,11 @@
 """How often the answer for a photograph is right, and how well the note tells wrong answers.
 
     python benchmarks/photographs.py    test images on eight backgrounds
-    python benchmarks/photographs.py --archive data/photographs.npz    those that training held out
+    python benchmarks/photographs.py --held-out data/photographs       those that training held out
     python benchmarks/photographs.py --real FOLDER --list LIST         others, by kind
 
 A list is a table of group, labels (accepted classes: Coat|Pullover), repository, and path; a
-picture is FOLDER/repository/path. The archive also shows what other limits of the note would do.
+picture is FOLDER/repository/path. `--held-out` also shows what other limits of the note would do.
 """
 
 import argparse
@@ -176,13 +176,12 @@ def read_listed(folder: Path, path: Path) -> Photographs:
     return torch.from_numpy(np.stack(images))[:, None], accepted, groups
 
 
-def read_held_out(path: Path) -> Photographs:
-    """The photographs that an archive holds out, by class."""
-    archive = np.load(path)
-    images, labels = (archive[name][archive["held_out"]] for name in ("images", "labels"))
-    accepted = F.one_hot(torch.from_numpy(labels).long(), len(CLASS_NAMES)).bool()
+def read_held_out(data_dir: Path) -> Photographs:
+    """The photographs that explaining/photographs.py holds out, by class."""
+    images, labels = dataset.load(data_dir, train=False)
+    accepted = F.one_hot(labels, len(CLASS_NAMES)).bool()
     groups = [(f"held out: {CLASS_NAMES[label]}", "all held out") for label in labels]
-    return torch.from_numpy(images)[:, None], accepted, groups
+    return images, accepted, groups
 
 
 # ---- Figures ----
@@ -199,8 +198,8 @@ def figures(probability: np.ndarray, right: np.ndarray, limit: float) -> results
 
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     """A row for each model and group; for all that were held out, one for each limit."""
-    if args.archive:
-        images, accepted, groups = read_held_out(args.archive)
+    if args.held_out:
+        images, accepted, groups = read_held_out(args.held_out)
     elif args.real:
         images, accepted, groups = read_listed(args.real, args.list)
     else:
@@ -220,7 +219,7 @@ def main() -> None:
     parser = results.make_parser(__file__, __doc__)
     add = parser.add_argument
     add("--num-images", type=int, default=150, help="of each background")
-    add("--archive", type=Path, help="of explaining/photographs.py")
+    add("--held-out", type=Path, help="folder that explaining/photographs.py made")
     add("--real", type=Path, help="a folder of photographs; with --list")
     add("--list", type=Path, help="what is in it")
     shipped = [SHIPPED_CHECKPOINT, PHOTOGRAPHS_CHECKPOINT]

@@ -6,7 +6,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -106,15 +105,6 @@ def run_config(small_data, tmp_path):
 def teacher(run_config, tmp_path):
     """The checkpoint of a run of one epoch."""
     return train.train(run_config(epochs=1, output_dir=str(tmp_path / "teacher")))
-
-
-@pytest.fixture
-def archive(tmp_path):
-    """Four photographs, grey values 1 to 4, of the classes 5 to 8; the third is held out."""
-    images = np.zeros((4, 28, 28), np.uint8) + np.arange(1, 5, dtype=np.uint8)[:, None, None]
-    held_out = np.array([False, False, True, False])
-    np.savez(tmp_path / "a.npz", images=images, labels=np.uint8([5, 6, 7, 8]), held_out=held_out)
-    return str(tmp_path / "a.npz")
 
 
 def flags_of(settings):

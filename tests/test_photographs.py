@@ -1,4 +1,4 @@
-"""People's own photographs: the archive, and what training makes of it."""
+"""People's own photographs: the data folder made of them, and the recipe that trains on it."""
 
 import re
 from types import SimpleNamespace
@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import write_data
 from PIL import Image
 
+import dataset
 import train
 from common.files import UserError
-from model import load_checkpoint, save_checkpoint
+from model import save_checkpoint
 from training import runs
 
 pytest.importorskip("cv2", exc_type=ImportError)  # libGL.so.1 may be missing
@@ -46,25 +48,35 @@ def clone(tmp_path):
     return folder
 
 
-def test_the_command_writes_what_image_reads_and_counts_it(clone, tmp_path, script, capsys):
-    path = tmp_path / "data" / "photographs.npz"
-    assert script(photographs, clone, "--output", path) == 0
-    archive = np.load(path)
-    assert archive["labels"].tolist() == [1, 2, 7]  # Trouser, Pullover, Sneaker
-    assert archive["held_out"].tolist() == [False, True, False]
-    for image, name in zip(archive["images"], ["a1", "a2", SNEAKER], strict=True):
-        assert (image == read_image(clone / "images" / f"{name}.jpg")[0]).all()
+def test_the_command_makes_a_data_folder(clone, small_data, tmp_path, script, capsys, monkeypatch):
+    monkeypatch.setattr(photographs, "MIXED_IN", 20)
+    folder = tmp_path / "mixed"
+    assert script(photographs, clone, "--data-dir", small_data, "--output-dir", folder) == 0
+    assert dataset.class_names(folder) == dataset.CLASS_NAMES
+    trousers, pullover, sneaker = (
+        torch.from_numpy(read_image(clone / "images" / f"{name}.jpg")[0])[None]
+        for name in ("a1", "a2", SNEAKER)
+    )
+    images, labels = dataset.load(folder, train=False)
+    assert labels.tolist() == [2] and torch.equal(images[0], pullover)
+    images, labels = dataset.load(folder, train=True)
+    assert labels[20:].tolist() == [1, 1, 1, 1, 7, 7, 7, 7]
+    assert (images[20:24] == trousers).all() and (images[24:] == sneaker).all()
+    assert dataset.describe(folder, images) == dataset.FASHION_MNIST
+    known, known_labels = dataset.load(small_data, train=True)
+    places = [(known == image).all(dim=(1, 2, 3)).nonzero()[0].item() for image in images[:20]]
+    assert len(set(places)) == 20 and torch.equal(known_labels[places], labels[:20])
     counts, wrote = capsys.readouterr().out.splitlines()
     assert "Pullover 1, " in counts and "Sneaker 1, Bag 0, " in counts
-    assert wrote == f"wrote {path}, 1 of 3 held out"
+    assert wrote == f"wrote {folder}, 1 of 3 held out"
 
 
 def test_a_picture_that_is_missing_is_left_out_and_named(clone, capsys, tmp_path):
     with pytest.raises(UserError, match="no clone of clothing-dataset"):
         photographs.read_photographs(tmp_path)
     (clone / "images" / "a2.jpg").unlink()
-    archive = photographs.read_photographs(clone)
-    assert archive["labels"].tolist() == [1, 7] and len(archive["images"]) == 2
+    images, labels, _ = photographs.read_photographs(clone)
+    assert labels.tolist() == [1, 7] and len(images) == 2
     assert re.search(r"left out: .*a2\.jpg is not a file", capsys.readouterr().err)
     (clone / "images").rename(clone / "moved")
     photographs.image_of.cache_clear()
@@ -83,35 +95,6 @@ def test_what_was_sorted_by_eye_names_each_photograph_once():
 # ---- Training ----
 
 
-def test_photographs_join_the_training_images_but_those_held_out(run_config, archive):
-    plain = train.start_run(run_config())
-    run = train.start_run(run_config(photographs=archive, repeat=3))
-    assert torch.equal(run.images[:500], plain.images) and len(run.images) == 504
-    assert run.images[500:, 0, 0, 0].tolist() == [1, 2, 3, 4]
-    assert run.labels[500:].tolist() == [5, 6, 7, 8]
-    counts = run.train_index.bincount(minlength=504)
-    assert counts[500:].tolist() == [3, 3, 0, 3]
-    assert torch.equal(counts[:500], plain.train_index.bincount(minlength=500))
-    images, labels = run.held_out["photographs"]
-    assert images.shape == (1, 1, 28, 28) and images.unique().tolist() == [3]
-    assert labels.tolist() == [7] and torch.equal(run.held_out["val"][1], plain.held_out["val"][1])
-
-
-def test_the_held_out_photographs_are_in_the_history_and_on_the_screen(run_config, archive, capsys):
-    model, checkpoint = load_checkpoint(train.train(run_config(photographs=archive, epochs=1)))
-    image = torch.full((1, 1, 28, 28), 3, dtype=torch.uint8)
-    is_right = train.predict(model, image).argmax().item() == 7
-    assert checkpoint["history"][0]["photographs_accuracy"] == is_right
-    assert f"photographs_accuracy {is_right:.4f}" in capsys.readouterr().out
-
-
-def test_an_archive_that_is_missing_or_damaged_says_how_to_make_it(run_config, archive, tmp_path):
-    (tmp_path / "b.npz").write_bytes(b"PK")
-    for name in ("b.npz", "c.npz"):
-        with pytest.raises(UserError, match="make it by python -m explaining"):
-            train.start_run(run_config(photographs=str(tmp_path / name)))
-
-
 def test_training_starts_from_the_weights_of_a_checkpoint(run_config, small_model, tmp_path):
     path = tmp_path / "start.pt"
     save_checkpoint(path, small_model)
@@ -123,9 +106,11 @@ def test_training_starts_from_the_weights_of_a_checkpoint(run_config, small_mode
         runs.load_start(train.make_model(run_config(embed_dim=8)), path)
 
 
-def test_the_recipe_fits_the_shipped_model():
+def test_the_recipe_fits_the_shipped_model_and_wants_its_folder(run_config, tmp_path):
     config = train.choose_settings(train.SETTINGS, train.RECIPES, dict(recipe="photographs"))
     runs.load_start(train.make_model(config), train.user_path(config.start))
+    with pytest.raises(UserError, match=r"no folder .*nowhere: make it by python -m explaining"):
+        train.start_run(run_config(recipe="photographs", data_dir=str(tmp_path / "nowhere")))
 
 
 # ---- The benchmark ----
@@ -140,18 +125,20 @@ def test_a_listed_photograph_may_be_of_several_classes(clone, tmp_path):
     assert (images[0, 0].numpy() == read_image(clone / "images/a1.jpg")[0]).all()
 
 
-def test_shares_and_notes_are_those_counted_by_hand(archive, small_model, tmp_path, monkeypatch):
+def test_shares_and_notes_are_those_counted_by_hand(small_model, tmp_path, monkeypatch):
     right, probability = np.array([True, True, True, False]), np.array([0.95, 0.85, 0.55, 0.65])
     found = [benchmark.figures(probability, right, limit) for limit in (0.5, 0.6, 0.7, 0.9)]
     assert [(row["images"], row["right"]) for row in found] == [(4, 0.75)] * 4
     assert found[0]["error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
     numbers = [(row["noted"], row["precision"], row["recall"]) for row in found]
     assert numbers == [(0, "", 0), (0.25, 0, 0), (0.5, 0.5, 1), (0.75, 1 / 3, 1)]
-    # The archive's held-out photograph is a Sneaker. The model takes it for one, at 0.72.
+    # The held-out photograph is a Sneaker. The model takes it for one, at 0.72.
+    write_data(tmp_path, "t10k", torch.ones(1, 28, 28, dtype=torch.uint8), torch.tensor([7]))
+    (tmp_path / dataset.CLASS_LIST).write_text("\n".join(dataset.CLASS_NAMES))
     save_checkpoint(tmp_path / "a.pt", small_model)
     answers = torch.full((1, 10), 0.28 / 9).index_fill(1, torch.tensor(7), 0.72)
     monkeypatch.setattr(benchmark, "classify", lambda model, images: answers[: len(images)])
-    args = SimpleNamespace(archive=archive, checkpoints=[tmp_path / "a.pt"])
+    args = SimpleNamespace(held_out=tmp_path, checkpoints=[tmp_path / "a.pt"])
     one, *everything = benchmark.measure(args)
     assert (one["pictures"], one["right"], one["limit"]) == ("held out: Sneaker", 1, UNSURE)
     noted = {row["limit"]: row["noted"] for row in everything}

@@ -113,8 +113,7 @@ def make_optimizers(
         groups[0]["params"] = [matrices.pop(name) for name in outer]
         muon = dict(lr=0.0, weight_decay=weight_decay, momentum=momentum)
         optimizers = [Muon(list(matrices.values()), **muon)]
-    # Capturable: for CUDA graphs.
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True, capturable=True)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     return [adamw, *optimizers]
 
 
@@ -143,7 +142,7 @@ def learning_rate(
 
 
 @torch.no_grad()
-def update_ema(ema: nn.Module, model: nn.Module, decay: float | Tensor) -> None:
+def update_ema(ema: nn.Module, model: nn.Module, decay: float) -> None:
     """Move the averaged weights and batch norm's statistics a little towards the current ones."""
     averaged, current = [], []
     for a, c in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
@@ -160,8 +159,8 @@ def take_step(
     model: nn.Module,
     ema: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    lr: float | Tensor,
-    decay: float | Tensor,
+    lr: float,
+    decay: float,
     grad_clip: float,
 ) -> None:
     """Clip the gradients (0: not), step, and update the average."""

@@ -19,7 +19,6 @@ Row = dict[str, float]  # the numbers of an epoch
 SPLITS = dict(
     train="train split, as augmented",
     val="val split",
-    photographs="held-out photographs",
     test="test split",
 )
 
@@ -49,8 +48,7 @@ def epoch_line(history: list[Row], steps: list[int]) -> str:
     if done > 1:
         seconds -= history[-2]["seconds"]
     words = [f"epoch {done}/{len(steps)}"]
-    names = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "photographs_accuracy")
-    for name in names:
+    for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
         if name in row:
             words.append(f"{name} {row[name]:.4f}")
     elapsed = timedelta(seconds=round(row["seconds"]))
@@ -99,7 +97,7 @@ def draw_curves(history: list[Row], test_accuracy: float) -> Figure:
     figure = Figure(figsize=(13, 5), layout="constrained")
     panels = {
         "cross-entropy": ("train_loss", "val_loss"),
-        "accuracy": ("train_accuracy", "val_accuracy", "photographs_accuracy"),
+        "accuracy": ("train_accuracy", "val_accuracy"),
         "learning rate of the last step": ("lr",),
     }
     for axes, (title, names) in zip(figure.subplots(1, 3), panels.items(), strict=True):

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,15 +40,17 @@ class Run:
     images: Tensor  # all training images, uint8 (60000, 1, 28, 28), on the device
     labels: Tensor  # int64 (60000,)
     train_index: Tensor  # those to train on, int64 (N,)
-    held_out: dict[str, tuple[Tensor, Tensor]]  # images and labels of "val", if any
+    val_index: Tensor  # those to validate on, int64 (M,)
+    steps: list[int]  # of each epoch
+    pruned: int  # how many images later epochs leave out
     model: HybridClassifier
     optimizers: list[torch.optim.Optimizer]
     teachers: list[nn.Module]
     history: list[dict[str, float]] = field(default_factory=list)  # a row for each epoch
-    step: Callable | None = None  # `train.training_step`, or its recording
 
     def __post_init__(self) -> None:
-        self.plan_steps()
+        warmup_steps = self.config.warmup_epochs * self.steps[0]
+        self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
         self.originals = self.images.clone()  # `alternate_flip` changes the others
         self.compiled = self.model  # or what torch.compile makes of it
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # averaged weights
@@ -56,23 +58,14 @@ class Run:
         # The loss of each image when last seen.
         self.losses = torch.full_like(self.labels, 100, dtype=torch.float32)
         self.generator = torch.Generator(self.images.device)  # for order and augmentation
-        paths = paths_of_teachers(self.config)
-        if self.config.photographs:
-            paths.append(user_path(self.config.photographs))
-        self.checksums = [checksum(path) for path in paths]
-
-    def plan_steps(self) -> None:
-        """Count the steps of each epoch, for the images of `train_index`."""
-        self.steps, self.pruned = steps_of_epochs(self.config, len(self.train_index))
-        warmup_steps = self.config.warmup_epochs * self.steps[0]
-        self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
+        self.checksums = [checksum(path) for path in paths_of_teachers(self.config)]
 
     @property
     def folder(self) -> Path:
         return user_path(self.config.output_dir)
 
 
-def steps_of_epochs(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
+def plan_steps(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
     """The steps of each epoch, and how many of `size` images later epochs prune."""
     pruned = 0
     if config.epochs > 1:
@@ -207,7 +200,7 @@ def resume_run(run: Run) -> None:
     if DataInfo(**checkpoint["data"]) != run.data:
         raise UserError("the data has changed since the run began: put it back")
     if state["checksums"] != run.checksums:
-        raise UserError("the teacher or the photographs have changed: put the old ones back")
+        raise UserError("the teacher has changed since the run began: put the old one back")
     try:
         for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
