@@ -23,6 +23,7 @@ from tqdm import tqdm
 import dataset
 from common.files import UserError, errors_in_one_line, printable, user_path, whole_file
 from dataset import CHANNELS, IMAGE_SIZE, pictures_in
+from explaining import features
 from explaining.explanation import (
     Explanation,
     classify,
@@ -31,25 +32,9 @@ from explaining.explanation import (
     mask_evidence,
     model_name,
 )
-from explaining.features import (
-    TrainingImages,
-    embed,
-    labels_of_nearest,
-    load_training_images,
-    similar_images,
-)
 from explaining.gallery import save_gallery
 from explaining.photo import image_of, read_image
-from explaining.sheets import (
-    SHARES,
-    Cell,
-    Sheet,
-    many_sheet,
-    overlay_sheet,
-    paint,
-    save_sheet,
-    scale_of,
-)
+from explaining.sheets import Cell, Sheet, many_sheet, overlay_sheet, paint, save_sheet, scale_of
 from gradcam import METHODS, GradCAM, tokens_to_grid
 from model import (
     PHOTOGRAPHS_CHECKPOINT,
@@ -93,14 +78,14 @@ def make_cam(model: HybridClassifier, layers: list[str], method: str) -> GradCAM
 
 
 def choose_images(
-    args: Namespace, model: HybridClassifier, images: Tensor, labels: Tensor
+    args: Namespace, model: HybridClassifier, images: Tensor, labels: Tensor, index: Tensor
 ) -> Tensor:
-    """The indices of the images to explain, int64 (N,)."""
+    """Which images to explain, int64 (N,), of those in `index`."""
     if args.index:
         if not 0 <= min(args.index) <= max(args.index) < len(images):
             raise UserError(f"--index: give numbers from 0 to {len(images) - 1:,}")
         return torch.tensor(args.index)
-    index = torch.isin(labels, torch.tensor(args.classes)).nonzero().flatten()
+    index = index[torch.isin(labels[index], torch.tensor(args.classes))]
     if args.average:
         return index
     if args.worst or args.label_errors:
@@ -114,28 +99,29 @@ def choose_images(
 
 
 def explain_images(
-    args: Namespace, cam: GradCAM, training: TrainingImages | None
+    args: Namespace, cam: GradCAM, training: features.TrainingImages | None
 ) -> list[Explanation]:
     """Explain the chosen images: of the test split, or held out by training."""
-    check_classes(args.checkpoint, cam.model, args.data_dir)
+    model = cam.model
+    check_classes(args.checkpoint, model, args.data_dir)
     kind = "test image"
     images, labels = dataset.load(args.data_dir, train=False, read_image=image_of)
-    numbers = torch.arange(len(images))  # by which the person knows them
+    index = torch.arange(len(images))
     if args.label_errors and len(training.held_out):
-        kind, numbers = "training image", training.held_out
-        images, labels = training.images[numbers], training.labels[numbers]
-    chosen = choose_images(args, cam.model, images, labels)
-    if args.label_errors and len(chosen):
-        tokens = embed(cam.model, images[chosen])
-        answers = cam.model.head(tokens).argmax(dim=1)
-        chosen = chosen[labels_of_nearest(tokens, training) == answers][: args.label_errors]
+        kind, index = "training image", training.held_out
+        images, labels = training.images, training.labels
+    index = choose_images(args, model, images, labels, index)
+    if args.label_errors and len(index):
+        tokens = features.embed(model, images[index])
+        answers = model.head(tokens).argmax(dim=1)
+        index = index[features.labels_of_nearest(tokens, training) == answers][: args.label_errors]
     explanations = []
-    for index in chosen.split(500):
-        targets = labels[index] if args.average else args.target_class
-        found = explain(cam, images[index], labels[index], targets, args.versus)
-        for e, i in zip(found, numbers[index].tolist(), strict=True):
+    for some in index.split(200):
+        targets = labels[some] if args.average else args.target_class
+        found = explain(cam, images[some], labels[some], targets, args.versus)
+        for e, i in zip(found, some.tolist(), strict=True):
             e.index, e.name = i, f"{kind} {i}"
-            e.file_stem = f"{i:05d}_{in_file_name(e.class_names[e.label])}"
+            e.file_stem = in_file_name(f"{i:05d}_{e.class_names[e.label]}")
         explanations += found
     return explanations
 
@@ -143,15 +129,15 @@ def explain_images(
 def explain_pictures(args: Namespace, cam: GradCAM) -> list[Explanation]:
     """Explain one's own pictures; print the answers, or what is wrong."""
     explanations = []
-    for path in tqdm(args.image, "reading", leave=False, disable=None):
+    for path in args.image:
         try:
             image, photograph = read_image(path)
         except UserError as error:
-            tqdm.write(f"{printable(path)}: {printable(error)}", sys.stderr)
+            print(f"{printable(path)}: {printable(error)}", file=sys.stderr)
             continue
         image = torch.from_numpy(image)[None, None]
         (e,) = explain(cam, image, torch.tensor([-1]), args.target_class, args.versus)
-        tqdm.write(f"{printable(path)}: {e.answer()}")
+        print(f"{printable(path)}: {e.answer()}")
         photograph = ImageOps.pad(Image.fromarray(photograph), (400, 400), color="white")
         e.photograph = np.asarray(photograph)
         e.name, e.file_stem = printable(path.name), printable(path.stem)[:50]
@@ -171,7 +157,7 @@ def layer_sheet(args: Namespace, cam: GradCAM, e: Explanation) -> Sheet:
         layer_cam = make_cam(cam.model, layers, args.method)
         heatmap = layer_cam(x, asked.label, versus)[0].numpy()
         cells.append(Cell(paint(e.image, heatmap, scale_of(e))[1:], " + ".join(layers)))
-    title = f"{e.name}: {e.answer()}\n{asked.role()}, each layer on its own scale"
+    title = f"{e.name}: {e.answer()}\n{e.role(asked)}, each layer on its own scale"
     return Sheet(f"{e.file_stem}_layers.png", title, cells, 3)
 
 
@@ -182,7 +168,7 @@ def class_sheet(cam: GradCAM, e: Explanation) -> Sheet:
     maps = cam(dataset.normalize(images, cam.model.data), labels, normalize=False).numpy()
     cells = []
     for label, heatmap in enumerate(maps / (maps.max() or 1)):
-        cells.append(Cell(paint(e.image, heatmap, SHARES)[1:], e.share(label)))
+        cells.append(Cell(paint(e.image, heatmap, scale_of(e))[1:], e.share(label)))
     title = f"{e.name}: {e.answer()}\nshares of each class's evidence, on one scale"
     return Sheet(f"{e.file_stem}_classes.png", title, cells, 2)
 
@@ -194,7 +180,7 @@ def average_sheet(explanations: list[Explanation]) -> Sheet:
         group = [e for e in explanations if e.label == label]
         image = np.mean([e.image for e in group], axis=0).round().astype(np.uint8)
         heatmap = np.mean([e.evidence[0].heatmap for e in group], axis=0)
-        panels = paint(image, heatmap / (heatmap.max() or 1), SHARES)
+        panels = paint(image, heatmap / (heatmap.max() or 1), scale_of(group[0]))
         cells.append(Cell(panels, f"{group[0].class_names[label]}: {len(group):,} images"))
     return Sheet("average.png", "mean test images and their mean heatmaps", cells, 2)
 
@@ -206,22 +192,24 @@ def save_arrays(args: Namespace, explanations: list[Explanation]) -> None:
     there is a `versus`. In `indices`, `labels` and `versus`, -1 is none. `masking`, (N, 4), has
     the numbers above the maps; NaN with --average.
     """
-    asked = [e.evidence[0] for e in explanations]
-    arrays = dict(
-        names=[e.name for e in explanations],
-        indices=[e.index for e in explanations],
-        images=[e.image for e in explanations],
-        labels=[e.label for e in explanations],
-        predictions=[e.predicted for e in explanations],
-        probabilities=[e.probabilities for e in explanations],
-        target_classes=[evidence.label for evidence in asked],
-        versus=[evidence.versus for evidence in asked],
-        maps=[evidence.heatmap for evidence in asked],
-        masking=[evidence.probabilities for evidence in asked],
-        class_names=explanations[0].class_names,
-        target_layers=args.target_layer,
-        method=args.method,
-    )
+    rows = []
+    for e in explanations:
+        asked = e.evidence[0]
+        row = dict(
+            names=e.name,
+            indices=e.index,
+            images=e.image,
+            labels=e.label,
+            predictions=e.predicted,
+            probabilities=e.probabilities,
+            target_classes=asked.label,
+            versus=asked.versus,
+            maps=asked.heatmap,
+            masking=asked.probabilities,
+        )
+        rows.append(row)
+    arrays = {name: [row[name] for row in rows] for name in rows[0]}
+    arrays |= dict(class_names=e.class_names, target_layers=args.target_layer, method=args.method)
     with whole_file(args.output_dir / "heatmaps.npz") as file:
         np.savez_compressed(file, **arrays)
 
@@ -277,11 +265,10 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
 
 def class_index(text: str, names: Sequence[str]) -> int:
     """A class from its name, at best in the same case, or its number."""
-    lower = [name.lower() for name in names]
-    numbers = [str(label) for label in range(len(names))]
-    for known, word in ((names, text), (lower, text.lower()), (numbers, text)):
-        if word in known:
-            return known.index(word)
+    spellings = [*names, *(name.lower() for name in names), *map(str, range(len(names)))]
+    for word in (text, text.lower()):
+        if word in spellings:
+            return spellings.index(word) % len(names)
     last = len(names) - 1
     raise UserError(f"class {text!r} is none of: {', '.join(names)}, or 0 to {last}")
 
@@ -303,7 +290,7 @@ def count(text: str) -> int:
 
 
 def parse_arguments() -> Namespace:
-    """Read the flags."""
+    """Read the flags, and settle the paths."""
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     # without half a page of usage
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
@@ -311,10 +298,10 @@ def parse_arguments() -> Namespace:
     choose = parser.add_mutually_exclusive_group().add_argument
     show = parser.add_mutually_exclusive_group().add_argument
     yes = dict(action="store_true")
-    path = dict(type=Path, metavar="PATH")
+    path = dict(type=user_path, metavar="PATH")
     number = dict(type=count, metavar="N")
     several = dict(nargs="+", action="extend")
-    one_class = dict(metavar="CLASS")
+    label = dict(metavar="CLASS")
     checkpoint = "written by train.py (default: a shipped one; of --image, trained on photographs)"
     add("--checkpoint", **path, help=checkpoint)
     choose("--image", **path, **several, help="pictures of your own, or folders of them")
@@ -323,11 +310,11 @@ def parse_arguments() -> Namespace:
     choose("--label-errors", **number, help="one sheet of N held-out images with doubtful labels")
     choose("--average", **yes, help="one sheet of each class's mean heatmap")
     choose("--num-images", **number, default="3", help="first images of each class (default: 3)")
-    add("--classes", **one_class, **several, help="only these, by name or number (default: all)")
+    add("--classes", **label, **several, help="only these, by name or number (default: all)")
     add("--method", choices=METHODS, default=METHOD, help=f"default: {METHOD}")
     add("--target-layer", **several, metavar="NAME", help="default: the most faithful")
-    add("--target-class", **one_class, help="class to explain (default: predicted)")
-    add("--versus", **one_class, help='the class to compare with, or "next"')
+    add("--target-class", **label, help="class to explain (default: predicted)")
+    add("--versus", **label, help='the class to compare with, or "next"')
     similar = dict(type=int, choices=range(1, 11), metavar="N")
     show("--similar", **similar, help="show N similar training images of the likeliest two classes")
     show("--compare-layers", **yes, help="draw an image as each layer sees it")
@@ -339,11 +326,11 @@ def parse_arguments() -> Namespace:
     args = parser.parse_args()
     if (args.image or args.index) and args.classes:
         parser.error("--image and --index have no use for --classes")
-    asks_for_class = args.target_class is not None or args.versus is not None
     one_image = args.compare_layers or args.all_classes
-    if args.average and (asks_for_class or one_image or args.similar or args.html):
+    one_class = args.target_class or args.versus
+    if args.average and (one_class or one_image or args.similar or args.html):
         parser.error("--average has no use for flags of single images")
-    if args.all_classes and asks_for_class:
+    if args.all_classes and one_class:
         parser.error("--all-classes has no use for --target-class and --versus")
     if args.label_errors:
         args.similar = args.similar or 3
@@ -354,17 +341,12 @@ def parse_arguments() -> Namespace:
             parser.error(f"--image {path}: there are no pictures in this folder")
         pictures += files or [path]
     args.image = list(dict.fromkeys(pictures))
-    return args
-
-
-def choose_paths(args: Namespace) -> None:
-    """Settle the checkpoint, and the folder of the pictures."""
     default = PHOTOGRAPHS_CHECKPOINT if args.image else SHIPPED_CHECKPOINT
-    # no shell expands --checkpoint=~/best.pt
-    args.checkpoint = path = user_path(args.checkpoint or default).resolve()
+    args.checkpoint = path = (args.checkpoint or default).resolve()
     folder = "" if path == default else f"{path.parent.name}_{path.stem}"
     own = "pictures" if args.image else ""
-    args.output_dir = user_path(args.output_dir or Path("HeapImg", folder, own))
+    args.output_dir = args.output_dir or Path("HeapImg", folder, own)
+    return args
 
 
 def source_of_maps(args: Namespace) -> str:
@@ -382,7 +364,6 @@ def main() -> None:
     args = parse_arguments()
     with errors_in_one_line("Visulization.py"), outlive_output("Visulization.py"):
         set_threads()
-        choose_paths(args)
         model, checkpoint = load_checkpoint(args.checkpoint)
         find_classes(args, model.data.class_names)
         args.target_layer = args.target_layer or default_layers(model)
@@ -390,8 +371,8 @@ def main() -> None:
         cam = make_cam(model, args.target_layer, args.method)
         training = None
         if args.similar:
-            train_config = checkpoint.get("train_config", {})
-            training = load_training_images(args.checkpoint, model, train_config, args.data_dir)
+            config = checkpoint.get("train_config", {})
+            training = features.load_training_images(args.checkpoint, model, config, args.data_dir)
         if args.image:
             explanations = explain_pictures(args, cam)
         else:
@@ -400,7 +381,7 @@ def main() -> None:
             raise UserError("no such image can be explained: ask for others")
         if args.similar:
             for e in explanations:
-                e.similar = similar_images(model, e, training, args.similar)
+                e.similar = features.similar_images(model, e, training, args.similar)
         if not args.average:
             mask_evidence(model, explanations)
         draw(args, cam, explanations)

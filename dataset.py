@@ -16,8 +16,6 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.request import urlopen
@@ -26,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Generator, Tensor
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from common.files import UserError, user_path, whole_file
 
@@ -104,23 +102,22 @@ def _from_mirror(mirror: str, name: str) -> dict[str, bytes]:
 
 def _from_apt() -> dict[str, bytes]:
     """Fetch all four files in Debian's package, without installing it."""
+    # The machine's package lists may be missing or old.
+    apt = 'apt-get -o Dir::State="$PWD" -o Dir::Cache="$PWD"'
+    command = f"{apt} update && {apt} download {DEBIAN_PACKAGE} && dpkg-deb -x *.deb ."
     with tempfile.TemporaryDirectory() as scratch:
-        # The machine's package lists may be missing or old.
-        apt = ("apt-get", "-o", f"Dir::State={scratch}", "-o", f"Dir::Cache={scratch}")
-        unpack = ("sh", "-c", "dpkg-deb -x *.deb .")
-        for command in ((*apt, "update"), (*apt, "download", DEBIAN_PACKAGE), unpack):
-            subprocess.run(command, cwd=scratch, capture_output=True, check=True, timeout=300)
+        options = dict(shell=True, capture_output=True, check=True, timeout=600)
+        subprocess.run(command, cwd=scratch, **options)
         folder = scratch / DEBIAN_FOLDER.relative_to("/")
         return {name: (folder / f"{name}.gz").read_bytes() for name in FILES}
 
 
 def _fetch(name: str, data_dir: Path) -> bytes:
     """Fetch a file, keep it in `data_dir`, and return its content."""
-    downloads = [partial(_from_mirror, mirror, name) for mirror in MIRRORS]
     failures = []
-    for download in (*downloads, _from_apt):
+    for source in (*MIRRORS, DEBIAN_PACKAGE):
         try:
-            fetched = download()
+            fetched = _from_apt() if source == DEBIAN_PACKAGE else _from_mirror(source, name)
             content = gzip.decompress(fetched[name])
             if hashlib.sha256(content).hexdigest() != FILES[name]:
                 raise UserError("the download is not the published file")
@@ -227,9 +224,8 @@ def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tu
         test_size = math.ceil(len(lots) / 5)
         drawn += sorted(lots)[test_size:] if train else sorted(lots)[:test_size]
     _, paths, labels = zip(*sorted(drawn), strict=True)
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        results = pool.map(read_image, paths)
-        images = list(tqdm(results, "reading pictures", len(paths), leave=False))
+    options = dict(max_workers=torch.get_num_threads(), desc="reading pictures", leave=False)
+    images = thread_map(read_image, paths, **options)
     found = [i for i, image in enumerate(images) if image is not None]
     labels = torch.tensor(labels)[found]
     if len(labels.unique()) < len(folders):

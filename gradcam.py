@@ -9,6 +9,7 @@ map is relu(sum_k w_k A_k): evidence against the class is cut off.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -96,9 +97,8 @@ def tokens_to_grid(
     elif activation.ndim == 3:
         tokens = activation.shape[1]
         h = round((tokens * height / width) ** 0.5) or 1
-        w = tokens // h
-        if h * w == tokens > 1:  # a single token is a class token, or a mean
-            grids = [activation.mT.unflatten(2, (h, w))]
+        if tokens > 1 and tokens % h == 0:  # a single token is a class token, or a mean
+            grids = [activation.mT.unflatten(2, (h, -1))]
     grids = [grid for grid in grids if abs(grid.shape[2] * width - grid.shape[3] * height) < slack]
     if grids and (activation.sum(dim=-1) - 1).abs().mean() < 0.01:
         grids = []  # attention weights: each row adds up to 1
@@ -111,8 +111,8 @@ def tokens_to_grid(
 class GradCAM:
     """Heatmaps from one layer of a model, or the mean of several layers'.
 
-    In a `with` block or a single call, the model has hooks, is in evaluation mode, and is frozen;
-    afterwards it is as before. `logits`, (N, classes), are the latest call's.
+    In a `with` block or a single call, the model is frozen and in evaluation mode; afterwards it is
+    as before. `logits`, (N, classes), are the latest call's.
 
     Args:
         model: maps images to logits (N, classes); a compiled one runs uncompiled.
@@ -152,37 +152,23 @@ class GradCAM:
         self.run = run
         self.log_odds = log_odds
         self.logits = None
-        self._hooks = None
-        self._runs = {}  # each layer's activations
+        self._is_open = False
 
     def __enter__(self) -> "GradCAM":
         self._training = [module for module in self.model.modules() if module.training]
         self._trainable = [weight for weight in self.model.parameters() if weight.requires_grad]
-        if self._training:
-            self.model.eval()
-        for weight in self._trainable:
-            weight.requires_grad = False
-        layers = set(self.target_layers)
-        self._hooks = [layer.register_forward_hook(self._keep_activation) for layer in layers]
+        self._switch(False)
         return self
 
     def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = None
-        for module in self._training:
-            module.training = True
-        for weight in self._trainable:
-            weight.requires_grad = True
+        self._switch(True)
 
-    def _keep_activation(self, layer: nn.Module, inputs: tuple, output: object) -> object:
-        # The caller may run the model, too.
-        if layer not in self._runs or not isinstance(output, Tensor):
-            return output
-        # Autograd's graph begins here. The model's next operation may be in place: on a copy.
-        activation = output.clone().requires_grad_()
-        self._runs[layer].append(activation)
-        return activation.clone()
+    def _switch(self, on: bool) -> None:
+        self._is_open = not on
+        for module in self._training:
+            module.training = on
+        for weight in self._trainable:
+            weight.requires_grad = on
 
     @torch.inference_mode(False)  # switches gradients on, also under no_grad
     def __call__(
@@ -208,17 +194,28 @@ class GradCAM:
             float32 (N, H, W), from 0 to 1; with `versus` from -1 to 1, negative for that class.
             Layers without evidence are left out of the mean; a map without any is zeros.
         """
-        if self._hooks is None:
+        if not self._is_open:
             with self:
                 return self(images, target_class, versus, normalize)
         if not isinstance(images, Tensor) or images.ndim != 4:
             raise ValueError("give the images as one tensor (N, channels, H, W)")
-        self._runs = {layer: [] for layer in self.target_layers}
-        logits = self.model(images.clone())  # autograd saves no inference tensor
+        runs = {layer: [] for layer in self.target_layers}
+
+        def keep(layer: nn.Module, inputs: tuple, output: object) -> Tensor | None:
+            if not isinstance(output, Tensor):
+                return None
+            # Autograd's graph begins here. The model's next operation may be in place: on a copy.
+            activation = output.clone().requires_grad_()
+            runs[layer].append(activation)
+            return activation.clone()
+
+        with ExitStack() as hooks:
+            for layer in runs:
+                hooks.enter_context(layer.register_forward_hook(keep))
+            logits = self.model(images.clone())  # autograd saves no inference tensor
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise ValueError("wrap the model, so that it returns logits (N, classes)")
-        activations = [self._chosen_run(layer) for layer in self.target_layers]
-        self._runs = {}
+        activations = [self._chosen(runs[layer]) for layer in self.target_layers]
         self.logits = logits.detach()
         if target_class is None:
             target_class = self.logits.argmax(dim=1)
@@ -253,8 +250,7 @@ class GradCAM:
             maps = maps / maps.abs().amax(dim=(1, 2), keepdim=True).clamp_min(1e-30)
         return maps
 
-    def _chosen_run(self, layer: nn.Module) -> Tensor:
-        runs = self._runs[layer]
+    def _chosen(self, runs: list[Tensor]) -> Tensor:
         run = 0 if len(runs) == 1 else self.run
         if run not in range(len(runs)):
             found = f"the layer returns {len(runs)} tensors in a forward pass"
@@ -264,21 +260,20 @@ class GradCAM:
     def _indices(self, name: str, classes: Classes) -> Tensor:
         """A class for each image, int64 (N, 1)."""
         n, count = self.logits.shape
-        indices = torch.as_tensor(classes, device=self.logits.device)
-        known = torch.isin(indices, torch.arange(count).to(indices))
-        if indices.shape not in ((), (n,)) or not known.all():
+        given = torch.as_tensor(classes, device=self.logits.device)
+        indices = given.long() % count
+        if given.shape not in ((), (n,)) or (given != indices).any():
             raise ValueError(f"{name}: give a class from 0 to {count - 1}, or {n}, one per image")
-        return indices.long().expand(n)[:, None].clone()  # autograd saves no inference tensor
+        return indices.expand(n)[:, None]
 
     def _check_batch(self, activation: Tensor, score: Tensor) -> None:
         """Refuse tokens (T, N, C), which look like (N, T, C) where T = N."""
         n = len(score)
         if self.reshape is not None or activation.ndim != 3 or activation.shape[:2] != (n, n):
             return
-        (gradient,) = torch.autograd.grad(
-            score[0].sum(), activation, retain_graph=True, allow_unused=True
-        )
-        if gradient is not None and gradient[1:].any():  # the first score depends on all rows
+        options = dict(retain_graph=True, materialize_grads=True)
+        (gradient,) = torch.autograd.grad(score[0], activation, **options)
+        if gradient[1:].any():  # the first score depends on all rows
             raise ValueError(f"the layer's output has the batch second: {ADVICE}")
 
     def _grid(self, layer: nn.Module, output: Tensor, images: Tensor) -> Tensor:

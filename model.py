@@ -1,17 +1,13 @@
 """A small CNN + Transformer hybrid for 28x28 grey images, and its checkpoints.
 
-A convolutional stem turns the image into a 7x7 grid of tokens, a Transformer encoder relates these
-49 tokens, and a pooled head turns them into 10 logits:
-
-    image (N, 1, 28, 28) -> stem (N, C, 7, 7) -> tokens (N, 49, C) -> blocks -> pool (N, C)
-    -> logits (N, 10), where C is the model's `embed_dim`
+image (N, 1, 28, 28) -> convolutional stem (N, C, 7, 7) -> tokens (N, 49, C)
+-> Transformer blocks -> pool (N, C) -> logits (N, 10), where C is the model's `embed_dim`
 """
 
 import io
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +17,6 @@ import dataset
 from common.files import UserError, whole_file
 from dataset import CHANNELS, FASHION_MNIST, IMAGE_SIZE, DataInfo
 
-MAX_PARAMETERS = 600_000
 SHIPPED_CHECKPOINT = Path(__file__).resolve().parent / "checkpoints/shipped/model.pt"
 PHOTOGRAPHS_CHECKPOINT = SHIPPED_CHECKPOINT.with_name("photographs.pt")
 
@@ -178,12 +173,6 @@ class HybridClassifier(nn.Module):
         """The size of all parameters, frozen or not."""
         return sum(p.numel() for p in self.parameters())
 
-    def stage_ends(self) -> list[str]:
-        """Names of the stem's last layers at 28x28, 14x14 and 7x7."""
-        names = [name for name, _ in self.stem.named_children()]
-        ends = names.index("down1"), names.index("down2"), len(names)
-        return [f"stem.{names[end - 1]}" for end in ends]
-
     def embed(self, x: Tensor) -> Tensor:
         """What the head sees of the images (N, 1, 28, 28): the pooled tokens, (N, C)."""
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
@@ -201,7 +190,7 @@ class HybridClassifier(nn.Module):
 CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # new if old files are unreadable
 
 
-def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) -> None:
+def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: object) -> None:
     """Save the model's configuration and weights, and what else is given.
 
     The contents are numbers, strings, tensors, and lists and dictionaries of them.
@@ -222,7 +211,7 @@ def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: Any) 
 
 def load_checkpoint(
     path: str | Path, device: str | torch.device = "cpu"
-) -> tuple[HybridClassifier, dict[str, Any]]:
+) -> tuple[HybridClassifier, dict]:
     """Read what `save_checkpoint` wrote; code in the file is never executed.
 
     Returns the model in evaluation mode, and the whole dictionary, on the CPU.
@@ -241,9 +230,8 @@ def load_checkpoint(
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]), data)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
         what = f"{path} does not fit the model that model.py builds"
-        raise UserError(f"{what} ({reason}): train again") from error
+        raise UserError(f"{what} ({str(error)[:300]}): train again") from error
     return model.to(device, memory_format=torch.channels_last).eval(), checkpoint
 
 

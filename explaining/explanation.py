@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -27,9 +26,9 @@ def model_name(checkpoint: Path) -> str:
     return names.get(path, printable("/".join(path.parts[-2:])))
 
 
-def in_file_name(class_name: str) -> str:
-    """A class's name without what file names may not have: "T-shirt-top"."""
-    return re.sub(r"[^\w.-]", "-", class_name)
+def in_file_name(words: str) -> str:
+    """Words, such as "T-shirt/top", without what file names may not have: "T-shirt-top"."""
+    return re.sub(r"[^\w.-]", "-", words)
 
 
 @dataclass
@@ -42,7 +41,6 @@ class Evidence:
     # The probability of the class; without the hottest tenth of the garment; without a random
     # tenth: mean and standard deviation
     probabilities: tuple[float, ...] = (np.nan,) * 4
-    class_names: tuple[str, ...] = CLASS_NAMES
 
     def verdict(self) -> str:
         """Whether the hottest tenth matters more than a random one, by over a deviation."""
@@ -50,24 +48,6 @@ class Evidence:
         if self.heatmap.any() and random - hottest > deviation:
             return "says something"
         return "says little"
-
-    def role(self) -> str:
-        """Like "for Coat" or "for Coat, not Shirt"."""
-        words = f"for {self.class_names[self.label]}"
-        if not self.heatmap.any():
-            words = f"no evidence\n{words}"
-        if self.versus >= 0:
-            words += f", not {self.class_names[self.versus]}"
-        return words
-
-    def caption(self) -> str:
-        """What it is for, and what masking the hottest pixels does, against masking others."""
-        if not self.heatmap.any():
-            return self.role()
-        whole, hottest, random, deviation = self.probabilities
-        words = f"{whole:.2f}; without its hottest tenth {hottest:.2f}"
-        words += f", without a random tenth of the garment {random:.2f} ± {deviation:.2f}"
-        return f"{self.role()} ({self.verdict()}):\n{words}"
 
 
 @dataclass
@@ -110,16 +90,34 @@ class Explanation:
             return f"unsure: {predicted}, {self.share(second)}"
         return predicted
 
+    def role(self, evidence: Evidence) -> str:
+        """What some of its evidence is for: "for Coat", or "for Coat, not Shirt"."""
+        words = f"for {self.class_names[evidence.label]}"
+        if not evidence.heatmap.any():
+            words = f"no evidence\n{words}"
+        if evidence.versus >= 0:
+            words += f", not {self.class_names[evidence.versus]}"
+        return words
+
+    def caption(self, evidence: Evidence) -> str:
+        """Its role, and what masking the hottest pixels does, against masking others."""
+        role = self.role(evidence)
+        if not evidence.heatmap.any():
+            return role
+        whole, hottest, random, deviation = evidence.probabilities
+        words = f"{whole:.2f}; without its hottest tenth {hottest:.2f}"
+        words += f", without a random tenth of the garment {random:.2f} ± {deviation:.2f}"
+        return f"{role} ({evidence.verdict()}):\n{words}"
+
     def file_name(self) -> str:
         """The name of its picture: "01917_Coat_as_Coat_not_Shirt.png"."""
         asked = self.evidence[0]
-        names = [in_file_name(name) for name in self.class_names]
-        name = f"{self.file_stem}_as_{names[self.predicted]}"
+        words = f"_as_{self.class_names[self.predicted]}"
         if asked.label != self.predicted:
-            name += f"_for_{names[asked.label]}"
+            words += f"_for_{self.class_names[asked.label]}"
         if asked.versus >= 0:
-            name += f"_not_{names[asked.versus]}"
-        return f"{name}.png"
+            words += f"_not_{self.class_names[asked.versus]}"
+        return f"{self.file_stem}{in_file_name(words)}.png"
 
 
 @torch.no_grad()
@@ -135,20 +133,17 @@ def mask_evidence(model: HybridClassifier, explanations: list[Explanation]) -> N
     In a contrast, the hottest pixels speak most for the class.
     """
     draws = torch.rand(DRAWS, IMAGE_SIZE**2, generator=torch.Generator().manual_seed(0))
-    variants = []
     for e in explanations:
         image = torch.from_numpy(e.image).flatten()
         maps = [torch.from_numpy(evidence.heatmap).flatten() for evidence in e.evidence]
         ranks = torch.stack([*maps, *draws]).masked_fill(image == 0, -torch.inf)
         count = max(1, round(image.count_nonzero().item() / 10))
-        variants.append(image.repeat(len(ranks), 1).scatter(1, ranks.topk(count).indices, 0))
-    images = torch.cat(variants).view(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
-    probabilities = classify(model, images).split([len(rows) for rows in variants])
-    for e, masked in zip(explanations, probabilities, strict=True):
-        for i, evidence in enumerate(e.evidence):
-            found = masked[:, evidence.label]
-            random = found[len(e.evidence) :]
-            numbers = e.probabilities[evidence.label], found[i], random.mean(), random.std()
+        masked = image.repeat(len(ranks), 1).scatter(1, ranks.topk(count).indices, 0)
+        found = classify(model, masked.view(-1, 1, IMAGE_SIZE, IMAGE_SIZE))
+        for evidence, hottest in zip(e.evidence, found, strict=False):
+            k = evidence.label
+            random = found[-DRAWS:, k]
+            numbers = e.probabilities[k], hottest[k], random.mean(), random.std()
             evidence.probabilities = tuple(map(float, numbers))
 
 
@@ -157,7 +152,7 @@ def explain(
     images: Tensor,
     labels: Tensor,
     targets: Tensor | int | None = None,
-    versus: int | Literal["next"] | None = None,
+    versus: int | str | None = None,
 ) -> list[Explanation]:
     """Explain uint8 images (N, 1, 28, 28) for the classes `targets`, else for the predicted ones.
 
@@ -165,28 +160,29 @@ def explain(
     target is explained for both. With `versus`, it is explained by a contrast with that class;
     for "next", and where that is the target, with the likeliest other class.
     """
-    probabilities = classify(cam.model, images)
-    targets = probabilities.argmax(dim=1) if targets is None else torch.as_tensor(targets)
-    targets = targets.expand(len(images))
+    model = cam.model
+    probabilities = classify(model, images)
+    if targets is None:
+        targets = probabilities.argmax(dim=1)
+    targets = torch.as_tensor(targets).expand(len(images))
+    rows = torch.arange(len(images))
     others = None
-    if versus is not None:
+    if versus is None:
+        wrong = ((labels >= 0) & (labels != targets)).nonzero().flatten()
+        rows = torch.cat([rows, wrong])
+        targets = torch.cat([targets, labels[wrong]])
+    else:
         others = probabilities.scatter(1, targets[:, None], -1.0).argmax(dim=1)
         if versus != "next":
             others = torch.where(targets == versus, others, versus)
-    data = cam.model.data
-    x = dataset.normalize(images, data)
+    x = dataset.normalize(images[rows], model.data)
     maps = cam(x, targets, others, normalize=False).numpy()
     explanations = []
-    for i, target in enumerate(targets.tolist()):
-        other = -1 if others is None else int(others[i])
-        evidence = [Evidence(target, other, maps[i], class_names=data.class_names)]
-        e = Explanation(images[i, 0].numpy(), int(labels[i]), probabilities[i].numpy(), evidence)
-        e.class_names = data.class_names
+    for image, label, p in zip(images, labels, probabilities, strict=True):
+        e = Explanation(image[0].numpy(), int(label), p.numpy(), [])
+        e.class_names = model.data.class_names
         explanations.append(e)
-    if versus is None:
-        wrong = ((labels >= 0) & (labels != targets)).nonzero().flatten()
-        also = cam(x[wrong], labels[wrong], normalize=False).numpy()
-        for i, heatmap in zip(wrong.tolist(), also, strict=True):
-            e = explanations[i]
-            e.evidence.append(Evidence(e.label, -1, heatmap, class_names=e.class_names))
+    for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+        other = -1 if others is None else int(others[i])
+        explanations[row].evidence.append(Evidence(int(target), other, maps[i]))
     return explanations

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,17 +27,6 @@ def embed(model: HybridClassifier, images: Tensor) -> Tensor:
     return torch.cat([model.embed(dataset.normalize(chunk, model.data)) for chunk in chunks])
 
 
-def training_split(
-    path: Path, train_config: dict[str, Any], labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The indices, int64, of the images that a checkpoint was trained on, and that it held out."""
-    options = {name: train_config.get(name, 0) for name in ("val_size", "seed", "train_size")}
-    try:
-        return dataset.split_indices(labels, **options)
-    except ValueError as error:
-        raise UserError(f"{path} was trained on other images: give their --data-dir") from error
-
-
 class TrainingImages(NamedTuple):
     """The training images, and what a model makes of those that it was trained on."""
 
@@ -55,19 +43,21 @@ def load_training_images(
     """Their pooled tokens are kept beside the checkpoint, in NAME.similar.pt, for the next time."""
     check_classes(path, model, data_dir)
     images, labels = dataset.load(data_dir, train=True, read_image=image_of)
-    trained, held_out = training_split(path, train_config, labels)
+    settings = {name: train_config.get(name, 0) for name in ("val_size", "seed", "train_size")}
+    try:
+        trained, held_out = dataset.split_indices(labels, **settings)
+    except ValueError as error:
+        raise UserError(f"{path} was trained on other images: give their --data-dir") from error
     source = checksum(path) + hashlib.sha256(images.numpy()).hexdigest()
     place = path.with_suffix(".similar.pt")
     tokens = None
-    with suppress(Exception):  # a missing, damaged or foreign file raises one of a dozen types
-        kept = torch.load(place, weights_only=True)
-        if kept["source"] == source:
-            tokens = kept["tokens"]
+    with suppress(Exception):  # of a dozen types, if the file is missing, damaged or foreign
+        tokens = torch.load(place, weights_only=True)[source]
     if tokens is None:
         chunks = tqdm(images[trained].split(500), "once: training images", leave=False)
         tokens = torch.cat([embed(model, chunk).half() for chunk in chunks])
         with suppress(RuntimeError), whole_file(place) as file:  # the folder may be read-only
-            torch.save(dict(source=source, tokens=tokens), file)
+            torch.save({source: tokens}, file)
     return TrainingImages(images, labels, trained, held_out, tokens)
 
 
@@ -98,6 +88,8 @@ def similar_images(
 
 def labels_of_nearest(tokens: Tensor, training: TrainingImages) -> Tensor:
     """What most of the three nearest images are labelled, int64 (N,), of pooled tokens (N, C)."""
+    from sklearn.neighbors import KNeighborsClassifier  # takes a second to load
+
     vote = KNeighborsClassifier(3, algorithm="brute")
     vote.fit(training.tokens.float(), training.labels[training.trained])
     return torch.from_numpy(vote.predict(tokens))

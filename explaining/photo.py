@@ -18,10 +18,10 @@ from dataset import IMAGE_SIZE
 try:
     import cv2
 except ImportError as error:  # most servers have no libGL.so.1
-    advice = [command("-m", "pip", "uninstall", "-y", "opencv-python")]
-    advice += [command("-m", "pip", "install", "opencv-python-headless")]
+    pip = command("-m", "pip")
+    advice = f"{pip} uninstall -y opencv-python && {pip} install opencv-python-headless"
     script = os.path.basename(sys.argv[0])
-    raise SystemExit(f"{script}: error: {error}: {' && '.join(advice)}") from None
+    raise SystemExit(f"{script}: error: {error}: {advice}") from None
 
 # Without PostScript: it is a program.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "AVIF")
@@ -105,7 +105,7 @@ def shrink(picture: np.ndarray) -> np.ndarray:
 def strip_frame(colors: Picture) -> Picture:
     """Cut bars off opposite sides: up to a fifth each, ending in a jump of colour."""
     for turn in (1, -1):  # the sides, and then above and below
-        colors = np.ascontiguousarray(np.rot90(colors, turn))
+        colors = np.rot90(colors, turn)
         lab = cv2.cvtColor(colors, cv2.COLOR_RGB2LAB)
         widths = []
         for lines in (lab, lab[::-1]):
@@ -114,7 +114,7 @@ def strip_frame(colors: Picture) -> Picture:
             widths.append(max(jumps, default=-1) + 1)
         if min(widths) > 0:  # one alone may be what is below a wide shoe
             colors = colors[widths[0] : -widths[1]]
-    return np.ascontiguousarray(colors)
+    return colors
 
 
 def fit_surface(values: np.ndarray, border: Mask) -> np.ndarray:
@@ -149,12 +149,11 @@ def find_garment(colors: Picture) -> tuple[Mask, Gray]:
             line = np.linspace(*ends, len(turned))
             to_line = np.linalg.norm(turned - line, axis=2).swapaxes(0, axis)
             distance = np.minimum(distance, to_line)
-    cut = max(3, 0.06 * distance.max())  # what is fainter is background
+    garment = distance > max(3, 0.06 * distance.max())  # what is fainter is background
     if is_busy:
         levels = np.uint8((2 * distance).clip(0, 255))
         otsu, _ = cv2.threshold(levels, 0, 255, cv2.THRESH_OTSU)
-        cut = max(cut, 0.3 * otsu)
-    garment = distance > cut
+        garment &= distance > 0.3 * otsu
     if is_busy and 0 < garment.mean() < 1:  # GrabCut (Rother et al. 2004) looks again
         labels = np.uint8(np.where(garment, cv2.GC_PR_FGD, cv2.GC_PR_BGD))
         models = np.zeros((2, 1, 65))
@@ -163,8 +162,7 @@ def find_garment(colors: Picture) -> tuple[Mask, Gray]:
         cv2.grabCut(pixels, labels, None, *models, 1, cv2.GC_INIT_WITH_MASK)
         garment = labels == cv2.GC_PR_FGD
     _, pieces = cv2.connectedComponents(np.uint8(garment))
-    sizes = np.bincount(pieces.ravel())
-    sizes[0] = 0  # the background
+    sizes = np.bincount(pieces[garment], minlength=1)
     garment &= (sizes >= 0.05 * sizes.max())[pieces]
     background = cv2.cvtColor(cv2.cvtColor(surface, cv2.COLOR_LAB2RGB), cv2.COLOR_RGB2GRAY)
     return garment, background
@@ -227,7 +225,7 @@ def read_image(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
             raise UserError("is of one even colour or pattern: use another picture")
     elif found := find_in_shape(picture, opacity):
         colors, opacity, background = found
-    gray = cv2.cvtColor(np.ascontiguousarray(colors), cv2.COLOR_RGB2GRAY)
+    gray = cv2.cvtColor(colors, cv2.COLOR_RGB2GRAY)
     if background is None:  # white, as the data set's garments had, unless it would vanish there
         background = float((gray * opacity).sum() <= 0.8 * opacity.sum())
     image = to_data_set(gray, opacity, background)

@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +19,12 @@ from explaining.explanation import Explanation
 
 OPACITY = 0.9  # of the hottest place, when a heatmap is laid over its image
 # Legible even when a sheet of three columns is shrunk to a column of text.
-FONTS = {"font.size": 13, "axes.titlesize": "medium", "figure.labelsize": "medium"}
-FONTS |= {"text.parse_math": False}  # a file name may hold a $
+FONTS = {
+    "font.size": 13,
+    "axes.titlesize": "medium",
+    "figure.labelsize": "medium",
+    "text.parse_math": False,  # a file name may hold a $
+}
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a file name may be in any script
 
 
@@ -42,8 +45,7 @@ CONTRAST = Scale(ENDS, -1, WORDS)
 Panel = list[np.ndarray]  # uint8 (H, W), RGB or RGBA, one laid over the other
 
 
-@dataclass
-class Cell:
+class Cell(NamedTuple):
     """One place of a sheet: panels side by side, a caption above, labels below."""
 
     panels: list[Panel]
@@ -87,21 +89,17 @@ def paint_all(e: Explanation) -> list[list[Panel]]:
     return [paint(e.image, evidence.heatmap / peak, scale_of(e)) for evidence in e.evidence]
 
 
-def make_cell(e: Explanation) -> Cell:
-    """An image on a sheet: input, heatmap, overlay; or input and the overlays of two classes."""
-    panels, *others = paint_all(e)
-    if others:
-        panels = [panels[0], panels[2], others[0][2]]
-    labels = ["", *(evidence.role() for evidence in e.evidence)]
-    caption = f"{e.index}: {e.answer()}".replace(", ", ",\n")
-    return Cell(panels, caption, labels, "black" if e.label == e.predicted else "crimson")
-
-
 def many_sheet(file_name: str, title: str, explanations: list[Explanation]) -> Sheet:
-    """Many images, each beside its similar ones."""
+    """Many images: input, heatmap and overlay, or the overlays of two classes; and similar ones."""
     cells = []
     for e in explanations:
-        cells += [make_cell(e), *e.similar]
+        panels, *others = paint_all(e)
+        if others:
+            panels = [panels[0], panels[2], others[0][2]]
+        labels = ["", *map(e.role, e.evidence)]
+        caption = f"{e.index}: {e.answer()}".replace(", ", ",\n")
+        color = "black" if e.label == e.predicted else "crimson"
+        cells += [Cell(panels, caption, labels, color), *e.similar]
     return Sheet(file_name, title, cells, 3)
 
 
@@ -112,7 +110,7 @@ def overlay_sheet(e: Explanation) -> Sheet:
         labels = ["input", "heatmap", "overlay"]
         if e.photograph is not None:
             panels, labels = [[e.photograph], *panels], ["photograph", *labels]
-        cells.append(Cell(panels, evidence.caption(), labels))
+        cells.append(Cell(panels, e.caption(evidence), labels))
     cells += e.similar
     return Sheet(e.file_name(), f"{e.name}: {e.answer()}", cells, 1)
 

@@ -1,5 +1,7 @@
 """Which training images are the most similar to an image."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,6 @@ from explaining.features import (
     labels_of_nearest,
     load_training_images,
     similar_images,
-    training_split,
 )
 from model import save_checkpoint
 
@@ -72,16 +73,19 @@ def test_the_nearest_images_vote_on_a_label():
 
 
 @pytest.mark.parametrize("val_size, train_size", [(100, 160), (0, 160), (0, 0)])
-def test_the_images_are_those_that_training_used_and_held_out(run_config, val_size, train_size):
+def test_the_images_are_those_that_training_used_and_held_out(
+    run_config, small_model, small_data, tmp_path, val_size, train_size
+):
     config = run_config(val_size=val_size, train_size=train_size, seed=3)
-    images, labels, trained, held_out = train.load_data(config, torch.device("cpu"))
-    settings = vars(config) if train_size else {}
-    found = training_split("best.pt", settings, labels)
-    assert torch.equal(found[0], trained) and len(found[1]) == val_size
+    images, _, trained, held_out = train.load_data(config, torch.device("cpu"))
+    save_checkpoint(tmp_path / "best.pt", small_model)
+    load = partial(load_training_images, tmp_path / "best.pt", small_model, data_dir=small_data)
+    found = load(vars(config) if train_size else {})
+    assert torch.equal(found.trained, trained) and len(found.held_out) == val_size
     if val_size:
-        assert torch.equal(images[found[1]], held_out["val"][0])
+        assert torch.equal(images[found.held_out], held_out["val"][0])
     with pytest.raises(UserError, match="give their --data-dir"):
-        training_split("best.pt", dict(val_size=5000), labels)
+        load(dict(val_size=5000))
 
 
 def test_tokens_are_kept_for_this_checkpoint_and_these_images(
@@ -90,31 +94,31 @@ def test_tokens_are_kept_for_this_checkpoint_and_these_images(
     path, kept = tmp_path / "best.pt", tmp_path / "best.similar.pt"
     save_checkpoint(path, small_model)
 
-    def tokens():
-        return load_training_images(path, small_model, dict(train_size=160), small_data).tokens
+    def load():
+        return load_training_images(path, small_model, dict(train_size=160), small_data)
 
-    images, labels = dataset.load(small_data, train=True)
-    trained, _ = training_split(path, dict(train_size=160), labels)
-    expected = small_model.embed(dataset.normalize(images[trained])).detach()
-    torch.testing.assert_close(tokens().float(), expected, rtol=1e-2, atol=1e-3)
+    found = load()
+    x = dataset.normalize(found.images[found.trained])
+    assert found.tokens.shape == (160, 16)
+    torch.testing.assert_close(found.tokens.float(), small_model.embed(x), rtol=1e-2, atol=1e-3)
     monkeypatch.setattr(features, "embed", lambda model, images: torch.zeros(len(images), 1))
     before = kept.read_bytes()
-    assert tokens().any()  # read back
+    assert load().tokens.any()  # read back
     for damaged in (before[:-100], b""):
         kept.write_bytes(damaged)
-        assert not tokens().any()
+        assert not load().tokens.any()
     for foreign in (dict(a=1), [1]):
         torch.save(foreign, kept)
-        assert not tokens().any()
+        assert not load().tokens.any()
     kept.write_bytes(before)
     save_checkpoint(path, small_model, history=[])
-    assert not tokens().any()  # of another checkpoint
+    assert not load().tokens.any()  # of another checkpoint
     save_checkpoint(path, small_model)
     kept.write_bytes(before)
-    others = images.flip(3), labels
+    others = found.images.flip(3), found.labels
     monkeypatch.setattr(dataset, "load", lambda data_dir, train, read_image: others)
-    assert not tokens().any()
+    assert not load().tokens.any()
     # Where nothing can be written, the answer is the same.
     kept.unlink()
     kept.mkdir()
-    assert not tokens().any() and not list(kept.iterdir())
+    assert not load().tokens.any() and not list(kept.iterdir())

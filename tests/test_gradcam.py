@@ -84,7 +84,7 @@ def test_methods_on_paper(method, expected, contrast):
         torch.testing.assert_close(cam(IMAGE, 0, normalize=False), shares(expected))
         assert not cam(IMAGE, 1).any() and not cam(IMAGE, 2).any()
         torch.testing.assert_close(cam(IMAGE, 0, versus=2), contrast / contrast.abs().max())
-        torch.testing.assert_close(cam(IMAGE, 0, versus=2, normalize=False), shares(contrast))
+        torch.testing.assert_close(cam(IMAGE, 0, 2, normalize=False), shares(contrast))
         assert torch.equal(cam(IMAGE, 2, versus=0), -cam(IMAGE, 0, versus=2))
 
 
@@ -104,16 +104,11 @@ def grid(*rows):
 
 def test_layers_are_averaged_by_their_shares_and_one_without_evidence_is_left_out():
     first = grid([1.0, 3.0], [0.0, 0.0]), (2.0, -1.0)
-    second = grid([0.0, 0.0], [0.0, 500.0]), (7.0, 3.0)
-    model = OnPaper(first, second)
+    model = OnPaper(first, (grid([0.0, 0.0], [0.0, 500.0]), (7.0, 3.0)))
     with GradCAM(model, [model.layers[1], "layers.0"], "hirescam") as cam:
         assert cam(IMAGE, 0, normalize=False).tolist() == [[[0.125, 0.375], [0.0, 0.5]]]
         # the first speaks against the class
         assert cam(IMAGE, 1, normalize=False).tolist() == [[[0.0, 0.0], [0.0, 1.0]]]
-    # With a sign, the amounts of a layer add up to 1: here (-2, -6, 0, 2) and (0, 0, 0, 1).
-    model = OnPaper((grid([-2.0, -6.0], [0.0, 2.0]), (1.0, 0.0)), second)
-    maps = GradCAM(model, list(model.layers), "hirescam")(IMAGE, 0, versus=1, normalize=False)
-    torch.testing.assert_close(maps, torch.tensor([[[-0.1, -0.3], [0.0, 0.6]]]))
 
 
 @pytest.mark.parametrize("left, some", [(2e-6, False), (5e-5, True), (float("nan"), True)])
@@ -151,7 +146,6 @@ def test_the_grid_has_the_shape_of_the_image(shape, image_size, expected):
     [
         ((2, 20, 5), (28, 28), 0),  # 16 patches and 4 registers, but also 4x5
         ((2, 1, 5), (28, 28), 0),
-        ((2, 10), (28, 28), 0),
         ((2, 16, 16, 16), (64, 64), 2),  # channels first and channels last
         ((2, 44, 75, 128), (176, 300), 2),  # 75x128 is 75x127.8 rounded
     ],
@@ -191,13 +185,12 @@ def test_a_reshape_that_returns_no_grids_is_refused(small_model, x):
             GradCAM(small_model, "blocks.0", reshape=reshape)(x)
 
 
-@pytest.mark.parametrize("layer", ["stem.first", "stem.down2.0.0"])
-def test_maps_agree_with_captum(small_model, x, layer):
+def test_maps_agree_with_captum(small_model, x):
     target = torch.tensor([0, 9, 3, 3, 6, 1])
     versus = torch.tensor([1, 0, 6, 4, 2, 8])
-    cam = GradCAM(small_model, layer)
+    module = small_model.stem.down2[0][0]
+    cam = GradCAM(small_model, module)
     maps, contrasts = cam(x, target, normalize=False), cam(x, target, versus, normalize=False)
-    module = small_model.get_submodule(layer)
 
     def difference(images):
         logits, rows = small_model(images), torch.arange(6)
@@ -211,13 +204,6 @@ def test_maps_agree_with_captum(small_model, x, layer):
         torch.testing.assert_close(found, shares(expected), rtol=1e-4, atol=1e-7)
 
 
-def test_hirescam_in_front_of_a_layer_norm_has_no_evidence_and_no_other_map_is_lost(shipped, x):
-    cam = GradCAM(shipped, "blocks.0", "hirescam")
-    assert not cam(x).any() and not cam(x, 1, versus=2).any()
-    for method, layers in (("layercam", shipped.stage_ends()[:2]), ("gradcam", "blocks.0")):
-        assert GradCAM(shipped, layers, method)(x).amax(dim=(1, 2)).tolist() == [1] * 6
-
-
 # ---- Calls and hooks ----
 
 
@@ -227,7 +213,6 @@ def test_the_default_class_is_the_predicted_one_and_each_image_may_have_its_own(
         predicted = cam.logits.argmax(dim=1)
         assert not default.requires_grad and not cam.logits.requires_grad
         assert torch.equal(default, cam(x, predicted))
-        assert torch.equal(default, cam(x, predicted.tolist()))
         mixed = cam(x, [2, 2, 2, 5, 5, 5])
         expected = torch.cat([cam(x[:3], 2), cam(x[3:], 5)])
     torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
@@ -262,6 +247,7 @@ def test_the_model_is_left_as_it_was_also_after_an_error(small_model, x):
         assert not any(map(any, settings(small_model)[1:]))
         cam(x)
         cam(torch.zeros(2, 3, 28, 28))
+    cam(x)  # also of the next call
     assert settings(small_model) == before
     assert_identical(dict(small_model.named_buffers()), statistics)
 

@@ -22,7 +22,6 @@ from model import load_checkpoint, save_checkpoint
 
 @pytest.fixture
 def good(small_model, tmp_path):
-    """A small checkpoint."""
     save_checkpoint(tmp_path / "good.pt", small_model)
     return tmp_path / "good.pt"
 

@@ -11,7 +11,6 @@ import dataset
 import model as model_module
 from common.files import UserError
 from model import (
-    MAX_PARAMETERS,
     SHIPPED_CHECKPOINT,
     HybridClassifier,
     Pool,
@@ -31,7 +30,7 @@ def random_input(*shape):
 def test_every_recipe_has_the_parameters_that_the_readme_gives(recipe):
     model = make_model(choose_settings(SETTINGS, RECIPES, dict(recipe=recipe)))
     assert f" {model.num_parameters():,} " in (ROOT / "README.md").read_text()
-    assert recipe == "teacher" or model.num_parameters() <= MAX_PARAMETERS == 600_000
+    assert recipe == "teacher" or model.num_parameters() <= 600_000
 
 
 @pytest.mark.parametrize("pool", ["attention", "mean"])
@@ -102,12 +101,6 @@ def test_tokens_lie_row_by_row_and_know_their_position(small_model):
     torch.testing.assert_close(tokens[:, place], maps[..., 3, 5] + small_model.pos_embed[:, place])
 
 
-def test_the_ends_of_the_stages_have_their_grids(small_model):
-    assert small_model.stage_ends() == ["stem.first", "stem.stage1_0", "stem.stage2_0"]
-    ends = HybridClassifier(replace(SMALL_MODEL, stem_blocks=(2, 0, 1))).stage_ends()
-    assert ends == ["stem.stage0_1", "stem.down1", "stem.stage2_0"]
-
-
 def test_stochastic_depth_drops_whole_branches_only_in_training():
     torch.manual_seed(0)
     model = HybridClassifier(replace(SMALL_MODEL, drop_path=0.5))
@@ -116,11 +109,6 @@ def test_stochastic_depth_drops_whole_branches_only_in_training():
     assert torch.equal(block.eval().kept(branch), branch)
     kept = block.train().kept(branch)
     assert kept.flatten(1).unique(dim=0).tolist() == [[0.0] * 12, [2.0] * 12]
-
-
-def test_a_linear_layer_of_a_student_needs_no_bias(small_model):
-    small_model.head = nn.Linear(16, 10, bias=False)
-    small_model.reset_parameters()
 
 
 def test_initial_weights_have_the_sizes_that_the_papers_give():
@@ -143,6 +131,8 @@ class Extended(HybridClassifier):
         super().__init__(config, data)
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.gain = nn.Parameter(torch.tensor([1.5], dtype=torch.bfloat16))
+        self.head = nn.Linear(config.embed_dim, 3, bias=False)
+        self.reset_parameters()
 
 
 def test_a_checkpoint_comes_back_as_it_was(test_split, tmp_path, monkeypatch):
@@ -156,26 +146,24 @@ def test_a_checkpoint_comes_back_as_it_was(test_split, tmp_path, monkeypatch):
     assert checkpoint.items() >= contents.items()
     assert_identical(dict(model.state_dict()), dict(saved.state_dict()))
     x = dataset.normalize(test_split[0][:4], data)
-    assert (4 * x + 2).mul(255 / 8).round().byte().equal(test_split[0][:4])
+    assert (255 * (0.5 * x + 0.25)).round().byte().equal(test_split[0][:4])
     assert torch.equal(model(x), saved.eval()(x)) and model(x).shape == (4, 3)
 
 
 def test_what_is_no_checkpoint_is_refused_in_one_line(small_model, tmp_path):
-    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    good = tmp_path / "good.pt"
     save_checkpoint(good, small_model)
     weights = small_model.head.weight.detach().numpy().tobytes()
     flipped = bytearray(good.read_bytes())
     flipped[flipped.index(weights) + 100] ^= 1
-    foreign = [
-        lambda: bad.write_bytes(flipped),
-        lambda: bad.write_bytes(good.read_bytes()[:-1000]),
-        lambda: torch.save(torch.load(good) | dict(format="fashion-mnist-hybrid 2"), bad),
-        lambda: torch.save([1, 2], bad),
-    ]
-    for make in foreign:
-        make()
-        with pytest.raises(UserError, match=r"cannot read .*bad.pt: it is damaged or not of"):
-            load_checkpoint(bad)
+    paths = [tmp_path / f"bad{i}.pt" for i in range(4)]
+    paths[0].write_bytes(flipped)
+    paths[1].write_bytes(good.read_bytes()[:-1000])
+    torch.save([1, 2], paths[2])
+    torch.save(torch.load(good) | dict(format="fashion-mnist-hybrid 2"), paths[3])
+    for path in paths:
+        with pytest.raises(UserError, match=f"cannot read {path}: it is damaged or not of"):
+            load_checkpoint(path)
     for path, reason in ((tmp_path / "none.pt", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(UserError, match=f"cannot read {path}: {reason}"):
             load_checkpoint(path)
@@ -184,7 +172,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(small_model, tmp_path):
 def test_a_checkpoint_of_another_model_is_told_why(small_model, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "a.pt", small_model)
     monkeypatch.setattr(model_module, "HybridClassifier", Extended)
-    with pytest.raises(UserError, match=r'a.pt does not fit .*"gain".*train again'):
+    with pytest.raises(UserError, match=r'(?s)a.pt does not fit .*"gain".*train again'):
         load_checkpoint(tmp_path / "a.pt")
     content = torch.load(tmp_path / "a.pt")
     content["model_config"]["width"] = 3

@@ -26,8 +26,8 @@ try:
     import Visulization
 except SystemExit as missing:  # OpenCV without libGL.so.1: the message says what to install
     pytest.skip(str(missing), allow_module_level=True)
-from explaining import explanation, sheets
-from explaining.explanation import UNSURE, Evidence, explain, mask_evidence
+from explaining import explanation, features, sheets
+from explaining.explanation import UNSURE, Evidence, Explanation, explain, mask_evidence
 from explaining.sheets import CONTRAST, SHARES, Cell, Sheet, paint, save_sheet
 
 LAYERS = ["stem.stage0_0", "stem.down1"]  # the default of the shipped model
@@ -41,9 +41,15 @@ def few_images(test_split):
 
 
 @pytest.fixture
-def run(script, monkeypatch, few_images):
+def use(monkeypatch):
+    """Makes images and labels the whole data set, for training and test."""
+    return lambda *data: monkeypatch.setattr(dataset, "load", lambda *_, **__: data)
+
+
+@pytest.fixture
+def run(script, monkeypatch, use, few_images):
     """Runs Visulization.py on `few_images`."""
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train, read_image: few_images)
+    use(*few_images)
     monkeypatch.setattr(Visulization, "set_threads", lambda: None)
     return partial(script, Visulization)
 
@@ -86,9 +92,8 @@ def three_images(test_split):
 
 def test_an_error_is_explained_for_both_classes(cam, three_images):
     for target, expected in ((None, [[6, 4], [9], [1]]), (2, [[2, 4], [2, 9], [2, 1]])):
-        explanations = explain(cam, *three_images, target)
-        found = [[evidence.label for evidence in e.evidence] for e in explanations]
-        assert found == expected
+        found = explain(cam, *three_images, target)
+        assert [[evidence.label for evidence in e.evidence] for e in found] == expected
 
 
 def test_a_contrast_is_one_signed_map_of_two_classes(cam, shipped, three_images):
@@ -129,28 +134,25 @@ def test_a_tenth_of_the_garment_is_black_the_hottest_or_a_random_one(
 
 def test_evidence_in_words():
     some, none = np.eye(28, dtype=np.float32), np.zeros((28, 28), np.float32)
+    e = Explanation(np.uint8(some), 9, np.eye(10)[9], [])
     words = "0.93; without its hottest tenth {}, without a random tenth of the garment 0.85 ± 0.02"
     for hottest, verdict in ((0.82, "something"), (0.84, "little")):
-        caption = Evidence(9, -1, some, (0.934, hottest, 0.851, 0.02)).caption()
+        caption = e.caption(Evidence(9, -1, some, (0.934, hottest, 0.851, 0.02)))
         assert caption == f"for Ankle boot (says {verdict}):\n{words.format(hottest)}"
-    e = Evidence(6, 4, none, (0.9, 0.2, 0.8, 0.1))
-    assert (e.caption(), e.verdict()) == ("no evidence\nfor Shirt, not Coat", "says little")
+    evidence = Evidence(6, 4, none, (0.9, 0.2, 0.8, 0.1))
+    assert e.caption(evidence) == "no evidence\nfor Shirt, not Coat"
+    assert evidence.verdict() == "says little"
 
 
 def test_the_layers_are_all_that_the_image_goes_through(shipped):
     shape = vars(SMALL_MODEL) | dict(stem_dims=(28, 14), embed_dim=7, num_heads=1)
-    small_model = HybridClassifier(ModelConfig(**shape)).eval()
+    model = HybridClassifier(ModelConfig(**shape)).eval()
     # As many channels as places are no riddle.
-    Visulization.make_cam(small_model, ["stem.first"], "layercam")
-    for model in (shipped, small_model):
-        sides, x = {}, torch.zeros(1, 1, 28, 28)
-        for name, layer in model.stem.named_children():
-            x = layer(x)
-            sides[f"stem.{name}"] = x.shape[-1]
-        blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
-        assert Visulization.all_layers(model) == [*sides, *blocks]
-        expected = [28, 14] if model is shipped else [7]  # it has no block at 28x28
-        assert [sides[name] for name in Visulization.default_layers(model)] == expected
+    Visulization.make_cam(model, ["stem.first"], "layercam")
+    stem = [f"stem.{name}" for name in ("first", "down1", "stage1_0", "down2", "stage2_0")]
+    assert Visulization.all_layers(model) == [*stem, "blocks.0", "blocks.1"]
+    assert Visulization.default_layers(model) == ["stem.down2"]  # it has no block at 28x28
+    assert Visulization.default_layers(shipped) == LAYERS
 
 
 # ---- Pictures ----
@@ -204,11 +206,9 @@ def test_a_picture_of_each_image_and_a_sheet_of_all(run, drawn, few_images):
     assert contact.cells[0].caption == "499: true Coat 13%,\npredicted Shirt 81%"
     assert [cell.color for cell in contact.cells] == ["crimson", "black", "black"]
     assert contact.cells[0].labels == ["", "for Shirt", "for Coat"]
+    start = "HiResCAM of log-odds, mean of 2 layers\n(stem.stage0_0 + stem.down1"
     for _, scale, source in drawn.values():
-        assert scale == SHARES
-        assert source.startswith(
-            "HiResCAM of log-odds, mean of 2 layers\n(stem.stage0_0 + stem.down1"
-        )
+        assert scale == SHARES and source.startswith(start)
     first, second = (cell.panels for cell in both.cells)
     own = ([first[0], first[2], second[2]], boot.cells[0].panels, trouser.cells[0].panels)
     for cell, panels, i in zip(contact.cells, own, (499, 0, 2), strict=True):
@@ -282,9 +282,8 @@ def test_one_image_is_explained_for_every_class(run, drawn, cam, shipped, few_im
 def test_what_is_asked_for_is_in_the_files_name(run, drawn, tmp_path):
     run("--index", 499, 0, "--versus", "coat", "--save-arrays")
     sheet, scale, _ = drawn.pop("HeapImg/contact_sheet.png")
-    assert scale == CONTRAST
-    roles = ["for Shirt, not Coat", "for Ankle boot, not Coat"]
-    assert [cell.labels for cell in sheet.cells] == [["", role] for role in roles]
+    roles = [["", "for Shirt, not Coat"], ["", "for Ankle boot, not Coat"]]
+    assert [cell.labels for cell in sheet.cells] == roles and scale == CONTRAST
     saved = np.load(tmp_path / "HeapImg" / "heatmaps.npz")
     assert saved["versus"].tolist() == [4, 4] and saved["maps"].min() < 0
     assert saved["target_classes"].tolist() == [6, 9]
@@ -318,7 +317,6 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, cam, shipped, few_images
     run("--index", 499, 0, "--index", 3, "--save-arrays", "--output-dir=~/here")
     images, labels = (part[index] for part in few_images)
     saved = np.load(tmp_path / "here" / "heatmaps.npz")
-    p = probabilities(shipped, images)
     expected = dict(
         names=["test image 499", "test image 0", "test image 3"],
         indices=index,
@@ -331,7 +329,7 @@ def test_arrays_hold_what_the_pictures_show(run, drawn, cam, shipped, few_images
         class_names=list(CLASS_NAMES),
     )
     assert {name: saved[name].tolist() for name in expected} == expected
-    assert saved["probabilities"] == pytest.approx(p.numpy(), abs=1e-5)
+    assert saved["probabilities"] == pytest.approx(probabilities(shipped, images), abs=1e-5)
     maps = cam(dataset.normalize(images), normalize=False)
     assert saved["maps"] == pytest.approx(maps.numpy(), rel=1e-3, abs=1e-6)
     words = [*drawn.values()][1][0].cells[0].caption
@@ -364,13 +362,18 @@ def test_similar_training_images_are_beside_the_map(run, drawn, shipped, few_ima
 
 
 def test_wrong_labels_of_held_out_images_are_found(
-    run, drawn, shipped, few_images, monkeypatch, capsys, tmp_path
+    run, drawn, shipped, few_images, use, monkeypatch, capsys, tmp_path
 ):
     images, labels = few_images
     wrong = torch.arange(0, 500, 7)
     labels = labels.clone()
     labels[wrong] = (labels[wrong] + 1) % 10
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train, read_image: (images, labels))
+    use(images, labels)
+    # A model that saw all training labels is asked about test images.
+    assert run("--label-errors", 1, *of_own(shipped, tmp_path, val_size=0)) == 0
+    line, note, _ = capsys.readouterr().out.splitlines()
+    assert line.startswith("test image ")
+    assert note == "note: these are test images, since training held no images out"
     held_out = dataset.split_indices(labels, 200, 3)[1]
     flags = of_own(shipped, tmp_path, val_size=200, seed=3)
     assert run("--label-errors", 200, *flags) == 0
@@ -386,17 +389,8 @@ def test_wrong_labels_of_held_out_images_are_found(
     assert sheet.title.startswith("training images")
     assert [int(cell.caption.split(":")[0]) for cell in sheet.cells[::3]] == found
     # Where the similar images do not agree with the answer, the label is in no doubt.
-    monkeypatch.setattr(Visulization, "labels_of_nearest", lambda tokens, _: torch.tensor(10))
+    monkeypatch.setattr(features, "labels_of_nearest", lambda tokens, _: torch.tensor(10))
     assert "ask for others" in run("--label-errors", 200, *flags)
-
-
-def test_a_model_that_saw_all_training_labels_is_asked_about_test_images(
-    run, drawn, shipped, capsys, tmp_path
-):
-    assert run("--label-errors", 1, *of_own(shipped, tmp_path, val_size=0)) == 0
-    line, note, _ = capsys.readouterr().out.splitlines()
-    assert line.startswith("test image ")
-    assert note == "note: these are test images, since training held no images out"
 
 
 # ---- One's own pictures and checkpoints ----
@@ -507,21 +501,16 @@ def test_pictures_have_a_model_of_their_own(run, drawn, tmp_path, small_model, o
         ("--target-layer blocks.77", "--target-layer: the model has no layer 'blocks.77'"),
         ("--output-dir file", "cannot write file/00000_Trouser_as_Trouser.png: File exists"),
         ("--worst 3", "ask for others"),
-        ("--classes Hat", "'Hat' is none of"),
         ("--num-images 0", "--num-images: 0: give a whole number from 1 to 200"),
         ("--index 0 1", "--index: give numbers from 0 to 0"),
         ("--image x.png --classes 1", "no use for"),
-        ("--average --target-class 0", "no use for"),
+        ("--average --similar 2", "no use for"),
         ("--all-classes --versus next", "no use for"),
-        ("--similar 2 --average", "no use for"),
     ],
 )
-def test_what_cannot_be_done_is_refused(
-    run, capsys, tmp_path, monkeypatch, few_images, flags, words
-):
+def test_what_cannot_be_done_is_refused(run, capsys, tmp_path, use, few_images, flags, words):
     (tmp_path / "file").touch()
-    trouser = tuple(part[2:3] for part in few_images)
-    monkeypatch.setattr(dataset, "load", lambda data_dir, train, read_image: trouser)
+    use(*(part[2:3] for part in few_images))  # a trouser
     status = run(*flags.split())
     said = status if isinstance(status, str) else capsys.readouterr().err.strip()
     assert status and words in said and "\n" not in said
