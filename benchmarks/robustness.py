@@ -24,9 +24,8 @@ from model import load_checkpoint
 def rotate(images: Tensor, generator: torch.Generator) -> Tensor:
     """Rotate each image by 15 degrees, one way or the other."""
     is_clockwise = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
-    clockwise = transforms.rotate(images, -15, InterpolationMode.BILINEAR)
-    other = transforms.rotate(images, 15, InterpolationMode.BILINEAR)
-    return torch.where(is_clockwise, clockwise, other)
+    turn = partial(transforms.rotate, images, interpolation=InterpolationMode.BILINEAR)
+    return torch.where(is_clockwise, turn(-15), turn(15))
 
 
 def add_noise(images: Tensor, generator: torch.Generator, deviation: float) -> Tensor:
