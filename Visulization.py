@@ -129,15 +129,15 @@ def explain_images(
 def explain_pictures(args: Namespace, cam: GradCAM) -> list[Explanation]:
     """Explain one's own pictures; print the answers, or what is wrong."""
     explanations = []
-    for path in args.image:
+    for path in tqdm(args.image, "reading", leave=False, disable=None):
         try:
             image, photograph = read_image(path)
         except UserError as error:
-            print(f"{printable(path)}: {printable(error)}", file=sys.stderr)
+            tqdm.write(f"{printable(path)}: {printable(error)}", sys.stderr)
             continue
         image = torch.from_numpy(image)[None, None]
         (e,) = explain(cam, image, torch.tensor([-1]), args.target_class, args.versus)
-        print(f"{printable(path)}: {e.answer()}")
+        tqdm.write(f"{printable(path)}: {e.answer()}")
         photograph = ImageOps.pad(Image.fromarray(photograph), (400, 400), color="white")
         e.photograph = np.asarray(photograph)
         e.name, e.file_stem = printable(path.name), printable(path.stem)[:50]
@@ -268,7 +268,7 @@ def class_index(text: str, names: Sequence[str]) -> int:
     spellings = [*names, *(name.lower() for name in names), *map(str, range(len(names)))]
     for word in (text, text.lower()):
         if word in spellings:
-            return spellings.index(word) % len(names)
+            return spellings.index(word) % len(names)  # each way has a word for each class
     last = len(names) - 1
     raise UserError(f"class {text!r} is none of: {', '.join(names)}, or 0 to {last}")
 

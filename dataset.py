@@ -2,7 +2,7 @@
 
     images, labels = load("data", train=True)  # uint8 (60000, 1, 28, 28), int64 (60000,)
     train, val = split_indices(labels, val_size=5000, seed=0)
-    x = normalize(augment(images[train[:128]], generator))  # float32 (128, 1, 28, 28)
+    x = normalize(images[train[:128]])  # float32 (128, 1, 28, 28)
 
 The data set: Xiao, Rasul & Vollgraf 2017, arXiv 1708.07747.
 """
@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.request import urlopen
 
@@ -266,35 +267,26 @@ def normalize(images: Tensor, data: DataInfo = FASHION_MNIST) -> Tensor:
 # ---- Augmentation: batched, on the device, drawn from the given generator ----
 
 
-def augment(
-    images: Tensor,
-    generator: Generator,
-    flip: bool = True,
-    shift: int = 2,
-    erase: float = 0.25,
-    erase_area: float = 0.33,
-    rotate: float = 0.0,
-    noise: float = 0.0,
-    stretch: float = 1.0,
-) -> Tensor:
+def augment(images: Tensor, generator: Generator, config: SimpleNamespace) -> Tensor:
     """A random variant of each of the uint8 images (N, C, H, W), which are left as they are.
 
-    The options are settings in train.py.
+    The fields of `config` are settings in train.py.
     """
-    if rotate:
-        images = random_rotate(images, generator, rotate)
-    if stretch > 1:
-        images = random_stretch(images, generator, stretch)
-    if flip:
+    if config.rotate:
+        images = random_rotate(images, generator, config.rotate)
+    if config.stretch > 1:
+        images = random_stretch(images, generator, config.stretch)
+    is_flipping = config.flip and not config.alternate_flip  # which flips them once an epoch
+    if is_flipping:
         mirrored = _uniform(images, generator) < 0.5
-    if shift:
-        images = random_shift(images, generator, shift)
-    if flip:
+    if config.shift:
+        images = random_shift(images, generator, config.shift)
+    if is_flipping:
         images = torch.where(mirrored, images.flip(3), images)
-    if noise:
-        images = random_noise(images, generator, noise)
-    if erase:
-        images = random_erase(images, generator, erase, erase_area)
+    if config.noise:
+        images = random_noise(images, generator, config.noise)
+    if config.erase:
+        images = random_erase(images, generator, config.erase, config.erase_area)
     return images
 
 

@@ -214,10 +214,7 @@ def augmented_batch(run: Run, index: Tensor) -> tuple[Tensor, Tensor]:
     """
     config = run.config
     images, targets = run.images[index], run.labels[index]
-    names = ("shift", "erase", "erase_area", "rotate", "noise", "stretch")
-    options = {name: getattr(config, name) for name in names}
-    flip = config.flip and not config.alternate_flip  # which mirrors them once an epoch
-    images = dataset.augment(images, run.generator, flip, **options)
+    images = dataset.augment(images, run.generator, config)
     if config.cutmix:
         targets = F.one_hot(targets, len(run.data.class_names)).float()
         images, targets = dataset.cutmix(images, targets, run.generator, config.cutmix)

@@ -1,6 +1,7 @@
 import gzip
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,8 +169,10 @@ def test_normalize_by_hand():
 
 
 def augmented(images, **options):
-    settings = dict(flip=False, shift=0, erase=0.0) | options
-    return dataset.augment(images, torch.Generator().manual_seed(7), **settings)
+    settings = dict(flip=False, alternate_flip=False, shift=0, erase=0.0, erase_area=0.33)
+    settings |= dict(rotate=0.0, noise=0.0, stretch=1.0) | options
+    config = SimpleNamespace(**settings)
+    return dataset.augment(images, torch.Generator().manual_seed(7), config)
 
 
 def full_of(value, number):
@@ -188,6 +191,7 @@ def test_the_generator_decides_and_the_images_stay(test_split):
 
 def test_flips_alternate(test_split):
     images, mirrored = test_split[0][:1000], []
+    assert torch.equal(augmented(images, flip=True, alternate_flip=True), images)
     flipped = [augmented(images, flip=True)]
     for epoch in range(3):
         generator = torch.Generator().manual_seed(7)

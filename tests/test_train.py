@@ -157,13 +157,10 @@ def test_the_learning_rate_warms_up(run_config, watch, epochs, steps):
     assert {arguments["grad_clip"] for arguments, _ in calls} == {1.0}
 
 
-def test_images_are_augmented_as_the_settings_say(run_config, watch):
+def test_each_batch_is_augmented_anew(run_config, watch):
     calls = watch(dataset, "augment")
-    asked = dict(flip=False, shift=3, erase=0.75, erase_area=0.5, rotate=20.0, noise=0.2)
-    asked |= dict(stretch=1.5)
-    train.train(run_config(**asked))
-    assert len(calls) == 20 and all(arguments | asked == arguments for arguments, _ in calls)
-    assert len({result.numpy().tobytes() for _, result in calls}) == 20
+    train.train(run_config(erase=0.75))
+    assert len({result.numpy().tobytes() for _, result in calls}) == len(calls) == 20
 
 
 def test_nothing_is_drawn_twice_from_the_same_numbers(run_config, watch):
