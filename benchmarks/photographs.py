@@ -34,17 +34,6 @@ Picture = np.ndarray  # float (H, W, 3), RGB, 0 to 1
 Photographs = tuple[Tensor, Tensor, list[tuple[str, ...]]]
 SHAPE = 480, 360
 LIMITS = 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9
-COLUMNS = dict(
-    model=("model", ""),
-    pictures=("pictures", ""),
-    images=("of", ""),
-    right=("right", ".1%"),
-    error=("±", ".1%"),
-    limit=("note below", ".0%"),
-    noted=("with a note", ".1%"),
-    precision=("wrong of these", ".1%"),
-    recall=("of all wrong", ".1%"),
-)
 
 
 # ---- Simulated photographs ----
@@ -227,7 +216,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.real and not args.list:
         parser.error("--real needs --list")
-    results.run(parser, measure, ("model", "pictures", "limit"), COLUMNS)
+    results.run(parser, measure, ("model", "pictures", "limit"))
 
 
 if __name__ == "__main__":

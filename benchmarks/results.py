@@ -24,7 +24,6 @@ from training.settings import make_parser as make_train_parser
 ROOT = Path(train.__file__).parent
 Row = dict[str, object]
 Rows = list[dict[str, str]]  # of a file of figures
-Columns = dict[str, tuple[str, str]]  # headings and formats, see `cell`
 
 
 def make_parser(script: str, description: str) -> argparse.ArgumentParser:
@@ -100,12 +99,7 @@ def add(path: Path, row: Row, *key: str) -> None:
 # ---- Tables ----
 
 
-def run(
-    parser: argparse.ArgumentParser,
-    measure: Callable,
-    key: tuple[str, ...],
-    columns: Columns | None = None,
-) -> Rows:
+def run(parser: argparse.ArgumentParser, measure: Callable, key: tuple[str, ...]) -> Rows:
     """Measure, save each row as it comes, print and return the table."""
     args = parser.parse_args()
     if not args.table:
@@ -115,22 +109,15 @@ def run(
             for row in measure(args):
                 add(args.output, before | row, *key)
     rows = read(args.output)
-    print_table(rows, columns)
+    print_table(rows)
     return rows
 
 
-def print_table(rows: Rows, columns: Columns | None = None) -> None:
-    """Print rows in Markdown: some columns, or all but commit and machine as they are."""
-    if columns is None:
-        columns = {name: (name, "") for name in rows[0] if name not in ("commit", "machine")}
-    headings = [heading for heading, _ in columns.values()]
-    print(f"| {' | '.join(headings)} |")
-    print(f"|---|{'---:|' * (len(headings) - 1)}")
+def print_table(rows: Rows) -> None:
+    """Print rows in Markdown, without commit and machine."""
+    names = [name for name in rows[0] if name not in ("commit", "machine")]
+    print(f"| {' | '.join(names)} |")
+    print(f"|---|{'---:|' * (len(names) - 1)}")
     for row in rows:
-        cells = [cell(row.get(name) or "", form) for name, (_, form) in columns.items()]
+        cells = [row[name] for name in names]
         print(f"| {' | '.join(cells)} |")
-
-
-def cell(value: str, form: str) -> str:
-    """A figure in a table; `form` is a format such as ".1%", or "" for text."""
-    return format(float(value), form) if form and value else value
