@@ -1,8 +1,8 @@
 """How often the answer for a photograph is right, and how well the note tells wrong answers.
 
-    python benchmarks/photographs.py    test images on eight backgrounds
-    python benchmarks/photographs.py --held-out data/photographs       those that training held out
-    python benchmarks/photographs.py --real FOLDER --list LIST         others, by kind
+    python benchmarks/photographs.py                              test images on eight backgrounds
+    python benchmarks/photographs.py --held-out data/photographs  those that training held out
+    python benchmarks/photographs.py --real FOLDER --list LIST    others, by kind
 
 A list is a table of group, labels (accepted classes: Coat|Pullover), repository, and path; a
 picture is FOLDER/repository/path. `--held-out` also shows what other limits of the note would do.
@@ -25,7 +25,6 @@ import dataset
 from dataset import CLASS_NAMES
 from explaining.explanation import UNSURE, classify, model_name
 from explaining.photo import read_image
-from explaining.photographs import read_table
 from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, load_checkpoint
 
 Random = np.random.Generator
@@ -153,7 +152,7 @@ def simulate(data_dir: Path, count: int) -> Photographs:
 
 def read_listed(folder: Path, path: Path) -> Photographs:
     """The photographs of a list, by kind and source."""
-    rows = read_table(path)
+    rows = results.read(path)
     images = [read_image(folder / row["repository"] / row["path"])[0] for row in rows]
     accepted = torch.zeros(len(rows), len(CLASS_NAMES), dtype=torch.bool)
     groups = []
@@ -163,14 +162,6 @@ def read_listed(folder: Path, path: Path) -> Photographs:
         source = "training's" if "clothing-dataset" in row["repository"] else "another's"
         groups.append((row["group"], f"{row['group']}, {source} source", "all listed"))
     return torch.from_numpy(np.stack(images))[:, None], accepted, groups
-
-
-def read_held_out(data_dir: Path) -> Photographs:
-    """The photographs that explaining/photographs.py holds out, by class."""
-    images, labels = dataset.load(data_dir, train=False)
-    accepted = F.one_hot(labels, len(CLASS_NAMES)).bool()
-    groups = [(f"held out: {CLASS_NAMES[label]}", "all held out") for label in labels]
-    return images, accepted, groups
 
 
 # ---- Figures ----
@@ -188,7 +179,9 @@ def figures(probability: np.ndarray, right: np.ndarray, limit: float) -> results
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     """A row for each model and group; for all that were held out, one for each limit."""
     if args.held_out:
-        images, accepted, groups = read_held_out(args.held_out)
+        images, labels = dataset.load(args.held_out, train=False)
+        accepted = F.one_hot(labels, len(CLASS_NAMES)).bool()
+        groups = [(f"held out: {CLASS_NAMES[label]}", "all held out") for label in labels]
     elif args.real:
         images, accepted, groups = read_listed(args.real, args.list)
     else:

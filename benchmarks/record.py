@@ -1,6 +1,6 @@
 """The plan for the next record: a mean of 96.0 % over five seeds, below 600,000 parameters.
 
-    python benchmarks/record.py --folder FOLDER --plan        its steps, and minutes of an H200
+    python benchmarks/record.py --folder FOLDER --plan        its steps, and how long they take
     python benchmarks/record.py --folder FOLDER --minutes 8   do what is next
 
 A changed plan needs a new folder. Validation losses choose; testing comes last.
@@ -42,7 +42,7 @@ FINAL = "--epochs 250 --teacher teacher_0/best.pt teacher_1/best.pt"
 PEER = "final_resnet"
 BIG = "--val-size 10000 --compile"
 TINY = "--val-size 600 --train-size 600 --epochs 2 --stem-dims 4 8 --stem-blocks 0 1 1"
-PACE = 1.9e15  # the teacher's multiply-adds in a minute
+PACE = 1.9e15  # multiply-adds in a minute of an H200, when steps were CUDA graphs
 
 
 def config_of(flags: str, **changes: str) -> SimpleNamespace:
@@ -137,14 +137,17 @@ def main() -> None:
     signal.signal(signal.SIGALRM, lambda *_: sys.exit("the minutes are over"))
     signal.alarm(60 * args.minutes)
     with errors_in_one_line("record.py"):
-        while left := unfinished(steps := make_plan(size)):
-            print(name := left[0])
+        steps = make_plan(size)
+        while left := unfinished(steps):
+            name = left[0]
+            print(name)
             torch.compiler.reset()  # it compiles few models of a class
             config = config_of(steps[name], output_dir=name, data_dir=args.data_dir)
             if name == PEER:
                 train_peer(config)
             else:
                 train.train(config, resume=Path(name, "last.pt").exists())
+            steps = make_plan(size)  # by the best so far
         test(args.data_dir)
 
 
