@@ -46,7 +46,7 @@ from model import (
 from training.processes import set_threads
 
 METHOD = "hirescam"
-LOG_ODDS = True  # what is explained; a contrast has a score of its own
+LOG_ODDS = True  # not of logits; --versus has a score of its own
 NAMES = dict(zip(METHODS, ("Grad-CAM", "Grad-CAM++", "HiResCAM", "LayerCAM"), strict=True))
 
 
@@ -71,7 +71,7 @@ def make_cam(model: HybridClassifier, layers: list[str], method: str) -> GradCAM
     reshape = partial(tokens_to_grid, image_size=(IMAGE_SIZE, IMAGE_SIZE), channels=[1])
     try:
         cam = GradCAM(model, layers, method, reshape, log_odds=LOG_ODDS)
-        cam(torch.zeros(1, CHANNELS, IMAGE_SIZE, IMAGE_SIZE))  # complains of a layer without places
+        cam(torch.zeros(1, CHANNELS, IMAGE_SIZE, IMAGE_SIZE))  # refuses a layer without places
     except ValueError as error:
         raise UserError(f"--target-layer: {error}") from error
     return cam
@@ -141,7 +141,7 @@ def explain_pictures(args: Namespace, cam: GradCAM) -> list[Explanation]:
         photograph = ImageOps.pad(Image.fromarray(photograph), (400, 400), color="white")
         e.photograph = np.asarray(photograph)
         e.name, e.file_stem = printable(path.name), printable(path.stem)[:50]
-        while e.file_stem in [other.file_stem for other in explanations]:  # of another folder
+        while e.file_stem in [other.file_stem for other in explanations]:  # it is taken
             e.file_stem += "_2"
         explanations.append(e)
     return explanations
@@ -169,7 +169,7 @@ def class_sheet(cam: GradCAM, e: Explanation) -> Sheet:
     cells = []
     for label, heatmap in enumerate(maps / (maps.max() or 1)):
         cells.append(Cell(paint(e.image, heatmap, scale_of(e))[1:], e.share(label)))
-    title = f"{e.name}: {e.answer()}\nshares of each class's evidence, on one scale"
+    title = f"{e.name}: {e.answer()}\nthe evidence for each class, on one scale"
     return Sheet(f"{e.file_stem}_classes.png", title, cells, 2)
 
 
@@ -218,10 +218,9 @@ def doubtful_sheet(explanations: list[Explanation]) -> Sheet:
     """Images whose label is in doubt, which are also printed."""
     for e in explanations:
         print(f"{e.name}: {e.answer()}")
-    kind = explanations[0].name.rpartition(" ")[0]
-    if kind == "test image":
+    if explanations[0].name.startswith("test"):
         print("note: these are test images, since training held no images out")
-    title = f"{kind}s whose label the model and similar training images contradict"
+    title = "labels that the model and similar training images contradict"
     return many_sheet("label_errors.png", title, explanations)
 
 
@@ -264,11 +263,11 @@ def draw(args: Namespace, cam: GradCAM, explanations: list[Explanation]) -> None
 
 
 def class_index(text: str, names: Sequence[str]) -> int:
-    """A class from its name, at best in the same case, or its number."""
+    """A class from its name, exact case first, or from its number."""
     spellings = [*names, *(name.lower() for name in names), *map(str, range(len(names)))]
     for word in (text, text.lower()):
         if word in spellings:
-            return spellings.index(word) % len(names)  # each way has a word for each class
+            return spellings.index(word) % len(names)  # each spelling lists all classes
     last = len(names) - 1
     raise UserError(f"class {text!r} is none of: {', '.join(names)}, or 0 to {last}")
 
@@ -298,13 +297,13 @@ def parse_arguments() -> Namespace:
     choose = parser.add_mutually_exclusive_group().add_argument
     show = parser.add_mutually_exclusive_group().add_argument
     yes = dict(action="store_true")
-    path = dict(type=user_path, metavar="PATH")
+    a_path = dict(type=user_path, metavar="PATH")
     number = dict(type=count, metavar="N")
     several = dict(nargs="+", action="extend")
     label = dict(metavar="CLASS")
     checkpoint = "written by train.py (default: a shipped one; of --image, trained on photographs)"
-    add("--checkpoint", **path, help=checkpoint)
-    choose("--image", **path, **several, help="pictures of your own, or folders of them")
+    add("--checkpoint", **a_path, help=checkpoint)
+    choose("--image", **a_path, **several, help="pictures of your own, or folders of them")
     choose("--index", type=int, **several, metavar="N", help="indices of test images")
     choose("--worst", **number, help="one sheet of the N most confident errors")
     choose("--label-errors", **number, help="one sheet of N held-out images with doubtful labels")
@@ -320,9 +319,9 @@ def parse_arguments() -> Namespace:
     show("--compare-layers", **yes, help="draw an image as each layer sees it")
     show("--all-classes", **yes, help="draw an image's evidence for each class")
     add("--save-arrays", **yes, help="also write heatmaps.npz")
-    add("--html", **yes, help="write index.html, a gallery, in place of pictures")
-    add("--data-dir", **path, default="data", help="of the model's data set (default: data)")
-    add("--output-dir", **path, help="default: HeapImg, or a folder in it")
+    add("--html", **yes, help="write index.html, a gallery, in place of overlays")
+    add("--data-dir", **a_path, default="data", help="of the model's data set (default: data)")
+    add("--output-dir", **a_path, help="default: HeapImg, or a folder in it")
     args = parser.parse_args()
     if (args.image or args.index) and args.classes:
         parser.error("--image and --index have no use for --classes")
@@ -335,11 +334,11 @@ def parse_arguments() -> Namespace:
     if args.label_errors:
         args.similar = args.similar or 3
     pictures = []
-    for path in args.image or []:
-        files = pictures_in(path)
-        if path.is_dir() and not files:
-            parser.error(f"--image {path}: there are no pictures in this folder")
-        pictures += files or [path]
+    for item in args.image or []:
+        files = pictures_in(item)
+        if item.is_dir() and not files:
+            parser.error(f"--image {item}: there are no pictures in this folder")
+        pictures += files or [item]
     args.image = list(dict.fromkeys(pictures))
     default = PHOTOGRAPHS_CHECKPOINT if args.image else SHIPPED_CHECKPOINT
     args.checkpoint = path = (args.checkpoint or default).resolve()

@@ -36,9 +36,9 @@ IMAGE_SIZE = 28  # pixels
 CHANNELS = 1
 MEAN, STD = 0.2860, 0.3530  # of the 60,000 training images, pixel values scaled to [0, 1]
 EASY_SHARE = 0.6  # of the images, see `epoch_order`
-DISTORTED_SHARE = 0.125  # are rotated, as many are noisy; a share of 0.5 cost 0.5 points
+DISTORTED_SHARE = 0.125  # of images are rotated, as many are noisy; a share of 0.5 cost 0.5 points
 
-# SHA-256 of the uncompressed files: Debian compresses them otherwise.
+# SHA-256 of the uncompressed files: Debian's compression differs.
 FILES = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -94,7 +94,7 @@ def _find(name: str, data_dir: Path) -> bytes | None:
 
 
 def _from_mirror(mirror: str, name: str) -> dict[str, bytes]:
-    """Download a compressed file from the authors' server."""
+    """Download a file from the authors' server: {name: compressed content}."""
     url = f"{mirror}{name}.gz"
     print(f"dataset: downloading {url}", file=sys.stderr)
     with urlopen(url, timeout=20) as answer:  # seconds
@@ -141,8 +141,8 @@ def load(
 ) -> tuple[Tensor, Tensor]:
     """Read the training or the test split; if there is no data, fetch Fashion-MNIST.
 
-    `read_image` makes a picture an array, uint8 (28, 28), or None. Returns images, uint8
-    (N, 1, 28, 28), white on black, and labels, int64 (N,).
+    Folders of pictures need `read_image`: from a path to uint8 (28, 28), or None if it cannot be
+    read. Returns images, uint8 (N, 1, 28, 28), white on black, and labels, int64 (N,).
     """
     data_dir = user_path(data_dir)
     if folders := _class_folders(data_dir):
@@ -185,8 +185,8 @@ def class_names(data_dir: str | Path) -> tuple[str, ...]:
         names = [line.strip() for line in lines]
     elif not names:
         return CLASS_NAMES
-    if not 1 < len(names) == len(set(names)) or "" in names:
-        raise UserError(f"{path} has to name two classes or more, each by another name")
+    if len(set(names)) < max(2, len(names)) or "" in names:
+        raise UserError(f"{path} has to name two classes or more, each by its own name")
     return tuple(names)
 
 
@@ -203,7 +203,7 @@ def describe(data_dir: str | Path, images: Tensor) -> DataInfo:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The picture files right in a folder, by name."""
+    """A folder's own picture files, by name."""
     endings = {*Image.registered_extensions(), ".heic"}
     return [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() in endings]
 
@@ -217,10 +217,10 @@ def _class_folders(data_dir: Path) -> list[Path]:
 
 
 def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tuple[Tensor, Tensor]:
-    """Four fifths of each class's pictures, or the last fifth for the test, in random order."""
+    """Four fifths of each class's pictures, or the others for the test, in random order."""
     drawn = []
     for label, folder in enumerate(folders):
-        # Lots are checksums of names: if pictures are added, nearly all others stay.
+        # A lot is the checksum of a name: added pictures move few others.
         lots = [(hashlib.sha256(p.name.encode()).digest(), p, label) for p in pictures_in(folder)]
         test_size = math.ceil(len(lots) / 5)
         drawn += sorted(lots)[test_size:] if train else sorted(lots)[:test_size]
@@ -281,7 +281,7 @@ def augment(images: Tensor, generator: Generator, config: SimpleNamespace) -> Te
         mirrored = _uniform(images, generator) < 0.5
     if config.shift:
         images = random_shift(images, generator, config.shift)
-    if is_flipping:
+    if is_flipping:  # drawn before the shift, as in the runs that were measured
         images = torch.where(mirrored, images.flip(3), images)
     if config.noise:
         images = random_noise(images, generator, config.noise)
@@ -311,7 +311,7 @@ def epoch_order(losses: Tensor, generator: Generator, skipped: int) -> Tensor:
     """
     order = torch.randperm(len(losses), generator=generator, device=losses.device)
     easy = losses[order] <= losses.quantile(EASY_SHARE)
-    left_out = easy.cumsum(0) * skipped // easy.sum()  # how many up to each place: evenly spread
+    left_out = easy.cumsum(0) * skipped // easy.sum()  # spread evenly: batches are alike
     return order[left_out.diff(prepend=left_out.new_zeros(1)) == 0]
 
 
@@ -337,10 +337,10 @@ def random_rotate(images: Tensor, generator: Generator, degrees: float) -> Tenso
 
 
 def random_stretch(images: Tensor, generator: Generator, most: float) -> Tensor:
-    """Make garments up to `most` times wider or narrower, filling the frame as photographs do."""
+    """Make garments (N, C, H, W) up to `most` times wider or narrower, and fill the frame."""
     wider = most ** (2 * _uniform(images, generator).flatten() - 1)
-    width = (images > 0).any(dim=2).sum(dim=(1, 2)) * wider
-    height = (images > 0).any(dim=3).sum(dim=(1, 2))
+    width = (images > 0).any(dim=(1, 2)).sum(dim=1) * wider
+    height = (images > 0).any(dim=(1, 3)).sum(dim=1)
     zoom = images.shape[3] / torch.maximum(width, height).clamp(min=1)
     zero = torch.zeros_like(zoom)
     return _warp(images, [1 / (zoom * wider), zero, zero, zero, 1 / zoom, zero])
@@ -393,7 +393,7 @@ def random_erase(images: Tensor, generator: Generator, probability: float, area:
 def cutmix(
     images: Tensor, targets: Tensor, generator: Generator, probability: float
 ) -> tuple[Tensor, Tensor]:
-    """Fill a random rectangle with the image before's (after Yun et al. 2019, arXiv 1905.04899).
+    """Fill a random rectangle from the previous image (Yun et al. 2019, arXiv 1905.04899).
 
     Targets, float (N, 10), are mixed by area. Unlike theirs, each image has its own rectangle.
     """

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A map's sum, as a part of its terms' sizes; less is no evidence. Rounding leaves 3e-6 of HiResCAM
+# A map's sum, as a share of its terms' sizes; less is no evidence. Rounding leaves 3e-6 of HiResCAM
 # in front of a layer norm; the faintest of 1,000 LayerCAM maps of the record has 8e-5.
 LEAST_EVIDENCE = 1e-5
 ADVICE = (
@@ -72,7 +72,7 @@ def shares_of_evidence(products: Tensor, size: Sequence[int], signed: bool) -> T
         places = places.relu()
     maps = F.interpolate(places, size=size, mode="bilinear", align_corners=False)[:, 0]
     amounts = maps.abs()
-    # Means, as there are more pixels than places. Written so that a map of NaN stays one.
+    # Means, as there are more pixels than places. NaN fails `<=`: a map of NaN stays one.
     terms = products.abs().sum(dim=1).mean(dim=(1, 2))
     empty = amounts.mean(dim=(1, 2)) <= LEAST_EVIDENCE * terms
     return torch.where(empty[:, None, None], 0, maps / amounts.sum(dim=(1, 2), keepdim=True))
@@ -111,8 +111,8 @@ def tokens_to_grid(
 class GradCAM:
     """Heatmaps from one layer of a model, or the mean of several layers'.
 
-    In a `with` block or a single call, the model is frozen and in evaluation mode; afterwards it is
-    as before. `logits`, (N, classes), are the latest call's.
+    In one `with` block or call, the model is frozen and in evaluation mode; afterwards it is as
+    before. `logits`, (N, classes), are the latest call's.
 
     Args:
         model: maps images to logits (N, classes); a compiled one runs uncompiled.

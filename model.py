@@ -82,10 +82,10 @@ class Attention(nn.Module):
         head_dim = c // self.num_heads
         qkv = self.qkv(x).view(n, t, 3, self.num_heads, head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, T, head_dim)
-        if not x.is_cuda:  # PyTorch's own is slower on a CPU with few tokens, and wrong on MPS
-            x = ((q * head_dim**-0.5) @ k.mT).softmax(dim=-1) @ v
-        else:
+        if x.is_cuda:
             x = F.scaled_dot_product_attention(q, k, v)
+        else:  # that is slower on a CPU with few tokens, and wrong on MPS
+            x = ((q * head_dim**-0.5) @ k.mT).softmax(dim=-1) @ v
         return self.proj(x.transpose(1, 2).reshape(n, t, c))
 
 
@@ -151,15 +151,15 @@ class HybridClassifier(nn.Module):
         self.blocks = nn.ModuleList()
         for i in range(config.depth):
             drop_path = config.drop_path * (i + 1) / config.depth  # less in earlier blocks
-            shape = config.embed_dim, config.num_heads, config.mlp_ratio
-            self.blocks.append(EncoderBlock(*shape, drop_path))
+            block = EncoderBlock(config.embed_dim, config.num_heads, config.mlp_ratio, drop_path)
+            self.blocks.append(block)
         self.norm = nn.LayerNorm(config.embed_dim)
         self.pool = Pool(config.embed_dim, config.pool)
         self.head = nn.Linear(config.embed_dim, len(data.class_names))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights: as He et al. 2015 for convolutions, others with deviation 0.02."""
+        """Draw the weights: convolutions as He et al. 2015, others with deviation 0.02."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -185,9 +185,20 @@ class HybridClassifier(nn.Module):
         return self.head(self.embed(x))
 
 
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, data: DataInfo = FASHION_MNIST) -> Tensor:
+    """Logits, float32 (N, 10), of uint8 images (N, 1, 28, 28), in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    chunks = images.split(100)
+    logits = torch.cat([model(dataset.normalize(chunk, data)) for chunk in chunks])
+    model.train(was_training)
+    return logits
+
+
 # ---- Checkpoints: a zip archive that torch.save makes of one dictionary ----
 
-CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # new if old files are unreadable
+CHECKPOINT_FORMAT = "fashion-mnist-hybrid 4"  # raised when old files become unreadable
 
 
 def save_checkpoint(path: str | Path, model: HybridClassifier, **contents: object) -> None:
@@ -226,7 +237,7 @@ def load_checkpoint(
         reason = getattr(error, "strerror", "it is damaged or not of this version of the project")
         raise UserError(f"cannot read {path}: {reason}; name another checkpoint") from error
     try:
-        data = DataInfo(**checkpoint.get("data", {}))  # the record has none
+        data = DataInfo(**checkpoint.get("data", {}))  # the shipped model.pt has none
         model = HybridClassifier(ModelConfig(**checkpoint["model_config"]), data)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, RuntimeError) as error:

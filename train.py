@@ -34,7 +34,7 @@ from tqdm import tqdm
 import dataset
 from common.files import UserError, errors_in_one_line, printable, user_path
 from dataset import FASHION_MNIST, DataInfo
-from model import HybridClassifier, ModelConfig, check_classes, load_checkpoint
+from model import HybridClassifier, ModelConfig, check_classes, load_checkpoint, predict
 from training import processes, report, runs
 from training.optim import (
     check_optimizers,
@@ -61,10 +61,10 @@ SETTINGS: Table = dict(
     alternate_flip=(True, None, "mirror each image in every other epoch, not at random"),
     shift=(2, (0, 27), "move an image by up to this many pixels each way"),
     erase=(0.2, (0.0, 1.0), "probability that a rectangle is replaced by noise"),
-    erase_area=(0.33, (0.02, 1.0), "largest such part of an image"),
+    erase_area=(0.33, (0.02, 1.0), "largest part to be erased"),
     cutmix=(0.2, (0.0, 1.0), "probability that a rectangle is another image's, with its label"),
     rotate=(0.0, (0.0, 180.0), "rotate an eighth of the images by up to this many degrees"),
-    noise=(0.0, (0.0, 1.0), "add noise to an eighth, of up to this standard deviation"),
+    noise=(0.0, (0.0, 1.0), "add noise to an eighth, up to this deviation (1: white)"),
     stretch=(1.0, (1.0, 10.0), "make garments up to this many times wider or narrower"),
     # model
     start=("", None, "checkpoint whose weights training starts from"),
@@ -93,7 +93,7 @@ SETTINGS: Table = dict(
     # distillation
     teacher=((), None, "checkpoints whose mean prediction is learnt, too"),
     teacher_weight=(0.9, (0.0, 1.0), "weight of the teachers in the loss"),
-    temperature=(1.0, (0.01, INF), "softens the predictions of both"),
+    temperature=(1.0, (0.01, INF), "softens both predictions"),
     # system
     seed=(0, (0, 2**32 - 1), "seed of split, weights, order and augmentation"),
     device=("auto", ("auto", "cpu", "cuda", "mps"), "auto: an accelerator if any"),
@@ -103,7 +103,7 @@ SETTINGS: Table = dict(
     output_dir=("checkpoints", None, "where checkpoints, history and pictures go"),
     quiet=(False, None, "one line an epoch, and the result"),
 )
-# What the record and its teacher share, but for its shape.
+# What the record, its teacher and `photographs` share.
 BIG = dict(
     val_size=0,
     skip_easy=0.0,
@@ -251,19 +251,6 @@ def training_loss(
     return loss, logits
 
 
-@torch.no_grad()
-def predict(
-    model: nn.Module, images: Tensor, data: DataInfo = FASHION_MNIST, batch_size: int = 100
-) -> Tensor:
-    """Logits, float32 (N, 10), of uint8 images (N, 1, 28, 28), in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    chunks = images.split(batch_size)
-    logits = torch.cat([model(dataset.normalize(chunk, data)) for chunk in chunks])
-    model.train(was_training)
-    return logits
-
-
 # ---- The training loop ----
 
 
@@ -300,7 +287,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
     if config.flip and config.alternate_flip:
         run.generator.manual_seed(seed_for(config.seed, "flips"))  # the same in every epoch
         run.images.copy_(dataset.alternate_flip(run.originals, run.generator, epoch))
-    run.generator.manual_seed(seed_for(config.seed, "batches", epoch))  # as in all processes
+    run.generator.manual_seed(seed_for(config.seed, "batches", epoch))  # the same in all processes
     seed_everything(seed_for(config.seed, "layers", epoch, processes.rank()))
     pruned = run.pruned if epoch else 0
     order = dataset.epoch_order(run.losses[run.train_index], run.generator, pruned)
@@ -317,7 +304,7 @@ def train_epoch(run: Run, epoch: int) -> dict[str, float]:
         decay = min(config.ema_decay, (1 + step) / (10 + step))
         loss, logits = training_step(run, index, lr, decay)
         outputs.append(logits)
-        if step % 20 == 0:  # it waits for the GPU
+        if step % 20 == 0:  # reading it stalls a GPU
             bar.set_postfix(loss=f"{loss.item():.4f}")
 
     logits = processes.gather(torch.cat(outputs))
@@ -362,7 +349,7 @@ def seed_everything(seed: int) -> None:
 
 
 def start_run(config: SimpleNamespace, resume: bool = False, model: nn.Module | None = None) -> Run:
-    """A run, new or where last.pt stopped; its `config` has what "auto" came to.
+    """A new or resumed run, in whose `config` "auto" is replaced by a choice.
 
     Another model may be given.
     """
@@ -440,7 +427,8 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
     folder = user_path(config.output_dir)
     if resume and not (folder / "last.pt").exists():
         resume = False
-        print(f"there is no run to resume in {folder}: starting one")
+        if processes.is_first():
+            print(f"there is no run to resume in {folder}: starting one")
     if resume:
         saved = runs.load_run(folder)["train_config"]
         given = {name: getattr(config, name) for name in given}

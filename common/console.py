@@ -20,15 +20,15 @@ def prepare(script: str) -> None:
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop)  # until `errors_in_one_line`
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's own fails outside it
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's fails in a script
     # PyTorch needs a name; a container's user may have none.
     os.environ.setdefault("LOGNAME", os.environ.get("USER", "nobody"))
     # Else a file takes a closed stream's number, and what libraries print.
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-    with suppress(AttributeError):  # a notebook's
-        sys.stdout.reconfigure(errors="backslashreplace")  # Windows' lacks characters
+    with suppress(AttributeError):  # in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # Windows' may not be UTF-8
 
 
 def command(script: str | Path, *arguments: object, processes: int = 1) -> str:

@@ -31,7 +31,7 @@ def checksum(path: str | Path) -> str:
 
 @contextmanager
 def errors_in_one_line(script: str) -> Iterator[None]:
-    """End a UserError and Ctrl-C in one line on stderr."""
+    """Show a UserError or Ctrl-C in one line on stderr."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

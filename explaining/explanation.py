@@ -12,10 +12,10 @@ import dataset
 from common.files import printable
 from dataset import CLASS_NAMES, IMAGE_SIZE
 from gradcam import GradCAM
-from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, HybridClassifier
+from model import PHOTOGRAPHS_CHECKPOINT, SHIPPED_CHECKPOINT, HybridClassifier, predict
 
 DRAWS = 20  # of random pixels
-# An answer of a lower probability is unsure; chosen by benchmarks/photographs.py --archive.
+# An answer of lower probability is unsure; chosen by benchmarks/photographs.py --held-out.
 UNSURE = 0.7
 
 
@@ -120,11 +120,9 @@ class Explanation:
         return f"{self.file_stem}{in_file_name(words)}.png"
 
 
-@torch.no_grad()
 def classify(model: HybridClassifier, images: Tensor) -> Tensor:
     """Class probabilities, float32 (N, 10), of uint8 images (N, 1, 28, 28)."""
-    logits = [model(dataset.normalize(chunk, model.data)) for chunk in images.split(500)]
-    return torch.cat(logits).softmax(dim=1)
+    return predict(model, images, model.data).softmax(dim=1)
 
 
 def mask_evidence(model: HybridClassifier, explanations: list[Explanation]) -> None:

@@ -40,7 +40,7 @@ class TrainingImages(NamedTuple):
 def load_training_images(
     path: Path, model: HybridClassifier, train_config: dict[str, Any], data_dir: Path
 ) -> TrainingImages:
-    """Their pooled tokens are kept beside the checkpoint, in NAME.similar.pt, for the next time."""
+    """Read or make them; NAME.similar.pt beside the checkpoint keeps tokens for the next time."""
     check_classes(path, model, data_dir)
     images, labels = dataset.load(data_dir, train=True, read_image=image_of)
     settings = {name: train_config.get(name, 0) for name in ("val_size", "seed", "train_size")}
@@ -72,8 +72,8 @@ def similar_images(
     labels = training.labels[training.trained]
     cells = []
     nearest = 0.0  # the distance of the class before
-    for k in e.probabilities.argsort()[::-1][:2]:
-        members = labels == int(k)
+    for k in sorted(labels.unique(), key=lambda k: -e.probabilities[k])[:2]:
+        members = labels == k
         distances = torch.cdist(token, training.tokens[members].float())[0]
         distances, order = distances.sort()
         index = training.trained[members][order[:count]]

@@ -71,7 +71,7 @@ def bounding_box(mask: Mask) -> tuple[slice, slice]:
 
 
 def edges(mask: Mask) -> np.ndarray:
-    """The outermost pixels in one row."""
+    """The pixels along the four sides."""
     return np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
 
 
@@ -96,7 +96,7 @@ def fill_transparent(colors: Picture, opacity: Gray) -> Picture:
 
 
 def shrink(picture: np.ndarray) -> np.ndarray:
-    """Make it at most 256 pixels a side, in which the garment is looked for."""
+    """Scale it down to at most 256 pixels a side, enough to find the garment."""
     scale = min(1, 256 / max(picture.shape[:2]))
     height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
@@ -118,7 +118,7 @@ def strip_frame(colors: Picture) -> Picture:
 
 
 def fit_surface(values: np.ndarray, border: Mask) -> np.ndarray:
-    """The quadratic surface through the values, (H, W, C), at the border, but outliers (Cauchy)."""
+    """A quadratic surface, (H, W, C), fitted to values at the border but outliers (Cauchy)."""
     y, x = np.mgrid[-1 : 1 : border.shape[0] * 1j, -1 : 1 : border.shape[1] * 1j].astype(np.float32)
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], axis=-1)
     wanted = values[border]

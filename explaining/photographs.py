@@ -25,11 +25,11 @@ CLASSES = dict(Pants="Trouser", Dress="Dress", Shirt="Shirt", Outwear="Coat")
 CLASSES |= {"Blazer": "Coat", "T-Shirt": "T-shirt/top", "Longsleeve": "Pullover"}
 # Contributors of the `test` folder of clothing-dataset-small, which is never trained on.
 TEST_SENDERS = {46, 204, 227, 309, 310}
-HELD_OUT = 3  # the contributors whose number leaves 3 if it is divided by 6
+HELD_OUT = 3  # the contributors whose number modulo 6 is this
 MIXED_IN = 10_000  # images of Fashion-MNIST, which would be forgotten without them
 REPEAT = 4  # times that a photograph is in the training split
-# The class of shoes, and mistakes of the table, which have none; seen by eye. Pumps and formal
-# shoes are left out. Names are cut to six digits.
+# Classes judged by eye: of shoes, but pumps and formal ones, and none where the table is wrong.
+# Names are cut to six digits.
 SEEN = Path(__file__).with_suffix(".csv")
 
 

@@ -130,7 +130,7 @@ def draw_cell(axes: Axes, cell: Cell) -> None:
     axes.tick_params(length=0)
 
 
-@style.context(["default", FONTS])  # whatever the person's matplotlibrc says
+@style.context(["default", FONTS])  # not a person's matplotlibrc
 def save_sheet(folder: Path, sheet: Sheet, scale: Scale, source: str) -> None:
     """Write a sheet as a PNG file; below it stands the source of the heatmaps."""
     first = sheet.cells[0]

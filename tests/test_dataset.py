@@ -186,7 +186,8 @@ def test_the_generator_decides_and_the_images_stay(test_split):
     assert torch.equal(images, test_split[0][:50]) and torch.equal(augmented(images), images)
     assert torch.equal(augmented(images, **options), variants)
     gray = images.expand(50, 3, 28, 28)  # three channels
-    assert (augmented(gray, flip=True, shift=3) == augmented(images, flip=True, shift=3)).all()
+    options = dict(flip=True, shift=3, stretch=1.3)
+    assert (augmented(gray, **options) == augmented(images, **options)).all()
 
 
 def test_flips_alternate(test_split):

@@ -62,6 +62,8 @@ def test_the_nearest_images_of_the_two_likeliest_classes_are_those_trained_on(mo
     assert (likeliest.color, other.color) == ("black", "black")
     likeliest, other = similar([2, 0, 0, 2, 2, 2, 0], 1)
     assert (likeliest.color, other.color, other.labels) == ("black", "crimson", ["3.00"])
+    _, other = similar([2, 1, 1, 2, 2, 2, 0], 1)  # a class without images has none to show
+    assert other.caption.endswith("labelled Trouser")
 
 
 def test_the_nearest_images_vote_on_a_label():

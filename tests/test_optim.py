@@ -147,7 +147,7 @@ def test_hidden_layers_go_to_muon_and_only_matrices_decay(small_model):
         parts += [f"blocks.{i}.{x}" for x in ("attention.qkv", "attention.proj", "mlp.0", "mlp.2")]
     assert hidden == {f"{part}.weight" for part in parts}
     assert others == set(names.values()) - decayed - hidden
-    (alone,) = make_optimizers(small_model, "adamw", weight_decay=0.07)
+    (alone,) = make_optimizers(small_model, "adamw", weight_decay=0.07, momentum=0.8)
     matrices, rest = ({names[p] for p in group["params"]} for group in alone.param_groups)
     assert (matrices, rest) == (decayed | hidden, others)
 
@@ -157,7 +157,7 @@ def test_the_optimizer_of_a_student_has_every_parameter(small_model):
     start, end = source.index("    optimizers = []\n"), source.index("def check_optimizers")
     edit = "    return [torch.optim.SGD(groups, lr=0.0, momentum=0.9)]\n\n\n"
     exec(source[:start] + edit + source[end:], edited)
-    check_optimizers(small_model, edited["make_optimizers"](small_model, "muon", 0.1))
+    check_optimizers(small_model, edited["make_optimizers"](small_model, "muon", 0.1, 0.9))
 
 
 def test_a_weight_that_no_optimizer_has_is_refused_by_name(small_model):

@@ -26,7 +26,7 @@ FORWARD = """        self.seen |= self.training
         x = x * (1 + self.gain)
 """
 EDITS = [  # file, new lines, how the line begins that they come before
-    ("train.py", ROWS, ")\n# What the record and its teacher"),
+    ("train.py", ROWS, ")\n# What the record, its teacher"),
     ("train.py", LOSS, "    return loss, logits\n"),
     ("train.py", COLUMN, "    # A number that you add"),
     ("model.py", WEIGHTS, "        self.reset_parameters()"),

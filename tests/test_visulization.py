@@ -17,7 +17,6 @@ from matplotlib.text import Text
 from PIL import Image
 
 import dataset
-import train
 from dataset import CLASS_NAMES
 from gradcam import GradCAM
 from model import HybridClassifier, ModelConfig, save_checkpoint
@@ -67,7 +66,8 @@ def drawn(monkeypatch):
 
 
 def probabilities(model, images):
-    return train.predict(model, images).softmax(dim=1)
+    with torch.no_grad():
+        return model(dataset.normalize(images)).softmax(dim=1)
 
 
 def is_painted(panel, heatmap, scale):
@@ -386,7 +386,7 @@ def test_wrong_labels_of_held_out_images_are_found(
     confidence, answers = probabilities(shipped, images[found]).max(dim=1)
     assert (answers != labels[found]).all() and (confidence.diff() < 1e-5).all()
     sheet = drawn["out/label_errors.png"][0]
-    assert sheet.title.startswith("training images")
+    assert sheet.title.startswith("labels that")
     assert [int(cell.caption.split(":")[0]) for cell in sheet.cells[::3]] == found
     # Where the similar images do not agree with the answer, the label is in no doubt.
     monkeypatch.setattr(features, "labels_of_nearest", lambda tokens, _: torch.tensor(10))

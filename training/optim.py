@@ -29,7 +29,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: list[Tensor], lr: float, weight_decay: float, momentum: float = 0.95
+        self, params: list[Tensor], lr: float, weight_decay: float, momentum: float
     ) -> None:
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
@@ -94,7 +94,7 @@ def whiten_first_layer(model: nn.Module, x: Tensor) -> None:
 
 
 def make_optimizers(
-    model: nn.Module, kind: str, weight_decay: float, momentum: float = 0.95
+    model: nn.Module, kind: str, weight_decay: float, momentum: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices and filters, AdamW (Loshchilov & Hutter 2019) for the rest, or all.
 
@@ -163,7 +163,7 @@ def take_step(
     decay: float,
     grad_clip: float,
 ) -> None:
-    """Clip the gradients (0: not), step, and update the average."""
+    """Clip the gradients (0: no), step, and update the average."""
     if grad_clip:
         nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     for optimizer in optimizers:

@@ -33,9 +33,9 @@ def rate(work: Callable[[], Any]) -> float:
 def set_threads(threads: int = 0) -> int:
     """Use and return a number of CPU threads; 0 takes one per core, or fewer.
 
-    These are faster where other programs keep cores busy (`benchmarks/speed.py busy`).
+    Fewer are faster where other programs keep cores busy (`benchmarks/speed.py busy`).
     """
-    is_mac = sys.platform == "darwin"  # its matrix products have their own
+    is_mac = sys.platform == "darwin"  # its BLAS has threads of its own
     if not threads and not is_mac and "OMP_NUM_THREADS" not in os.environ:
         threads = choose_threads(ALL_THREADS)
     torch.set_num_threads(threads or ALL_THREADS)
@@ -45,7 +45,7 @@ def set_threads(threads: int = 0) -> int:
 def choose_threads(most: int) -> int:
     """All threads, or one, half, or all but one, if these do clearly more for their number.
 
-    Twice the threads have to do 1.4 times as much; idle cores do 1.6 to 1.9, half busy ones 1.1.
+    Twice the threads have to do 1.3 times as much; idle cores do 1.6 to 1.9, half busy ones 1.1.
     """
     matrix, score = torch.rand(256, 256), {}
     for threads in {1, max(1, most // 2), max(1, most - 1), most}:
@@ -145,7 +145,7 @@ def join(device: torch.device) -> None:
 
 
 def leave() -> None:
-    """End a process that met others without Python's clean-up.
+    """If it met others, end the process without Python's clean-up.
 
     Gloo's threads may still hold tensors, and abort it (pytorch issue 190489).
     """

@@ -69,7 +69,7 @@ def write_history(history: list[Row], path: Path) -> None:
         file.write(text.getvalue().encode())
 
 
-@style.context(["default", {"text.parse_math": False}])  # not a reader's own; a name may hold a $
+@style.context(["default", {"text.parse_math": False}])  # not a person's; a name may hold a $
 def save_pictures(
     checkpoint: Path,
     history: list[Row],

@@ -51,7 +51,7 @@ class Run:
     def __post_init__(self) -> None:
         warmup_steps = self.config.warmup_epochs * self.steps[0]
         self.warmup_steps = round(min(warmup_steps, sum(self.steps) / 4))
-        self.originals = self.images.clone()  # `alternate_flip` changes the others
+        self.originals = self.images.clone()  # `alternate_flip` changes `images`
         self.compiled = self.model  # or what torch.compile makes of it
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)  # averaged weights
         self.best = copy.deepcopy(self.ema)  # those of the best epoch
@@ -106,7 +106,7 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
             yield
     except (KeyboardInterrupt, SystemExit):
         advice = "no epoch was finished, so nothing was saved"
-        if resumed or (last.exists() and last.stat().st_mtime_ns != before):
+        if resumed or (last.exists() and last.stat().st_mtime_ns) != before:
             words = [sys.argv[0], "--resume", "--output-dir", folder]
             again = command(*words, processes=processes.count())
             advice = f"go on from the last whole epoch with: {again}"
@@ -140,7 +140,7 @@ def put_aside(folder: Path) -> None:
 
 
 def best_epoch(run: Run) -> int:
-    """The first of highest validation accuracy, from 1, or else the last."""
+    """The epoch, from 1, of the best validation accuracy, or else the last."""
     return max(run.history, key=lambda row: row.get("val_accuracy", row["epoch"]))["epoch"]
 
 
@@ -225,12 +225,12 @@ def load_start(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        what = f"--start {path} is of another model: give its settings of the model"
+        what = f"--start {path} is of another model: give that model's settings"
         raise UserError(what) from error
 
 
 def paths_of_teachers(config: SimpleNamespace) -> list[Path]:
-    """The checkpoints that a run learns from; a default may be one word."""
+    """The checkpoints that a run learns from; a default may be one path."""
     paths = [config.teacher] if isinstance(config.teacher, str) else config.teacher
     return [user_path(path) for path in paths]
 

@@ -85,7 +85,7 @@ def make_parser(
 ) -> argparse.ArgumentParser:
     """A parser with a flag for each setting; it returns only those given.
 
-    The text's first paragraph comes first in --help. `groups` has titles of rows that begin one.
+    The text's first paragraph comes first in --help. `groups` titles the first row of each group.
     """
     description, _, epilog = text.partition("\n\n")
     parser = argparse.ArgumentParser(
@@ -97,7 +97,7 @@ def make_parser(
         allow_abbrev=False,
     )
     group = parser
-    # One line, without the usage.
+    # without the page of usage
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     for name, (default, allowed, meaning) in table.items():
         if groups and name in groups:
