@@ -379,13 +379,15 @@ def main() -> None:
         if not explanations:
             raise UserError("no such image can be explained: ask for others")
         if args.similar:
+            options = dict(count=args.similar, of_label=bool(args.label_errors))
             for e in explanations:
-                e.similar = features.similar_images(model, e, training, args.similar)
+                e.similar = features.similar_images(model, e, training, **options)
         if not args.average:
             mask_evidence(model, explanations)
         draw(args, cam, explanations)
-        if len(explanations) < len(args.image):
-            raise UserError(f"{len(explanations)} of {len(args.image)} pictures could be explained")
+        left_out = len(args.image) - len(explanations)
+        if left_out > 0:
+            raise UserError(f"{left_out} of {len(args.image)} pictures could not be explained")
 
 
 if __name__ == "__main__":

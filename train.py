@@ -428,7 +428,8 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
     if resume and not (folder / "last.pt").exists():
         resume = False
         if processes.is_first():
-            print(f"there is no run to resume in {folder}: starting one")
+            what = f"starting one of recipe {config.recipe} on {config.data_dir}"
+            print(f"there is no run to resume in {folder}: {what}")
     if resume:
         saved = runs.load_run(folder)["train_config"]
         given = {name: getattr(config, name) for name in given}

@@ -62,17 +62,25 @@ def load_training_images(
 
 
 def similar_images(
-    model: HybridClassifier, e: Explanation, training: TrainingImages, count: int
+    model: HybridClassifier,
+    e: Explanation,
+    training: TrainingImages,
+    count: int,
+    of_label: bool = False,
 ) -> list[Cell]:
     """The nearest images that the model was trained on, of its likeliest two classes.
 
-    By Euclidean distance of pooled tokens. A class nearer than the predicted one is red.
+    By Euclidean distance of pooled tokens. A class nearer than the predicted one is red. For a
+    label in doubt, `of_label` takes its class in place of the second.
     """
     token = embed(model, torch.from_numpy(e.image)[None, None])
     labels = training.labels[training.trained]
+    classes = sorted(labels.unique().tolist(), key=lambda k: -e.probabilities[k])[:2]
+    if of_label:
+        classes[1] = e.label
     cells = []
     nearest = 0.0  # the distance of the class before
-    for k in sorted(labels.unique(), key=lambda k: -e.probabilities[k])[:2]:
+    for k in classes:
         members = labels == k
         distances = torch.cdist(token, training.tokens[members].float())[0]
         distances, order = distances.sort()

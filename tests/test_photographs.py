@@ -102,7 +102,7 @@ def test_training_starts_from_the_weights_of_a_checkpoint(run_config, small_mode
     for name, weight in small_model.state_dict().items():
         assert torch.equal(run.model.state_dict()[name], weight)
         assert torch.equal(run.ema.state_dict()[name], weight)
-    with pytest.raises(UserError, match="is of another model: give that model.s settings"):
+    with pytest.raises(UserError, match="is of another model: give that model's settings"):
         runs.load_start(train.make_model(run_config(embed_dim=8)), path)
 
 

@@ -301,6 +301,7 @@ def test_the_record_learns_from_the_teacher_of_the_other_recipe(run_config, monk
         (dict(train_size=400), "--train-size 400: give 0, or 10 to 390"),
         (dict(batch_size=161), "--batch-size 161: give at most 160"),
         (dict(batch_size=161, epochs=1, skip_easy=1.0), "--batch-size 161: give at most 160"),
+        (dict(batch_size=65, skip_easy=1.0), "at most 64, which are left when easy"),
         (dict(teacher=("nothing.pt",)), "cannot read nothing.pt"),
     ],
 )

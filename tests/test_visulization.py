@@ -388,6 +388,8 @@ def test_wrong_labels_of_held_out_images_are_found(
     sheet = drawn["out/label_errors.png"][0]
     assert sheet.title.startswith("labels that")
     assert [int(cell.caption.split(":")[0]) for cell in sheet.cells[::3]] == found
+    for cell, label in zip(sheet.cells[2::3], labels[found], strict=True):
+        assert cell.caption.endswith(f"labelled {CLASS_NAMES[label]}")
     # Where the similar images do not agree with the answer, the label is in no doubt.
     monkeypatch.setattr(features, "labels_of_nearest", lambda tokens, _: torch.tensor(10))
     assert "ask for others" in run("--label-errors", 200, *flags)
@@ -416,7 +418,7 @@ def test_one_bad_file_does_not_stop_the_others(run, small_model, capsys, tmp_pat
     assert "�[3J.pt" in (tmp_path / "out" / "index.html").read_text()
     capsys.readouterr()
     status = run("--image", "text.png", *odd, "missing\x1b.png", *flags)
-    assert status == "Visulization.py: error: 3 of 5 pictures could be explained"
+    assert status == "Visulization.py: error: 2 of 5 pictures could not be explained"
     output = capsys.readouterr()
     errors = [line.split(":")[0] for line in output.err.splitlines()]
     assert errors == ["text.png", "missing�.png"]

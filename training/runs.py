@@ -74,6 +74,8 @@ def plan_steps(config: SimpleNamespace, size: int) -> tuple[list[int], int]:
     steps = [size // config.batch_size] + [later] * (config.epochs - 1)
     if not steps[-1] or config.batch_size % processes.count():
         advice = f"give at most {size - pruned:,}"
+        if pruned:
+            advice += ", which are left when easy images are pruned"
         if processes.count() > 1:
             advice += f", divisible by the {processes.count()} processes"
         raise UserError(f"--batch-size {config.batch_size}: {advice}")
@@ -105,7 +107,7 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
         with lock:
             yield
     except (KeyboardInterrupt, SystemExit):
-        advice = "no epoch was finished, so nothing was saved"
+        advice = "no epoch was finished, so nothing was saved: start again"
         if resumed or (last.exists() and last.stat().st_mtime_ns) != before:
             words = [sys.argv[0], "--resume", "--output-dir", folder]
             again = command(*words, processes=processes.count())
