@@ -1,6 +1,6 @@
 """Do the heatmaps show what the model's decision rests on? Layers and methods against baselines.
 
-    python benchmarks/faithfulness.py                              half an hour on two cores
+    python benchmarks/faithfulness.py                           twenty minutes on one core
     python benchmarks/faithfulness.py --own checkpoints/best.pt  whether your own map beats chance
 
 A reader looks at a map's hottest places: these have to matter, and for this class. So the default
