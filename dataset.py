@@ -103,12 +103,12 @@ def _from_mirror(mirror: str, name: str) -> dict[str, bytes]:
 
 def _from_apt() -> dict[str, bytes]:
     """Fetch all four files in Debian's package, without installing it."""
-    # The machine's package lists may be missing or old.
-    apt = 'apt-get -o Dir::State="$PWD" -o Dir::Cache="$PWD"'
-    command = f"{apt} update && {apt} download {DEBIAN_PACKAGE} && dpkg-deb -x *.deb ."
     with tempfile.TemporaryDirectory() as scratch:
-        options = dict(shell=True, capture_output=True, check=True, timeout=600)
-        subprocess.run(command, cwd=scratch, **options)
+        # The machine's package lists may be missing or old.
+        apt = ("apt-get", "-o", f"Dir::State={scratch}", "-o", f"Dir::Cache={scratch}")
+        unpack = ("sh", "-c", "dpkg-deb -x *.deb .")
+        for command in ((*apt, "update"), (*apt, "download", DEBIAN_PACKAGE), unpack):
+            subprocess.run(command, cwd=scratch, capture_output=True, check=True, timeout=300)
         folder = scratch / DEBIAN_FOLDER.relative_to("/")
         return {name: (folder / f"{name}.gz").read_bytes() for name in FILES}
 
@@ -224,7 +224,9 @@ def _read_pictures(folders: list[Path], train: bool, read_image: Callable) -> tu
         lots = [(hashlib.sha256(p.name.encode()).digest(), p, label) for p in pictures_in(folder)]
         test_size = math.ceil(len(lots) / 5)
         drawn += sorted(lots)[test_size:] if train else sorted(lots)[:test_size]
-    _, paths, labels = zip(*sorted(drawn), strict=True)
+    drawn.sort()
+    paths = [path for _, path, _ in drawn]
+    labels = [label for _, _, label in drawn]
     options = dict(max_workers=torch.get_num_threads(), desc="reading pictures", leave=False)
     images = thread_map(read_image, paths, **options)
     found = [i for i, image in enumerate(images) if image is not None]

@@ -189,9 +189,10 @@ def load_data(config: SimpleNamespace, device: torch.device) -> tuple[Tensor, ..
 
     Returns images, labels, train_index and val_index, see `Run`.
     """
-    if config.recipe == "photographs" and not user_path(config.data_dir).is_dir():
-        advice = "make it by python -m explaining.photographs CLONE"  # else it would be fetched
-        raise UserError(f"there is no folder {config.data_dir}: {advice}")
+    class_list = user_path(config.data_dir) / dataset.CLASS_LIST
+    if config.recipe == "photographs" and not class_list.exists():  # or Fashion-MNIST is fetched
+        advice = "make the folder by python -m explaining.photographs CLONE"
+        raise UserError(f"there is no {class_list}: {advice}")
     read = partial(dataset.load, config.data_dir, read_image=read_picture)
     images, labels = (part.to(device) for part in read(train=True))
     read(train=False)  # if it is missing, that is said now

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import dataset
+from common.files import UserError
 from dataset import CLASS_NAMES
 from explaining.explanation import UNSURE, classify, model_name
 from explaining.photo import read_image
@@ -179,6 +180,8 @@ def figures(probability: np.ndarray, right: np.ndarray, limit: float) -> results
 def measure(args: argparse.Namespace) -> Iterator[results.Row]:
     """A row for each model and group; for all that were held out, one for each limit."""
     if args.held_out:
+        if not (args.held_out / dataset.CLASS_LIST).exists():  # Fashion-MNIST would be loaded
+            raise UserError(f"{args.held_out} is missing: make it by explaining/photographs.py")
         images, labels = dataset.load(args.held_out, train=False)
         accepted = F.one_hot(labels, len(CLASS_NAMES)).bool()
         groups = [(f"held out: {CLASS_NAMES[label]}", "all held out") for label in labels]

@@ -109,7 +109,8 @@ def run(parser: argparse.ArgumentParser, measure: Callable, key: tuple[str, ...]
             for row in measure(args):
                 add(args.output, before | row, *key)
     rows = read(args.output)
-    print_table(rows)
+    if rows:
+        print_table(rows)
     return rows
 
 

@@ -176,6 +176,9 @@ def test_a_folder_of_pictures_is_learnt_resumed_tested_and_explained(
     assert main("--resume", "--data-dir", small_data) == (
         "train.py: error: the data has changed since the run began: put it back"
     )
+    moved = (pictures / "disc/001.png").rename(pictures / "disc/moved.png")
+    assert "the data has changed" in main("--resume")
+    moved.rename(pictures / "disc/001.png")
     assert main("--resume") == 0
     out = capsys.readouterr().out
     accuracy, test_loss = map(float, re.search(RESULT, out).groups())

@@ -109,7 +109,9 @@ def test_training_starts_from_the_weights_of_a_checkpoint(run_config, small_mode
 def test_the_recipe_fits_the_shipped_model_and_wants_its_folder(run_config, tmp_path):
     config = train.choose_settings(train.SETTINGS, train.RECIPES, dict(recipe="photographs"))
     runs.load_start(train.make_model(config), train.user_path(config.start))
-    with pytest.raises(UserError, match=r"no folder .*nowhere: make it by python -m explaining"):
+    with pytest.raises(
+        UserError, match=r"no .*classes\.txt: make the folder by python -m explaining"
+    ):
         train.start_run(run_config(recipe="photographs", data_dir=str(tmp_path / "nowhere")))
 
 
@@ -138,7 +140,10 @@ def test_shares_and_notes_are_those_counted_by_hand(small_model, tmp_path, monke
     save_checkpoint(tmp_path / "a.pt", small_model)
     answers = torch.full((1, 10), 0.28 / 9).index_fill(1, torch.tensor(7), 0.72)
     monkeypatch.setattr(benchmark, "classify", lambda model, images: answers[: len(images)])
-    args = SimpleNamespace(held_out=tmp_path, checkpoints=[tmp_path / "a.pt"])
+    args = SimpleNamespace(held_out=tmp_path / "none", checkpoints=[tmp_path / "a.pt"])
+    with pytest.raises(UserError, match="none is missing"):
+        list(benchmark.measure(args))
+    args.held_out = tmp_path
     one, *everything = benchmark.measure(args)
     assert (one["pictures"], one["right"], one["limit"]) == ("held out: Sneaker", 1, UNSURE)
     noted = {row["limit"]: row["noted"] for row in everything}

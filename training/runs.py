@@ -3,6 +3,7 @@
 import copy
 import itertools
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Run:
         self.losses = torch.full_like(self.labels, 100, dtype=torch.float32)
         self.generator = torch.Generator(self.images.device)  # for order and augmentation
         self.checksums = [checksum(path) for path in paths_of_teachers(self.config)]
+        self.data_checksum = zlib.crc32(self.images.cpu().numpy())
+        self.data_checksum = zlib.crc32(self.labels.cpu().numpy(), self.data_checksum)
 
     @property
     def folder(self) -> Path:
@@ -177,6 +180,7 @@ def save_run(run: Run, row: dict[str, Any]) -> None:
         optimizers=[optimizer.state_dict() for optimizer in run.optimizers],
         losses=run.losses,
         checksums=run.checksums,
+        data_checksum=run.data_checksum,
         processes=processes.count(),
     )
     # It comes last: a run that is killed before repeats this epoch.
@@ -199,7 +203,7 @@ def resume_run(run: Run) -> None:
     if state["processes"] != count:  # batch norm would see other batches
         what = f"the run to resume had {state['processes']} processes, not {count}"
         raise UserError(f"{what}: start as many again")
-    if DataInfo(**checkpoint["data"]) != run.data:
+    if state["data_checksum"] != run.data_checksum or DataInfo(**checkpoint["data"]) != run.data:
         raise UserError("the data has changed since the run began: put it back")
     if state["checksums"] != run.checksums:
         raise UserError("the teacher has changed since the run began: put the old one back")
