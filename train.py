@@ -426,6 +426,8 @@ def train_command(resume: bool, given: dict[str, Any]) -> None:
     """Train, or go on with the run in the folder, then test."""
     config = choose_settings(SETTINGS, RECIPES, given)
     folder = user_path(config.output_dir)
+    if processes.is_restarted():
+        resume = resume or runs.has_saved(folder)
     if resume and not (folder / "last.pt").exists():
         resume = False
         if processes.is_first():

@@ -163,6 +163,16 @@ def test_another_or_unfinished_teacher_is_refused(run_config, teacher, stop, tmp
     train.train(run_config(teacher=(str(moved),), epochs=1), resume=True)
 
 
+def test_a_process_that_torchrun_starts_again_goes_on(main, flags, monkeypatch, capsys):
+    assert main(*flags) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert main(*flags) == 0
+    assert "going on after epoch 2 of 2" in capsys.readouterr().out
+    os.utime("checkpoints/last.pt", (1, 1))  # of an earlier run
+    assert main(*flags) == 0
+    assert "going on" not in capsys.readouterr().out
+
+
 # ---- What is not saved, and what is not overwritten ----
 
 

@@ -126,6 +126,11 @@ def count() -> int:
     return int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1
 
 
+def is_restarted() -> bool:
+    """Whether torchrun has started this process again, as with --max-restarts."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
 def is_first() -> bool:
     """Whether this process reports and saves."""
     return rank() == 0

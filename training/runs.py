@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import os
 import sys
 import zlib
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
+        if not processes.is_restarted():
+            os.utime(folder / ".lock")  # the start, see `has_saved`
     except OSError as error:
         reason = f"{error.strerror}; give another --output-dir"
         raise UserError(f"cannot write to {folder}: {reason}") from error
@@ -117,6 +120,12 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
             advice = f"go on from the last whole epoch with: {again}"
         print(f"\nstopping; {advice}", flush=True)
         raise
+
+
+def has_saved(folder: Path) -> bool:
+    """Whether last.pt is of the run that was last started in this folder, not an earlier one."""
+    last = folder / "last.pt"
+    return last.exists() and last.stat().st_mtime_ns >= (folder / ".lock").stat().st_mtime_ns
 
 
 def is_taken(lock: TextIO) -> bool:
