@@ -208,8 +208,9 @@ def test_a_folder_takes_one_run_at_a_time(main, flags, tmp_path):
     with runs.reserve_folder(part.parent):
         part.touch()
         (part.parent / other).touch()
+        os.utime(part.parent / ".lock", (1, 1))  # when that run began
         assert "another run is writing to" in main(*flags, "--output-dir", part.parent)
-        assert part.exists()
+        assert part.exists() and (part.parent / ".lock").stat().st_mtime == 1
     assert main(*flags, "--epochs", 1, "--output-dir", part.parent) == 0
     # it was of a run that was killed while it saved
     assert not part.exists() and (part.parent / other).exists()

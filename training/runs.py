@@ -61,7 +61,7 @@ class Run:
         self.losses = torch.full_like(self.labels, 100, dtype=torch.float32)
         self.generator = torch.Generator(self.images.device)  # for order and augmentation
         self.checksums = [checksum(path) for path in paths_of_teachers(self.config)]
-        self.data_checksum = zlib.crc32(self.images.cpu().numpy())
+        self.data_checksum = zlib.crc32(self.images.cpu().contiguous().numpy())
         self.data_checksum = zlib.crc32(self.labels.cpu().numpy(), self.data_checksum)
 
     @property
@@ -98,13 +98,13 @@ def reserve_folder(folder: Path, resumed: bool = False) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a")
-        if not processes.is_restarted():
-            os.utime(folder / ".lock")  # the start, see `has_saved`
     except OSError as error:
         reason = f"{error.strerror}; give another --output-dir"
         raise UserError(f"cannot write to {folder}: {reason}") from error
     if is_taken(lock):
         raise UserError(f"another run is writing to {folder}: give another --output-dir")
+    if not processes.is_restarted():
+        os.utime(folder / ".lock")  # the start, see `has_saved`
     for part in folder.glob(".*.[0-9]*.part"):  # of a run that was killed while it saved
         part.unlink()
     last = folder / "last.pt"
