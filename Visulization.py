@@ -116,10 +116,10 @@ def explain_images(
         answers = model.head(tokens).argmax(dim=1)
         index = index[features.labels_of_nearest(tokens, training) == answers][: args.label_errors]
     explanations = []
-    for some in index.split(200):
-        targets = labels[some] if args.average else args.target_class
-        found = explain(cam, images[some], labels[some], targets, args.versus)
-        for e, i in zip(found, some.tolist(), strict=True):
+    for chunk in index.split(200):
+        targets = labels[chunk] if args.average else args.target_class
+        found = explain(cam, images[chunk], labels[chunk], targets, args.versus)
+        for e, i in zip(found, chunk.tolist(), strict=True):
             e.index, e.name = i, f"{kind} {i}"
             e.file_stem = in_file_name(f"{i:05d}_{e.class_names[e.label]}")
         explanations += found
